@@ -1,0 +1,22 @@
+"""fastres: residual networks that train and infer faster in PyTorch, with the same numbers."""
+
+from fastres import functional, models, nn
+from fastres.convert import convert, explain, revert
+from fastres.engine import use_backend, use_memory
+from fastres.nn import BasicBlock, Bottleneck
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BasicBlock",
+    "Bottleneck",
+    "__version__",
+    "convert",
+    "explain",
+    "functional",
+    "models",
+    "nn",
+    "revert",
+    "use_backend",
+    "use_memory",
+]

@@ -1,0 +1,10 @@
+"""One file per backend: each adapts the primitives to its kernels and registers them.
+
+Importing this package registers every backend that can be imported; `BACKENDS` lists them all,
+with the reason where one is not available.
+"""
+
+from fastres.backends import aten, cpu, reference, triton
+from fastres.backends.base import BACKENDS, Backend, preference
+
+__all__ = ["BACKENDS", "Backend", "aten", "cpu", "preference", "reference", "triton"]

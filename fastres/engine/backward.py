@@ -1,0 +1,288 @@
+"""Runs a block backward: only what is needed, each gradient formed where it is consumed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastres.engine.compose import conv_backward
+from fastres.engine.forward import Pending, materialise, prepare
+from fastres.engine.plan import Plan
+from fastres.engine.spec import BlockSpec
+from fastres.engine.tensors import Saved, UnitNeeds, UnitTensors, pooled
+from fastres.primitives import Branch, Gate, Gated, PendingGrad, Prologue, dense, memory_format_of
+
+
+class Needs(NamedTuple):
+    """Which gradients are wanted: of x, of a given residual, and per unit."""
+
+    x: bool
+    residual: bool
+    units: tuple[UnitNeeds, ...]
+
+    @classmethod
+    def from_flags(cls, flags: Sequence[bool]) -> Needs:
+        """From the operator's flat list: x, residual, then four per unit."""
+        units = tuple(UnitNeeds(*flags[i : i + 4]) for i in range(2, len(flags), 4))
+        return cls(flags[0], flags[1], units)
+
+
+def run_backward(
+    spec: BlockSpec,
+    grad_out: Tensor,
+    x: Tensor,
+    units: Sequence[UnitTensors],
+    saved: Sequence[Tensor],
+    flags: Sequence[bool],
+) -> list[Tensor]:
+    """The wanted gradients, in the order of `flags`: x, residual, then four per unit."""
+    plan, fmt = prepare(spec, x, units)
+    kept = Saved.unflatten(spec, [u.weight is not None for u in units], saved)
+    run = _Backward(spec, plan, dense(x, fmt), units, kept, Needs.from_flags(flags))
+    run.run(dense(grad_out, fmt))
+    return run.collect(memory_format_of(x))
+
+
+class _Backward:
+    """One backward run: walks the units from the block's end, filling in gradients."""
+
+    def __init__(
+        self,
+        spec: BlockSpec,
+        plan: Plan,
+        x: Tensor,
+        units: Sequence[UnitTensors],
+        saved: Saved,
+        needs: Needs,
+    ) -> None:
+        self.spec, self.plan, self.x, self.units = spec, plan, x, units
+        self.saved, self.needs = saved, needs
+        self.last = len(spec.units) - 1
+        self.fmt = memory_format_of(x)
+        self.grad_x: Tensor | None = None
+        self.grad_residual: Tensor | None = None
+        self.grad_weights: list[Tensor | None] = [None] * len(units)
+        self.sums: list[tuple[Tensor, int] | None] = [None] * len(units)
+
+    # ------------------------------------------------------------ the walk
+
+    def run(self, grad_out: Tensor) -> None:
+        """Fill in every gradient that is wanted."""
+        spec = self.spec
+        gate = self._end_gate()
+        self.end = Gated(grad_out, gate)
+        main = self._branch(self.last)
+        side = self._branch(self.last + 1) if spec.shortcut == "projection" else None
+        if self._wants_sums(self.last) or (side and self._wants_sums(self.last + 1)):
+            branches = (main,) if side is None else (main, side)
+            sums = self.plan.run("bn_act_backward_reduce")(grad_out, gate, branches)
+        else:
+            sums = grad_out.new_empty(0)
+        self._shortcut(grad_out, gate, side, sums)
+        pending = PendingGrad(grad_out, gate, main, sums, self._count(self.last))
+        self._main_path(pending)
+
+    def _shortcut(
+        self, grad_out: Tensor, gate: Gate, side: Branch | None, sums: Tensor
+    ) -> None:
+        if self.spec.shortcut == "tensor" and self.needs.residual:
+            self.grad_residual = self.plan.run("act_backward")(grad_out, gate)
+        if side is None:
+            return
+        index = self.last + 1
+        self.sums[index] = (sums, 2)
+        if not (self.needs.x or self.needs.units[index].weight):
+            return
+        own = sums[[0, 2, 1]] if sums.numel() else sums
+        pending = PendingGrad(grad_out, gate, side, own, self._count(index))
+        source = pooled(self.spec, self.x, self.fmt)
+        grad, _ = self._unit(index, pending, Pending(source), self.needs.x, None, None)
+        if grad is not None and self.spec.pool is not None:
+            grad = _unpool(self.spec, grad, self.x)
+        self.grad_x = grad
+
+    def _main_path(self, pending: PendingGrad) -> None:
+        for index in range(self.last, -1, -1):
+            self.sums[index] = (pending.sums, 1)
+            below = self._below(index)
+            if not (below or self.needs.units[index].weight):
+                return
+            if self.plan.convs[index] is None:
+                self.grad_x = self._norm_alone(pending)
+                return
+            wants_sums = index > 0 and self._wants_sums(index - 1)
+            branch = self._branch(index - 1) if index else None
+            reduce = (self._inner_gate(index - 1), branch) if wants_sums and branch else None
+            accumulate = self._residual_gradient() if index == 0 and below else None
+            grad, sums = self._unit(
+                index, pending, self._input(index), below, accumulate, reduce
+            )
+            if index == 0:
+                self.grad_x = grad
+            elif grad is not None and branch is not None:
+                sums = grad.new_empty(0) if sums is None else sums
+                gate = self._inner_gate(index - 1)
+                pending = PendingGrad(grad, gate, branch, sums, self._count(index - 1))
+
+    def _unit(
+        self,
+        index: int,
+        pending: PendingGrad,
+        source: Pending,
+        want_x: bool,
+        accumulate: Tensor | Gated | None,
+        reduce: tuple[Gate, Branch] | None,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        conv, unit, tensors = self.plan.convs[index], self.spec.all_units[index], self.units[index]
+        assert conv is not None and unit.conv is not None and tensors.weight is not None
+        backward = conv.joint.run if conv.joint else conv_backward(self.plan, conv)
+        grad_x, self.grad_weights[index], sums = backward(
+            pending,
+            source.raw,
+            tensors.weight,
+            unit.conv,
+            prologue=source.prologue,
+            want_x=want_x,
+            want_weight=self.needs.units[index].weight,
+            accumulate=accumulate,
+            reduce=reduce,
+        )
+        return grad_x, sums
+
+    def _norm_alone(self, pending: PendingGrad) -> Tensor:
+        grads, _ = self.plan.run("bn_act_backward_apply")(
+            pending.grad_out,
+            pending.gate,
+            (pending.branch,),
+            pending.sums,
+            pending.count,
+            want_grads=(True,),
+        )
+        return grads[0]
+
+    # ------------------------------------------------------------ what it walks over
+
+    def _end_gate(self) -> Gate:
+        if self.spec.act == "none":
+            return Gate("none")
+        if self.spec.keeps_mask:
+            return Gate("mask", self.saved.mask, self.spec.act)
+        return Gate("affine", None, self.spec.act)
+
+    def _inner_gate(self, index: int) -> Gate:
+        act = self.spec.units[index].act
+        return Gate("none") if act == "none" else Gate("affine", None, act)
+
+    def _branch(self, index: int) -> Branch:
+        stats = self.saved.stats[index]
+        raw = self.saved.raw[index]
+        if raw is None and self.plan.convs[index] is None:
+            raw = self._input(index).raw
+        elif raw is None:
+            raw = self.saved.raw[index] = self._recompute(index)
+        return Branch(raw, stats)
+
+    def _recompute(self, index: int) -> Tensor:
+        conv, unit, tensors = self.plan.convs[index], self.spec.all_units[index], self.units[index]
+        assert conv is not None
+        given = self._input(index)
+        fused = given.prologue is not None and conv.prologue is not None
+        implementation = conv.prologue if fused and conv.prologue else conv.forward
+        if not fused:
+            given = Pending(materialise(self.plan, given))
+        raw, _ = implementation.run(
+            given.raw, tensors.weight, tensors.bias, unit.conv, prologue=given.prologue
+        )
+        return raw
+
+    def _input(self, index: int) -> Pending:
+        """What unit `index` of the main path was given in forward."""
+        if index == 0:
+            return Pending(self.x)
+        if self.spec.keeps_activated:
+            activated = self.saved.activated[index - 1]
+            assert activated is not None
+            return Pending(activated)
+        raw = self.saved.raw[index - 1]
+        raw = self.x if raw is None else raw
+        return Pending(raw, Prologue(self.saved.stats[index - 1], self.spec.units[index - 1].act))
+
+    def _residual_gradient(self) -> Tensor | Gated | None:
+        """What the first convolution's data gradient is added to."""
+        if self.spec.shortcut == "projection":
+            return self.grad_x
+        if self.spec.shortcut == "identity":
+            return self.end
+        return None
+
+    def _count(self, index: int) -> int:
+        if not self.spec.all_units[index].batch_stats:
+            return 0
+        raw = self._branch(index).y
+        assert raw is not None
+        return raw.shape[0] * raw.shape[2] * raw.shape[3]
+
+    # ------------------------------------------------------------ what is wanted
+
+    def _below(self, index: int) -> bool:
+        """Whether anything in front of unit `index` of the main path wants a gradient."""
+        return self.needs.x or any(any(u) for u in self.needs.units[:index])
+
+    def _wants_sums(self, index: int) -> bool:
+        needs, unit = self.needs.units[index], self.spec.all_units[index]
+        below = self.needs.x if index > self.last else self._below(index)
+        return needs.affine or needs.bias or (unit.batch_stats and (below or needs.weight))
+
+    def collect(self, fmt: torch.memory_format) -> list[Tensor]:
+        """The wanted gradients, in the operator's order."""
+        found: list[Tensor] = []
+        if self.needs.x:
+            assert self.grad_x is not None
+            found.append(dense(self.grad_x, fmt))
+        if self.needs.residual:
+            assert self.grad_residual is not None
+            found.append(self.grad_residual)
+        for index, needs in enumerate(self.needs.units):
+            found += self._unit_gradients(index, needs)
+        return found
+
+    def _unit_gradients(self, index: int, needs: UnitNeeds) -> list[Tensor]:
+        tensors, found = self.units[index], []
+        if needs.weight:
+            grad = self.grad_weights[index]
+            assert grad is not None and tensors.weight is not None
+            found.append(dense(grad, memory_format_of(tensors.weight)))
+        if needs.bias:
+            assert tensors.bias is not None
+            found.append(self._bias_gradient(index).to(tensors.bias.dtype))
+        if needs.norm_weight:
+            assert tensors.norm_weight is not None
+            found.append(self._sum(index, None).to(tensors.norm_weight.dtype))
+        if needs.norm_bias:
+            assert tensors.norm_bias is not None
+            found.append(self._sum(index, 0).to(tensors.norm_bias.dtype))
+        return found
+
+    def _sum(self, index: int, row: int | None) -> Tensor:
+        entry = self.sums[index]
+        assert entry is not None
+        sums, own_row = entry
+        return sums[own_row if row is None else row]
+
+    def _bias_gradient(self, index: int) -> Tensor:
+        """A convolution's bias in front of batch statistics cancels: its gradient is zero."""
+        sum_g = self._sum(index, 0)
+        if self.spec.all_units[index].batch_stats:
+            return torch.zeros_like(sum_g)
+        return sum_g * self.saved.stats[index][3]
+
+
+def _unpool(spec: BlockSpec, grad: Tensor, x: Tensor) -> Tensor:
+    p = spec.pool
+    assert p is not None
+    return torch.ops.aten.avg_pool2d_backward(
+        grad, x, p.kernel, p.stride, p.padding, p.ceil_mode, p.count_include_pad, None
+    )

@@ -1,0 +1,209 @@
+"""The stateless API: fused convolution + batch norm + ReLU, and whole residual blocks.
+
+Activations are [N, C, H, W] in float32, bfloat16, float16 or float64, channels_last (fastest) or
+contiguous. Parameters of batch norm and its running statistics have the dtype of the activations
+or float32. Running statistics are updated in place in training. Whatever cannot be fused runs as
+torch's own functions, with the same result and with torch's own errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastres import ops
+from fastres.engine import PoolSpec, current
+from fastres.ops.eligible import why_not_tensor
+from fastres.ops.fused import run_layers
+from fastres.ops.layers import ConvNorm, Size
+
+__all__ = [
+    "ConvNorm",
+    "PoolSpec",
+    "add_relu",
+    "bn_add_relu",
+    "bn_relu",
+    "conv_bn_relu",
+    "residual_block",
+]
+
+
+def bn_relu(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | Tensor = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """relu(batch_norm(x)), in two passes over x instead of three.
+
+    Args:
+        x: [N, C, H, W].
+        running_mean: [C] or None; None means batch statistics even outside training.
+        running_var: [C] or None.
+        weight: [C] or None.
+        bias: [C] or None.
+        training: normalise with batch statistics, update the running ones.
+        momentum: factor of the running update; a 0-d tensor avoids a host synchronisation.
+        eps: added to the variance.
+
+    Returns:
+        [N, C, H, W], dtype and layout of x.
+
+    Raises:
+        ValueError: for one value per channel in training, as torch.nn.functional.batch_norm.
+
+    Mirrors torch.nn.functional.batch_norm (Ioffe and Szegedy 2015) followed by relu.
+    """
+    layer = ConvNorm(
+        None, running_mean, running_var, weight, bias,
+        training=training, momentum=momentum, eps=eps,
+    )  # fmt: skip
+    return run_layers(x, [layer], shortcut="none")
+
+
+def bn_add_relu(
+    x: Tensor,
+    residual: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | Tensor = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """relu(batch_norm(x) + residual): the end of a residual block in one pass.
+
+    Args:
+        x: [N, C, H, W].
+        residual: [N, C, H, W], dtype of x.
+        running_mean: [C] or None, as in `bn_relu`; so are the remaining arguments.
+        running_var: [C] or None.
+        weight: [C] or None.
+        bias: [C] or None.
+        training: normalise with batch statistics, update the running ones.
+        momentum: factor of the running update.
+        eps: added to the variance.
+
+    Returns:
+        [N, C, H, W], dtype and layout of x.
+
+    Raises:
+        ValueError: for one value per channel in training.
+    """
+    layer = ConvNorm(
+        None, running_mean, running_var, weight, bias,
+        training=training, momentum=momentum, eps=eps, act="none",
+    )  # fmt: skip
+    return run_layers(x, [layer], shortcut="tensor", residual=residual)
+
+
+def add_relu(x: Tensor, residual: Tensor) -> Tensor:
+    """relu(x + residual) in one pass, keeping one bit per element for backward.
+
+    Args:
+        x: [N, C, H, W].
+        residual: [N, C, H, W], dtype and device of x; else torch's own addition runs.
+
+    Returns:
+        [N, C, H, W], dtype and layout of x.
+    """
+    same = (
+        why_not_tensor(x) is None
+        and why_not_tensor(residual) is None
+        and (x.shape, x.dtype, x.device) == (residual.shape, residual.dtype, residual.device)
+    )
+    if not same:
+        return F.relu(x + residual)
+    save = torch.is_grad_enabled() and (x.requires_grad or residual.requires_grad)
+    return ops.add_act(x, residual, "relu", save, current().backend)
+
+
+def conv_bn_relu(
+    x: Tensor,
+    weight: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    bias: Tensor | None = None,
+    stride: Size = 1,
+    padding: Size = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+    training: bool = False,
+    momentum: float | Tensor = 0.1,
+    eps: float = 1e-5,
+    act: str = "relu",
+) -> Tensor:
+    """act(batch_norm(conv2d(x, weight, bias))); in eval mode the batch norm folds into it.
+
+    Args:
+        x: [N, C, H, W].
+        weight: [K, C/groups, kh, kw], dtype of x (autocast applies as to torch's conv2d).
+        running_mean: [K] or None; None means batch statistics even outside training.
+        running_var: [K] or None.
+        norm_weight: [K] or None, the batch norm's weight.
+        norm_bias: [K] or None, the batch norm's bias.
+        bias: [K] or None, the convolution's bias.
+        stride: as in torch.nn.functional.conv2d; so are padding, dilation and groups.
+        padding: zero padding in pixels.
+        dilation: spacing of the kernel's elements.
+        groups: number of groups.
+        training: normalise with batch statistics, update the running ones.
+        momentum: factor of the running update.
+        eps: added to the variance.
+        act: "relu" or "none".
+
+    Returns:
+        [N, K, H', W'], in the layout torch's conv2d gives.
+
+    Raises:
+        ValueError: for one value per channel in training.
+        RuntimeError: torch's own, for shapes or dtypes that do not fit.
+    """
+    layer = ConvNorm(
+        weight, running_mean, running_var, norm_weight, norm_bias, bias, stride, padding,
+        dilation, groups, training, momentum, eps, act,
+    )  # fmt: skip
+    return run_layers(x, [layer], shortcut="none", act=act)
+
+
+def residual_block(
+    x: Tensor,
+    layers: Sequence[ConvNorm],
+    projection: ConvNorm | None = None,
+    *,
+    pool: PoolSpec | None = None,
+    act: str = "relu",
+) -> Tensor:
+    """act(layers(x) + shortcut(x)): a whole residual block under one autograd node.
+
+    Args:
+        x: [N, C, H, W].
+        layers: the main path, two layers for a basic block, three for a bottleneck. The last
+            one's `act` is not used: the block's own follows the addition.
+        projection: convolution and batch norm of the shortcut; None is the identity.
+        pool: average pooling in front of the projection (ResNet-D), or None.
+        act: "relu" or "none", after the addition.
+
+    Returns:
+        [N, K, H', W'].
+
+    Raises:
+        ValueError: for no layers, or one value per channel in training.
+        RuntimeError: torch's own, for shapes or dtypes that do not fit.
+
+    He et al. 2015, "Deep residual learning for image recognition".
+    """
+    if not layers:
+        raise ValueError("layers must hold at least one ConvNorm, got none")
+    shortcut = "identity" if projection is None else "projection"
+    return run_layers(x, layers, shortcut=shortcut, projection=projection, pool=pool, act=act)

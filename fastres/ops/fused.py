@@ -1,0 +1,119 @@
+"""Runs layers as one fused block, or as the stock one where that cannot be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastres.engine import BlockSpec, PoolSpec, current
+from fastres.ops.block import run_block
+from fastres.ops.eligible import why_not_block
+from fastres.ops.layers import ConvNorm
+from fastres.ops.stock import run_stock
+
+
+def run_layers(
+    x: Tensor,
+    layers: Sequence[ConvNorm],
+    *,
+    shortcut: str,
+    residual: Tensor | None = None,
+    projection: ConvNorm | None = None,
+    pool: PoolSpec | None = None,
+    act: str = "relu",
+) -> Tensor:
+    """act(layers(x) + shortcut), and the update of the running statistics.
+
+    Args:
+        x: [N, C, H, W].
+        layers: the main path.
+        shortcut: "none", "identity", "tensor" (then `residual`) or "projection" (`projection`).
+        residual: what is added for "tensor", of the output's shape.
+        projection: convolution and batch norm of the shortcut.
+        pool: average pooling in front of the projection.
+        act: "relu" or "none", after the sum.
+    """
+    given_x, given_layers, given_projection = x, layers, projection
+    if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
+        x, layers, projection = _autocast(x, layers, projection)
+    if why_not_block(x, layers, shortcut, residual, projection, pool) is not None:
+        return run_stock(
+            given_x, given_layers, shortcut=shortcut, residual=residual,
+            projection=given_projection, pool=pool, act=act,
+        )  # fmt: skip
+    everything = [*layers] if projection is None else [*layers, projection]
+    spec = BlockSpec(
+        units=tuple([layer.spec for layer in layers]),
+        shortcut=shortcut,
+        projection=None if projection is None else projection.spec,
+        pool=pool,
+        act=act,
+        save=_wants_backward(x, residual, everything),
+        memory=_memory_mode(x),
+        backend=current().backend,
+    )
+    tensors = [t for layer in everything for t in layer.tensors]
+    out, stats = run_block(spec, x, residual, tensors)
+    _update_running(x, everything, stats, len(layers), out)
+    return out
+
+
+def _wants_backward(x: Tensor, residual: Tensor | None, layers: Sequence[ConvNorm]) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    tensors = [x, residual, *(t for layer in layers for t in layer.parameters)]
+    return any([t is not None and t.requires_grad for t in tensors])
+
+
+def _memory_mode(x: Tensor) -> str:
+    """Recomputing an activation costs no memory traffic on a CPU, where it stays in cache."""
+    mode = current().memory
+    if mode != "auto":
+        return mode
+    return "balanced" if x.device.type == "cpu" else "speed"
+
+
+def _autocast(
+    x: Tensor, layers: Sequence[ConvNorm], projection: ConvNorm | None
+) -> tuple[Tensor, Sequence[ConvNorm], ConvNorm | None]:
+    """What autocast does to a convolution: its input, weight and bias in the lower precision."""
+    dtype = torch.get_autocast_dtype(x.device.type)
+
+    def cast(t: Tensor | None) -> Tensor | None:
+        eligible = t is not None and t.is_floating_point() and t.dtype != torch.float64
+        return t.to(dtype) if eligible and t is not None else t
+
+    def lower(layer: ConvNorm) -> ConvNorm:
+        return layer._replace(weight=cast(layer.weight), bias=cast(layer.bias))
+
+    if layers[0].weight is not None:
+        x = x if (lowered := cast(x)) is None else lowered
+    projection = None if projection is None else lower(projection)
+    return x, [lower(layer) for layer in layers], projection
+
+
+def _update_running(
+    x: Tensor, layers: Sequence[ConvNorm], stats: Sequence[Tensor], main: int, out: Tensor
+) -> None:
+    """running = (1 - momentum)*running + momentum*batch, with the unbiased variance, in place."""
+    size: tuple[int, ...] = tuple(x.shape[2:])
+    with torch.no_grad():
+        for i, (layer, s) in enumerate(zip(layers, stats, strict=True)):
+            if i >= main:
+                size = tuple(out.shape[2:])
+            elif layer.weight is not None and layer.conv is not None:
+                size = layer.conv.output_size(size, layer.weight.shape[2:])
+            if not layer.training or layer.running_mean is None or layer.running_var is None:
+                continue
+            count = x.shape[0] * size[0] * size[1]
+            _blend(layer.running_mean, s[0], layer.momentum)
+            _blend(layer.running_var, s[1] * (count / (count - 1)), layer.momentum)
+
+
+def _blend(running: Tensor, batch: Tensor, momentum: float | Tensor) -> None:
+    if running.dtype == batch.dtype and not isinstance(momentum, Tensor):
+        running.mul_(1 - momentum).add_(batch, alpha=momentum)
+    else:
+        running.copy_(running.to(batch.dtype) * (1 - momentum) + batch * momentum)

@@ -1,0 +1,74 @@
+"""The same block out of torch's own functions: what runs where fastres cannot fuse.
+
+It is also where a wrong input goes, so that the error a user sees is torch's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastres.engine import PoolSpec
+from fastres.ops.layers import ConvNorm
+
+
+def run_stock(
+    x: Tensor,
+    layers: Sequence[ConvNorm],
+    *,
+    shortcut: str,
+    residual: Tensor | None = None,
+    projection: ConvNorm | None = None,
+    pool: PoolSpec | None = None,
+    act: str = "relu",
+) -> Tensor:
+    """The block, unfused; arguments as in `fastres.ops.fused.run_layers`."""
+    z = x
+    for layer in layers[:-1]:
+        z = activate(_conv_norm(z, layer), layer.act)
+    z = _conv_norm(z, layers[-1])
+    if shortcut == "identity":
+        residual = x
+    elif projection is not None:
+        residual = _conv_norm(_pool(x, pool), projection)
+    if residual is not None:
+        z = z + residual
+    return activate(z, act)
+
+
+def activate(z: Tensor, act: str) -> Tensor:
+    """torch's activation of that name."""
+    return F.relu(z) if act == "relu" else z
+
+
+def _conv_norm(x: Tensor, layer: ConvNorm) -> Tensor:
+    if layer.weight is not None:
+        x = F.conv2d(
+            x, layer.weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups
+        )
+    if isinstance(layer.momentum, torch.Tensor):
+        momentum = float(layer.momentum)
+    else:
+        momentum = layer.momentum
+    updates = layer.training
+    return F.batch_norm(
+        x,
+        layer.running_mean if updates or not layer.batch_stats else None,
+        layer.running_var if updates or not layer.batch_stats else None,
+        layer.norm_weight,
+        layer.norm_bias,
+        layer.batch_stats,
+        momentum,
+        layer.eps,
+    )
+
+
+def _pool(x: Tensor, pool: PoolSpec | None) -> Tensor:
+    if pool is None:
+        return x
+    return F.avg_pool2d(
+        x, pool.kernel, pool.stride, pool.padding, pool.ceil_mode, pool.count_include_pad
+    )

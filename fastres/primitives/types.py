@@ -1,0 +1,153 @@
+"""Types that travel between the engine and the implementations of primitives."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+#: Rows of a `stats` tensor, [5, C] in the accumulation dtype.
+STATS_ROWS = ("mean", "var", "invstd", "scale", "shift")
+
+
+class ConvSpec(NamedTuple):
+    """Geometry of a 2-d convolution, in torch's terms (zero padding)."""
+
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    def output_size(self, size: Sequence[int], kernel: Sequence[int]) -> tuple[int, int]:
+        """Spatial size (H, W) of the output for an input of spatial size `size`."""
+        h, w = (
+            (size[i] + 2 * self.padding[i] - self.dilation[i] * (kernel[i] - 1) - 1)
+            // self.stride[i]
+            + 1
+            for i in (0, 1)
+        )
+        return h, w
+
+    def is_pointwise(self, kernel: Sequence[int]) -> bool:
+        """True for a 1x1 convolution that is one matrix product: stride 1, no padding."""
+        return (
+            tuple(kernel) == (1, 1)
+            and self.stride == (1, 1)
+            and self.padding == (0, 0)
+            and self.groups == 1
+        )
+
+
+class Prologue(NamedTuple):
+    """What is still to be applied to a raw tensor: act(scale*x + shift), with stats' last rows."""
+
+    stats: Tensor
+    act: str
+
+
+class Branch(NamedTuple):
+    """One normalised branch of a block end: its raw convolution output and its statistics."""
+
+    y: Tensor | None
+    stats: Tensor
+
+
+class Gate(NamedTuple):
+    """How a backward primitive knows the derivative of the activation.
+
+    kind "none": g = grad_out. "mask": packed bits in `tensor`. "affine": recomputed from the
+    first branch's own y and stats, rounded as the forward rounded it. "out": the activation's
+    output in `tensor`.
+    """
+
+    kind: str
+    tensor: Tensor | None = None
+    act: str = "relu"
+
+    def images(self, start: int, stop: int, per_image: int) -> Gate:
+        """The gate of images start..stop; `per_image` is the number of mask rows per image."""
+        if self.tensor is None:
+            return self
+        if self.kind == "mask":
+            return self._replace(tensor=self.tensor[start * per_image : stop * per_image])
+        return self._replace(tensor=self.tensor[start:stop])
+
+
+class Gated(NamedTuple):
+    """A residual's gradient that was not formed yet: g = gate(grad_out)."""
+
+    grad_out: Tensor
+    gate: Gate
+
+
+class PendingGrad(NamedTuple):
+    """A gradient that was not formed yet: grad_y = A*g + B*y + C with g = gate(grad_out).
+
+    `count` is the number of values per channel behind batch statistics, 0 where running
+    statistics were used (then B = C = 0). `sums` are the reduced (sum_g, sum_gx...) rows.
+    """
+
+    grad_out: Tensor
+    gate: Gate
+    branch: Branch
+    sums: Tensor
+    count: int
+
+
+def acc_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that statistics and arithmetic use for activations of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def is_channels_last(t: Tensor) -> bool:
+    """Whether the strides of a [N, C, H, W] tensor say channels_last, by torch's own rule.
+
+    Mirrors c10's is_channels_last_strides_2d: of the layouts that are ambiguous, with C = 1 or
+    H = W = 1, those count as channels_last whose strides were made that way.
+    """
+    if t.dim() != 4 or t.stride(1) == 0:
+        return False
+    least = 0
+    for d in (1, 3, 2, 0):
+        size, stride = t.size(d), t.stride(d)
+        if size == 0 or stride < least:
+            return False
+        if d == 0 and least == t.stride(1):
+            return False
+        least = stride * size if size > 1 else stride
+    return True
+
+
+def memory_format_of(x: Tensor, weights: Sequence[Tensor | None] = ()) -> torch.memory_format:
+    """The layout a convolution gives its output: channels_last where the input or a weight is."""
+    if is_channels_last(x) or any(w is not None and is_channels_last(w) for w in weights):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def dense(t: Tensor, memory_format: torch.memory_format) -> Tensor:
+    """`t` dense in that layout, with the strides torch gives a new tensor of that layout.
+
+    Copies only where the memory order differs. With C = 1 or H = W = 1 both layouts are the same
+    memory; then the strides alone are rewritten, so that `is_channels_last` answers for the block
+    as a whole.
+    """
+    t = t.contiguous(memory_format=memory_format)
+    _, c, h, w = t.shape
+    if memory_format == torch.channels_last:
+        strides = (h * w * c, 1, w * c, c)
+    else:
+        strides = (c * h * w, h * w, w, 1)
+    return t if t.stride() == strides else t.as_strided(t.shape, strides)
+
+
+def mask_shape(shape: Sequence[int], channels_last: bool) -> tuple[int, int]:
+    """Shape of the packed mask of a [N, C, H, W] activation: rows padded to whole bytes.
+
+    A row holds the channels of one pixel in channels_last, the pixels of one channel else.
+    """
+    n, c, h, w = shape
+    rows, inner = (n * h * w, c) if channels_last else (n * c, h * w)
+    return rows, (inner + 7) // 8
