@@ -205,5 +205,7 @@ def residual_block(
     """
     if not layers:
         raise ValueError("layers must hold at least one ConvNorm, got none")
+    if any([layer.weight is None for layer in (*layers, projection) if layer is not None]):
+        raise ValueError("every layer of a residual block must have a weight, got None")
     shortcut = "identity" if projection is None else "projection"
     return run_layers(x, layers, shortcut=shortcut, projection=projection, pool=pool, act=act)

@@ -63,6 +63,11 @@ def activate(v: Tensor, act: str) -> Tensor:
     ) else v
 
 
+def _open(out: Tensor, act: str) -> Tensor:
+    """Where the gradient passes: ReLU's gate is not (out <= 0), so NaN passes."""
+    return ~(out <= 0) if act == "relu" else torch.ones_like(out, dtype=torch.bool)
+
+
 def _affine_stored(y: Tensor, stats: Tensor, act: str, acc: torch.dtype) -> Tensor:
     scale, shift = stats[3].to(acc), stats[4].to(acc)
     value = activate(y.to(acc) * _per_channel(scale) + _per_channel(shift), act)
@@ -77,16 +82,16 @@ def gated(
     channels_last: bool,
     acc: torch.dtype = F64,
 ) -> Tensor:
-    """g = grad_out * act'(.), with act' known the way `gate` says; ReLU's gate is not (out <= 0)."""
+    """g = grad_out * act'(.), with act' known the way `gate` says."""
     g = grad_out.to(acc)
     if gate.kind == "none":
         return g
     if gate.kind == "mask":
         open_ = unpack_mask(gate.tensor, grad_out.shape, channels_last)
     elif gate.kind == "affine":
-        open_ = ~(_affine_stored(branches[0].y, branches[0].stats, gate.act, acc) <= 0)
+        open_ = _open(_affine_stored(branches[0].y, branches[0].stats, gate.act, acc), gate.act)
     else:
-        open_ = ~(gate.tensor <= 0)
+        open_ = _open(gate.tensor, gate.act)
     return torch.where(open_, g, torch.zeros((), dtype=acc, device=g.device))
 
 
@@ -156,7 +161,7 @@ def scale_shift_act(
             r = r + _per_channel(residual_stats[4].to(acc))
         v = v + r
     out = _store(activate(v, act), y, out)
-    return out, (pack_mask(~(out <= 0), channels_last) if want_mask else None)
+    return out, (pack_mask(_open(out, act), channels_last) if want_mask else None)
 
 
 def bn_act_backward_reduce(
@@ -223,7 +228,7 @@ def add_act(
 ) -> tuple[Tensor, Tensor | None]:
     """act(x + residual), and its packed mask."""
     out = _store(activate(x.to(acc) + residual.to(acc), act), x)
-    return out, (pack_mask(~(out <= 0), channels_last) if want_mask else None)
+    return out, (pack_mask(_open(out, act), channels_last) if want_mask else None)
 
 
 def act_backward(

@@ -33,13 +33,14 @@ def register_formulas(
 ) -> None:
     """Register `primitives` for `backend`, with arithmetic in `acc(dtype of the activations)`."""
     for name in primitives:
-        register(name, backend, name="formula")(_bind(getattr(reference, name), acc))
+        register(name, backend, name="formula")(bind(getattr(reference, name), acc))
     register("finalize_stats", backend, name="formula")(reference.finalize_stats)
 
 
-def _bind(
+def bind(
     function: Callable[..., Any], acc: Callable[[torch.dtype], torch.dtype]
 ) -> Callable[..., Any]:
+    """A reference function as a primitive: layout off the first tensor, arithmetic by `acc`."""
     takes_layout = "channels_last" in inspect.signature(function).parameters
 
     def run(first: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -96,7 +96,7 @@ class _Backward:
         self.sums[index] = (sums, 2)
         if not (self.needs.x or self.needs.units[index].weight):
             return
-        own = sums[[0, 2, 1]] if sums.numel() else sums
+        own = torch.stack([sums[0], sums[2], sums[1]]) if sums.numel() else sums
         pending = PendingGrad(grad_out, gate, side, own, self._count(index))
         source = pooled(self.spec, self.x, self.fmt)
         grad, _ = self._unit(index, pending, Pending(source), self.needs.x, None, None)

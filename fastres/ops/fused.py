@@ -10,7 +10,7 @@ from torch import Tensor
 from fastres.engine import BlockSpec, PoolSpec, current
 from fastres.ops.block import run_block
 from fastres.ops.eligible import why_not_block
-from fastres.ops.layers import ConvNorm
+from fastres.ops.layers import ConvNorm, count_batch
 from fastres.ops.stock import run_stock
 
 
@@ -35,14 +35,47 @@ def run_layers(
         pool: average pooling in front of the projection.
         act: "relu" or "none", after the sum.
     """
-    given_x, given_layers, given_projection = x, layers, projection
+    out = try_layers(
+        x, layers, shortcut=shortcut, residual=residual, projection=projection, pool=pool, act=act
+    )
+    if out is not None:
+        return out
+    return run_stock(
+        x, layers, shortcut=shortcut, residual=residual, projection=projection, pool=pool, act=act
+    )
+
+
+def why_not_layers(
+    x: Tensor,
+    layers: Sequence[ConvNorm],
+    *,
+    shortcut: str,
+    residual: Tensor | None = None,
+    projection: ConvNorm | None = None,
+    pool: PoolSpec | None = None,
+    act: str = "relu",
+) -> str | None:
+    """Why `run_layers` would take the stock path for these arguments, or None."""
+    if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
+        x, layers, projection = _autocast(x, layers, projection)
+    return why_not_block(x, layers, shortcut, residual, projection, pool)
+
+
+def try_layers(
+    x: Tensor,
+    layers: Sequence[ConvNorm],
+    *,
+    shortcut: str,
+    residual: Tensor | None = None,
+    projection: ConvNorm | None = None,
+    pool: PoolSpec | None = None,
+    act: str = "relu",
+) -> Tensor | None:
+    """`run_layers`, but None where it cannot be fused; then nothing was run or updated."""
     if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
         x, layers, projection = _autocast(x, layers, projection)
     if why_not_block(x, layers, shortcut, residual, projection, pool) is not None:
-        return run_stock(
-            given_x, given_layers, shortcut=shortcut, residual=residual,
-            projection=given_projection, pool=pool, act=act,
-        )  # fmt: skip
+        return None
     everything = [*layers] if projection is None else [*layers, projection]
     spec = BlockSpec(
         units=tuple([layer.spec for layer in layers]),
@@ -55,9 +88,12 @@ def run_layers(
         backend=current().backend,
     )
     tensors = [t for layer in everything for t in layer.tensors]
-    out, stats = run_block(spec, x, residual, tensors)
-    _update_running(x, everything, stats, len(layers), out)
-    return out
+    size, main = x.shape, len(layers)
+
+    def update(out: Tensor, stats: Sequence[Tensor]) -> None:
+        _update_running(size, everything, stats, main, out)
+
+    return run_block(spec, x, residual, tensors, update)
 
 
 def _wants_backward(x: Tensor, residual: Tensor | None, layers: Sequence[ConvNorm]) -> bool:
@@ -95,21 +131,28 @@ def _autocast(
 
 
 def _update_running(
-    x: Tensor, layers: Sequence[ConvNorm], stats: Sequence[Tensor], main: int, out: Tensor
+    shape: Sequence[int],
+    layers: Sequence[ConvNorm],
+    stats: Sequence[Tensor],
+    main: int,
+    out: Tensor,
 ) -> None:
     """running = (1 - momentum)*running + momentum*batch, with the unbiased variance, in place."""
-    size: tuple[int, ...] = tuple(x.shape[2:])
+    size: tuple[int, ...] = tuple(shape[2:])
     with torch.no_grad():
         for i, (layer, s) in enumerate(zip(layers, stats, strict=True)):
             if i >= main:
                 size = tuple(out.shape[2:])
             elif layer.weight is not None and layer.conv is not None:
                 size = layer.conv.output_size(size, layer.weight.shape[2:])
-            if not layer.training or layer.running_mean is None or layer.running_var is None:
+            if not layer.training:
                 continue
-            count = x.shape[0] * size[0] * size[1]
-            _blend(layer.running_mean, s[0], layer.momentum)
-            _blend(layer.running_var, s[1] * (count / (count - 1)), layer.momentum)
+            momentum = count_batch(layer)
+            if layer.running_mean is None or layer.running_var is None:
+                continue
+            count = shape[0] * size[0] * size[1]
+            _blend(layer.running_mean, s[0], momentum)
+            _blend(layer.running_var, s[1] * (count / (count - 1)), momentum)
 
 
 def _blend(running: Tensor, batch: Tensor, momentum: float | Tensor) -> None:

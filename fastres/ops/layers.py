@@ -27,9 +27,12 @@ class ConvNorm(NamedTuple):
         dilation: likewise.
         groups: likewise.
         training: normalise with batch statistics and update the running ones.
-        momentum: factor of the running update; a 0-d tensor avoids a host synchronisation.
+        momentum: factor of the running update; a 0-d tensor avoids a host synchronisation, None
+            is the cumulative average, 1/counter.
         eps: added to the variance.
         act: "relu" or "none"; ignored on the last layer in front of a shortcut.
+        counter: 0-d integer, nn.BatchNorm2d's num_batches_tracked, or None; incremented in place
+            in training.
     """
 
     weight: Tensor | None
@@ -43,9 +46,10 @@ class ConvNorm(NamedTuple):
     dilation: Size = 1
     groups: int = 1
     training: bool = False
-    momentum: float | Tensor = 0.1
+    momentum: float | Tensor | None = 0.1
     eps: float = 1e-5
     act: str = "relu"
+    counter: Tensor | None = None
 
     @property
     def batch_stats(self) -> bool:
@@ -84,3 +88,15 @@ def pair(value: Size) -> tuple[int, int]:
         return (value, value)
     h, w = value
     return (h, w)
+
+
+def count_batch(layer: ConvNorm) -> float | Tensor:
+    """Increment the counter in place, as nn.BatchNorm2d does, and give the running factor.
+
+    The cumulative average's 1/counter stays on the device: no synchronisation.
+    """
+    if layer.counter is not None:
+        layer.counter.add_(1)
+    if layer.momentum is not None:
+        return layer.momentum
+    return 0.0 if layer.counter is None else 1.0 / layer.counter.double()

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from fastres.engine import PoolSpec
-from fastres.ops.layers import ConvNorm
+from fastres.ops.layers import ConvNorm, count_batch
 
 
 def run_stock(
@@ -49,10 +48,7 @@ def _conv_norm(x: Tensor, layer: ConvNorm) -> Tensor:
         x = F.conv2d(
             x, layer.weight, layer.bias, layer.stride, layer.padding, layer.dilation, layer.groups
         )
-    if isinstance(layer.momentum, torch.Tensor):
-        momentum = float(layer.momentum)
-    else:
-        momentum = layer.momentum
+    momentum = float(count_batch(layer)) if layer.training else 0.0
     updates = layer.training
     return F.batch_norm(
         x,

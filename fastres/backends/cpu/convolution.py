@@ -1,0 +1,285 @@
+"""Convolutions through oneDNN, walked in chunks of images that stay in cache.
+
+A chunk is normalised, convolved, and its statistics taken while it is in cache, so a prologue or
+a reduction costs no pass over memory: level c of docs/design.md on a CPU. The convolution writes
+into memory of ours: oneDNN's "sum" post-operation adds onto a zeroed (or already holding the
+residual's gradient) output, where an output of its own would page-fault at every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from fastres.backends.aten import conv_backward_data as aten_data
+from fastres.backends.aten import conv_backward_weight as aten_weight
+from fastres.backends.cpu.module import empty
+from fastres.backends.cpu.pointwise import (
+    act_backward,
+    bn_act_backward_apply,
+    bn_act_backward_reduce,
+    channel_stats,
+    scale_shift_act,
+)
+from fastres.primitives import (
+    Branch,
+    ConvSpec,
+    Gate,
+    Gated,
+    PendingGrad,
+    Prologue,
+    Request,
+    register,
+)
+
+#: Bytes of the largest tensor of a chunk. Two of them fit the last-level cache of small machines.
+CHUNK_BYTES = 8 << 20
+
+
+def _why_not(request: Request) -> str | None:
+    """Where oneDNN does not take the tensors as they lie, torch's own convolution is used."""
+    if request.device != "cpu" or not request.channels_last:
+        return "it takes channels_last tensors on the CPU"
+    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
+        return "oneDNN is not available"
+    if request.dtype == torch.float32:
+        return None
+    if request.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return None
+    return f"oneDNN convolves float32 (and bfloat16 where the CPU does), got {request.dtype}"
+
+
+def _chunks(images: int, *per_image: int) -> Iterator[tuple[int, int]]:
+    """Ranges of images whose largest tensor, of `per_image` bytes, is about CHUNK_BYTES."""
+    step = max(1, CHUNK_BYTES // max(1, *per_image))
+    parts = max(1, round(images / step))
+    bounds = [images * i // parts for i in range(parts + 1)]
+    return zip(bounds[:-1], bounds[1:], strict=True)
+
+
+def _image_bytes(t: Tensor) -> int:
+    return t[0].numel() * t.element_size()
+
+
+def _convolve_into(
+    out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, conv: ConvSpec
+) -> None:
+    """out += conv(x, weight) + bias, in one call of oneDNN."""
+    stride, padding, dilation, groups = conv
+    torch.ops.mkldnn._convolution_pointwise_.binary(
+        out, x, weight, bias, padding, stride, dilation, groups, "add", 1.0, None, [], None
+    )
+
+
+def _packed(weight: Tensor, conv: ConvSpec, chunk_shape: Sequence[int], uses: int) -> Tensor:
+    """The weight in oneDNN's own order where it is used often enough to be worth it."""
+    if uses < 2:
+        return weight
+    stride, padding, dilation, groups = conv
+    return torch.ops.mkldnn._reorder_convolution_weight(
+        weight, padding, stride, dilation, groups, list(chunk_shape)
+    )
+
+
+def _new_output(x: Tensor, weight: Tensor, conv: ConvSpec) -> Tensor:
+    h, w = conv.output_size(x.shape[2:], weight.shape[2:])
+    return empty((x.shape[0], weight.shape[0], h, w), x.dtype, channels_last=True)
+
+
+@register("conv_forward", "cpu", why_not=_why_not, name="onednn_chunked")
+def conv_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    conv: ConvSpec,
+    *,
+    prologue: Prologue | None = None,
+    want_state: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """y = conv(P(x), weight) + bias and its statistics, chunk by chunk."""
+    y = _new_output(x, weight, conv)
+    chunks = list(_chunks(len(x), _image_bytes(x), _image_bytes(y)))
+    z = _scratch(x, chunks) if prologue is not None else x
+    weight = _packed(weight, conv, z[slice(*chunks[0])].shape, len(chunks))
+    state, done = None, 0
+    for a, b in chunks:
+        source = x[a:b]
+        if prologue is not None:
+            source = z[: b - a]
+            scale_shift_act(x[a:b], prologue.stats, act=prologue.act, out=source)
+        _convolve_into(y[a:b].zero_(), source, weight, bias, conv)
+        if want_state:
+            state = channel_stats(y[a:b], state, done)
+            done += (b - a) * y.shape[2] * y.shape[3]
+    return y, state
+
+
+def _scratch(like: Tensor, chunks: list[tuple[int, int]]) -> Tensor:
+    """Memory for one chunk of a tensor like that."""
+    return empty((max(b - a for a, b in chunks), *like.shape[1:]), like.dtype, channels_last=True)
+
+
+def _transposed(weight: Tensor, conv: ConvSpec, x: Tensor) -> tuple[Tensor, ConvSpec] | None:
+    """The convolution that computes the data gradient, where it is a plain and worthwhile one.
+
+    Turning a weight around costs passes over it. Where it is large against the activations
+    (ResNet's last stage), oneDNN's own backward is faster.
+    """
+    kernel = weight.shape[2:]
+    plain = conv.stride == (1, 1) and conv.groups == 1 and weight.numel() * 2 <= x.numel()
+    ph, pw = (d * (k - 1) - p for d, k, p in zip(conv.dilation, kernel, conv.padding, strict=True))
+    if not plain or min(ph, pw) < 0:
+        return None
+    turned = weight.transpose(0, 1)
+    turned = turned.flip(2, 3) if max(kernel) > 1 else turned
+    turned = turned.contiguous(memory_format=torch.channels_last)
+    return turned, ConvSpec((1, 1), (ph, pw), conv.dilation, 1)
+
+
+@register("conv_backward", "cpu", why_not=_why_not, name="onednn_chunked")
+def conv_backward(
+    grad: PendingGrad,
+    x: Tensor,
+    weight: Tensor,
+    conv: ConvSpec,
+    *,
+    prologue: Prologue | None,
+    want_x: bool,
+    want_weight: bool,
+    accumulate: Tensor | Gated | None,
+    reduce: tuple[Gate, Branch] | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Backward of a whole unit: grad_y is formed, used for both gradients, and never stored.
+
+    Args:
+        grad: the pending gradient of the unit's raw output.
+        x: raw input of the convolution.
+        weight: its weight.
+        conv: its geometry.
+        prologue: what is pending on x.
+        want_x: whether the gradient of P(x) is wanted.
+        want_weight: whether the gradient of the weight is wanted.
+        accumulate: what the gradient of P(x) is added to; a tensor is overwritten.
+        reduce: gate and branch of the previous batch norm, whose sums are wanted.
+
+    Returns:
+        (grad of P(x), grad of weight, sums of the previous batch norm), None where not wanted.
+    """
+    chunks = list(_chunks(len(x), _image_bytes(x), _image_bytes(grad.grad_out)))
+    grad_y = _scratch(grad.grad_out, chunks)
+    z = _scratch(x, chunks) if prologue is not None and want_weight else None
+    data = _DataGradient(x, weight, conv, accumulate, chunks) if want_x else None
+    grad_weight: Tensor | None = None
+    sums: Tensor | None = None
+    for a, b in chunks:
+        gy = _form_gradient(grad, a, b, grad_y[: b - a])
+        if want_weight:
+            source = x[a:b]
+            if prologue is not None and z is not None:
+                scale_shift_act(source, prologue.stats, act=prologue.act, out=z[: b - a])
+                source = z[: b - a]
+            part = aten_weight(gy, source, weight, conv).float()
+            grad_weight = part if grad_weight is None else grad_weight.add_(part)
+        if data is not None:
+            grad_x = data.chunk(gy, a, b)
+            if reduce is not None:
+                gate, branch = reduce
+                own = (_images(branch, a, b),)
+                sums = bn_act_backward_reduce(grad_x, _gate_images(gate, x, a, b), own, sums=sums)
+    if grad_weight is not None:
+        grad_weight = grad_weight.to(weight.dtype)
+    return (data.result if data else None), grad_weight, sums
+
+
+def _images(branch: Branch, a: int, b: int) -> Branch:
+    return Branch(None if branch.y is None else branch.y[a:b], branch.stats)
+
+
+def _gate_images(gate: Gate, like: Tensor, a: int, b: int) -> Gate:
+    return gate.images(a, b, like.shape[2] * like.shape[3])
+
+
+def _form_gradient(grad: PendingGrad, a: int, b: int, out: Tensor) -> Tensor:
+    """grad_y of images a..b, in memory that is in cache."""
+    bn_act_backward_apply(
+        grad.grad_out[a:b],
+        _gate_images(grad.gate, grad.grad_out, a, b),
+        (_images(grad.branch, a, b),),
+        grad.sums,
+        grad.count,
+        want_grads=(True,),
+        out=out,
+    )
+    return out
+
+
+class _DataGradient:
+    """The data gradient, chunk by chunk, accumulated onto the residual's where there is one."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        conv: ConvSpec,
+        accumulate: Tensor | Gated | None,
+        chunks: list[tuple[int, int]],
+    ) -> None:
+        self.x, self.weight, self.conv, self.accumulate = x, weight, conv, accumulate
+        own = not isinstance(accumulate, Tensor)
+        self.result = empty(x.shape, x.dtype, channels_last=True) if own else accumulate
+        self.transposed = None
+        if (plain := _transposed(weight, conv, x)) is not None:
+            k = weight.shape[0]
+            h, w = conv.output_size(x.shape[2:], weight.shape[2:])
+            shape = (chunks[0][1] - chunks[0][0], k, h, w)
+            self.transposed = (_packed(plain[0], plain[1], shape, len(chunks)), plain[1])
+
+    def chunk(self, grad_y: Tensor, a: int, b: int) -> Tensor:
+        """The gradient of images a..b, in place in `result`."""
+        out = self.result[a:b]
+        fresh = None if self.transposed else self._by_torch(grad_y, a, b)
+        if isinstance(self.accumulate, Gated):
+            gated = self.accumulate
+            gate = _gate_images(gated.gate, gated.grad_out, a, b)
+            act_backward(gated.grad_out[a:b], gate, out=out)
+        elif self.accumulate is None:
+            if fresh is not None:
+                return out.copy_(fresh)
+            out.zero_()
+        if self.transposed is None:
+            return out.add_(fresh)
+        weight, conv = self.transposed
+        _convolve_into(out, grad_y, weight, None, conv)
+        return out
+
+    def _by_torch(self, grad_y: Tensor, a: int, b: int) -> Tensor:
+        return aten_data(grad_y, self.weight, self.x[a:b], self.conv)
+
+
+@register("conv_bn_act", "cpu", why_not=_why_not, name="onednn_chunked")
+def conv_bn_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    conv: ConvSpec,
+    stats: Tensor,
+    *,
+    residual: Tensor | None = None,
+    act: str = "none",
+) -> Tensor:
+    """Inference: each chunk is convolved, then normalised, added to and activated in cache.
+
+    Folding the batch norm into the weight would save nothing more: the sum and the activation
+    need their pass over the chunk anyway, since oneDNN's own ReLU turns NaN into 0.
+    """
+    y = _new_output(x, weight, conv)
+    chunks = list(_chunks(len(x), _image_bytes(x), _image_bytes(y)))
+    weight = _packed(weight, conv, x[slice(*chunks[0])].shape, len(chunks))
+    for a, b in chunks:
+        out = y[a:b].zero_()
+        _convolve_into(out, x[a:b], weight, bias, conv)
+        added = None if residual is None else residual[a:b]
+        scale_shift_act(out, stats, residual=added, act=act, out=out)
+    return y

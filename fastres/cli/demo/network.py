@@ -1,0 +1,48 @@
+"""The demo's network: a small ResNet out of torchvision's own Bottleneck blocks."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastres.cli.libraries import library
+
+#: Blocks per stage, width of the first stage. Small images keep their resolution in the first
+#: stage, as in section 4.2 of He et al. 2015.
+DEPTH, WIDTH = (2, 2, 2), 16
+
+
+def build(seed: int) -> nn.Module:
+    """The stock network, initialised from the seed: [N, 1, S, S] -> [N, 10]."""
+    resnet: Any = library("torchvision.models.resnet", "torchvision")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        stem = [
+            ("conv1", nn.Conv2d(1, WIDTH, 3, padding=1, bias=False)),
+            ("bn1", nn.BatchNorm2d(WIDTH)),
+            ("relu", nn.ReLU(inplace=True)),
+        ]
+        stages, channels = [], WIDTH
+        for i, depth in enumerate(DEPTH):
+            stage, channels = _stage(resnet.Bottleneck, channels, WIDTH * 2**i, depth, min(i, 1))
+            stages.append((f"layer{i + 1}", stage))
+        head = [
+            ("avgpool", nn.AdaptiveAvgPool2d(1)),
+            ("flatten", nn.Flatten()),
+            ("fc", nn.Linear(channels, 10)),
+        ]
+        return nn.Sequential(OrderedDict([*stem, *stages, *head]))
+
+
+def _stage(
+    block: Any, channels: int, planes: int, depth: int, halve: int
+) -> tuple[nn.Sequential, int]:
+    out, stride = planes * block.expansion, 1 + halve
+    downsample = nn.Sequential(
+        nn.Conv2d(channels, out, 1, stride=stride, bias=False), nn.BatchNorm2d(out)
+    )
+    first = block(channels, planes, stride, downsample)
+    return nn.Sequential(first, *(block(out, planes) for _ in range(depth - 1))), out

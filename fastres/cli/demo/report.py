@@ -1,0 +1,223 @@
+"""The demo's result: a self-contained page, and the same figures as lines of text."""
+
+from __future__ import annotations
+
+import platform
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import torch
+
+from fastres import __version__
+from fastres.cli.demo import parity
+from fastres.cli.demo.plot import Axes, Line, svg
+from fastres.cli.demo.training import Contender
+
+ACCURACY_GOAL = 0.97
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1c2430; --soft: #5b6675; --line: #d5dae1;
+  --paper: #fff; --stock: #1f6fb4; --fused: #d9560b; --good: #17733a; --bad: #b3261e; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ee; --soft: #9aa5b4; --line: #39424e;
+  --paper: #12161c; --stock: #6db3ee; --fused: #ff9a5c; --good: #6fcf8e; --bad: #ff8a80; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1.5rem 1rem 3rem; max-width: 46rem; color: var(--ink);
+  background: var(--paper); font: 1rem/1.55 system-ui, sans-serif; }
+h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .5rem; }
+h2 { font-size: 1.15rem; margin: 2.2rem 0 .5rem; }
+p { margin: .5rem 0; } .soft, figcaption, caption { color: var(--soft); font-size: .9rem; }
+figure { margin: 1rem 0; } svg { display: block; width: 100%; height: auto; }
+svg text { font: 12px system-ui, sans-serif; fill: var(--ink); }
+.end { text-anchor: end; } .middle { text-anchor: middle; }
+.grid { stroke: var(--line); } .axis { stroke: var(--soft); fill: none; }
+.line { fill: none; stroke-width: 2; stroke-linejoin: round; }
+.stock { stroke: var(--stock); } .fused { stroke: var(--fused); stroke-dasharray: 6 4; }
+.allowed { stroke: var(--soft); stroke-dasharray: 2 3; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; }
+th, td { text-align: left; padding: .3rem .7rem .3rem 0; border-bottom: 1px solid var(--line);
+  vertical-align: top; } .figures td, .figures th { font-variant-numeric: tabular-nums; }
+.figures :is(td, th):not(:first-child) { text-align: right; }
+.good { color: var(--good); } .bad { color: var(--bad); } .good, .bad { font-weight: 600; }
+code { font-size: .9em; overflow-wrap: anywhere; }
+"""
+
+
+@dataclass
+class Result:
+    """What the demo found; `verdict` is None where it was interrupted before there was one."""
+
+    stock: Contender
+    fused: Contender
+    verdict: parity.Verdict | None
+    blocks: dict[str, Any]
+    batch: int
+    size: int
+    seed: int
+    epochs: int
+    test_images: int
+    enforce_accuracy: bool
+    seconds: float = 0.0
+
+    @property
+    def faster(self) -> float:
+        """Images per second, fused over stock."""
+        return self.fused.images_per_second(self.batch) / self.stock.images_per_second(self.batch)
+
+    def checks(self) -> list[tuple[bool, str]]:
+        """Each claim of the demo: whether it holds, and the sentence that says so."""
+        if self.verdict is None:
+            return [(False, f"Interrupted after {len(self.fused.accuracies)} epochs.")]
+        v = self.verdict
+        lowest = min(self.stock.accuracies[-1], self.fused.accuracies[-1])
+        found = [
+            (
+                v.curves_agree,
+                (
+                    f"The loss curves agree over the first {len(v.allowed)} steps: the fused one uses "
+                    f"at most {v.margin:.0%} of its tolerance."
+                ),
+            ),
+            (
+                v.accuracies_agree,
+                (
+                    f"The test accuracies are {v.accuracy_gap:.2%} apart; {v.accuracy_allowed:.2%} "
+                    f"would be chance on {self.test_images} images."
+                ),
+            ),
+        ]
+        if self.enforce_accuracy:
+            claim = f"Both reach {ACCURACY_GOAL:.0%} test accuracy: the lower is {lowest:.2%}."
+            found.append((lowest >= ACCURACY_GOAL, claim))
+        return found
+
+    @property
+    def passed(self) -> bool:
+        """Whether every claim holds."""
+        return all(holds for holds, _ in self.checks())
+
+
+def figures(result: Result) -> list[tuple[str, str, str, str]]:
+    """(what, stock, fused, fused in relation to stock) for the table."""
+    stock, fused = result.stock, result.fused
+    rates = [c.images_per_second(result.batch) for c in (stock, fused)]
+    rows = [
+        ("images per second", f"{rates[0]:,.0f}", f"{rates[1]:,.0f}", f"{result.faster:.2f}x"),
+        (
+            "saved for backward, MB per step",
+            f"{stock.saved_bytes / 1e6:,.1f}",
+            f"{fused.saved_bytes / 1e6:,.1f}",
+            f"{fused.saved_bytes / max(stock.saved_bytes, 1):.2f}x",
+        ),
+        ("training loss, last step", f"{stock.losses[-1]:.4f}", f"{fused.losses[-1]:.4f}", ""),
+    ]
+    if stock.accuracies and fused.accuracies:
+        last = (stock.accuracies[-1], fused.accuracies[-1])
+        rows.append(("test accuracy", f"{last[0]:.2%}", f"{last[1]:.2%}", ""))
+    return rows
+
+
+def conditions(result: Result) -> str:
+    """One sentence that says what the figures hold for."""
+    device = result.stock.device
+    where = f"{torch.get_num_threads()} CPU threads ({platform.machine()})"
+    if device.type == "cuda":
+        where = torch.cuda.get_device_name(device)
+    return (
+        f"{where}; torch {torch.__version__}, fastres {__version__}; float32, channels_last, "
+        f"batch {result.batch}, images enlarged to {result.size}x{result.size}, seed "
+        f"{result.seed}, {result.epochs} epochs that alternate between the two; medians over "
+        f"{len(result.fused.seconds)} steps of forward, backward and update."
+    )
+
+
+def page(result: Result) -> str:
+    """The whole page as HTML that refers to nothing outside itself."""
+    headline = f"{result.faster:.2f}x the images per second, the same learning curve"
+    if not result.passed:
+        headline = "The run did not meet its claims"
+    sections = [
+        f"<h1>{headline}</h1>",
+        ("<p>A bottleneck ResNet of torchvision's own blocks learns scikit-learn's handwritten "
+        "digits (1,797 scans) twice from the same seed: as it is, and after "
+        "<code>fastres.convert</code>.</p>"),
+        *(f'<p class="{"good" if ok else "bad"}">{escape(text)}</p>' for ok, text in
+          result.checks()),
+        _figures_table(result),
+        f'<p class="soft">{escape(conditions(result))}</p>',
+        _curves(result),
+        _rounding(result.verdict) if result.verdict is not None else "",
+        _blocks_table(result.blocks),
+    ]  # fmt: skip
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>fastres demo</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+        + "\n".join(sections)
+        + "\n</body>\n</html>\n"
+    )
+
+
+def _figures_table(result: Result) -> str:
+    rows = "".join(
+        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>"
+        for row in figures(result)
+    )
+    return (
+        '<div class="scroll"><table class="figures"><tr><th></th><th>stock</th><th>fused</th>'
+        f"<th>fused / stock</th></tr>{rows}</table></div>"
+    )
+
+
+def _curves(result: Result) -> str:
+    lines = [
+        Line(c.name, list(enumerate(c.losses, start=1)), c.name)
+        for c in (result.stock, result.fused)
+    ]
+    plot = svg(Axes("Training loss of both networks", "step", "training loss"), lines)
+    accuracies = "".join(
+        f"<tr><td>{epoch}</td><td>{a:.2%}</td><td>{b:.2%}</td></tr>"
+        for epoch, (a, b) in enumerate(
+            zip(result.stock.accuracies, result.fused.accuracies, strict=False), start=1
+        )
+    )
+    return (
+        f"<h2>Learning curves</h2><figure>{plot}<figcaption>Training loss, every step, same "
+        'batches.</figcaption></figure><div class="scroll"><table class="figures"><tr><th>epoch'
+        f"</th><th>stock, test accuracy</th><th>fused</th></tr>{accuracies}</table></div>"
+    )
+
+
+def _rounding(verdict: parity.Verdict) -> str:
+    lines = [
+        Line("tolerance", list(enumerate(verdict.allowed, start=1)), "allowed"),
+        Line("stock float32", list(enumerate(verdict.stock, start=1)), "stock"),
+        Line("fused float32", list(enumerate(verdict.fused, start=1)), "fused"),
+    ]
+    axes = Axes("Distance from the float64 curve", "step", "distance of the loss", log=True)
+    derivation = (parity.__doc__ or "").partition("\n\n")[2]
+    return (
+        "<h2>How far apart may the curves be?</h2>"
+        f"<p>{escape(' '.join(textwrap.dedent(derivation).split()))}</p>"
+        f"<p>Allowed at each step: 2 x the largest distance so far + "
+        f"{parity.ROUNDINGS_OF_A_LOSS} x 2<sup>-23</sup> x loss.</p>"
+        f"<figure>{svg(axes, lines)}<figcaption>Distance from the float64 curve over the "
+        f"{len(verdict.allowed)} steps where rounding stays below {parity.CHAOS:.0%} of the loss."
+        "</figcaption></figure>"
+    )
+
+
+def _blocks_table(blocks: dict[str, Any]) -> str:
+    rows: Sequence[dict[str, Any]] = blocks["rows"]
+    body = "".join(
+        f"<tr><td><code>{escape(str(row['name']))}</code></td><td>{escape(str(row['type']))}</td>"
+        f'<td class="{"good" if row["fused"] else "bad"}">{"yes" if row["fused"] else "no"}</td>'
+        f"<td>{escape(str(row.get('reason') or row.get('level') or ''))}</td></tr>"
+        for row in rows
+    )
+    return (
+        '<h2>What was fused</h2><div class="scroll"><table><tr><th>block</th><th>type</th>'
+        f"<th>fused</th><th>level or reason</th></tr>{body}</table></div>"
+    )

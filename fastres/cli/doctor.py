@@ -1,0 +1,209 @@
+"""`fastres doctor`: what is installed, what can run here, what is missing and how to get it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import platform
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastres import __version__
+from fastres.backends import BACKENDS
+from fastres.cli.environment import VARIABLES
+from fastres.cli.output import as_json, heading, table
+from fastres.engine import current
+
+#: Distributions whose versions a bug report needs.
+DISTRIBUTIONS = ("torch", "triton", "torchvision", "timm", "transformers", "numpy")
+
+#: Compiled modules, what they are for, and how to get one that is missing.
+MODULES = {
+    "fastres._cpu": (
+        "the C++ kernels",
+        (
+            "install a C++20 compiler (g++ 11 or clang++ 14, or newer), then reinstall fastres from "
+            "source with FASTRES_CPU=1, which shows why a build fails"
+        ),
+    ),
+}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print the facts as text, or as one JSON object with --json."""
+    parser = argparse.ArgumentParser(prog="fastres doctor", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    args = parser.parse_args(arguments)
+    facts = collect()
+    as_json(facts) if args.json else _show(facts)
+    return 0
+
+
+def collect() -> dict[str, Any]:
+    """Everything `doctor` knows, as plain data."""
+    return {
+        "versions": _versions(),
+        "modules": [_module(name) for name in MODULES],
+        "backends": [_backend(name) for name in BACKENDS],
+        "settings": _settings(),
+        "cpu": _cpu(),
+        "gpu": _gpu(),
+        "environment": [
+            {"name": v.name, "value": v.value, "default": v.default, "meaning": v.meaning}
+            for v in VARIABLES
+        ],
+    }
+
+
+def _versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {
+        "fastres": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+    for name in DISTRIBUTIONS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def _module(name: str) -> dict[str, Any]:
+    purpose, remedy = MODULES[name]
+    facts: dict[str, Any] = {"name": name, "purpose": purpose, "present": True}
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError:
+        facts |= {"present": False, "why_not": "it was not built", "remedy": remedy}
+    except ImportError as error:
+        facts |= {"present": False, "why_not": str(error), "remedy": remedy}
+    return facts
+
+
+def _backend(name: str) -> dict[str, Any]:
+    backend = BACKENDS[name]
+    reason = backend.why_not()
+    return {
+        "name": name,
+        "devices": list(backend.devices),
+        "available": reason is None,
+        "why_not": reason,
+    }
+
+
+def _settings() -> dict[str, str | None]:
+    try:
+        settings = current()
+    except (ValueError, RuntimeError) as error:
+        return {"backend": None, "memory": None, "error": str(error)}
+    return {"backend": settings.backend, "memory": settings.memory, "error": None}
+
+
+def _cpu() -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "threads": torch.get_num_threads(),
+        "torch_capability": torch.backends.cpu.get_cpu_capability(),
+        "isa": None,
+        "isas": [],
+        "openmp": None,
+        "openmp_shared_with_torch": None,
+    }
+    try:
+        kernels: Any = importlib.import_module("fastres._cpu")
+    except ImportError:
+        return facts
+    library = kernels.openmp()["library"]
+    return facts | {
+        "isa": kernels.isa(),
+        "isas": list(kernels.isas()),
+        "openmp": library,
+        "openmp_shared_with_torch": _shared(library),
+    }
+
+
+def _shared(library: str | None) -> bool | None:
+    """Whether our OpenMP runtime is the only one in this process, that is, torch's too.
+
+    Two runtimes would each start a pool of threads. None where the system does not say what is
+    loaded.
+    """
+    maps = Path("/proc/self/maps")
+    if library is None or not maps.exists():
+        return None
+    names = re.findall(r"/\S*/lib(?:gomp|iomp5|omp)\b\S*", maps.read_text())
+    return {Path(name).resolve() for name in names} == {Path(library).resolve()}
+
+
+def _gpu() -> dict[str, Any]:
+    if not torch.cuda.is_available():
+        built = torch.version.cuda or torch.version.hip
+        reason = "torch sees no GPU" if built else "this torch was built without GPU support"
+        return {"devices": [], "why_not": reason}
+    count = torch.cuda.device_count()
+    found = [torch.cuda.get_device_properties(i) for i in range(count)]
+    devices = [
+        {"name": p.name, "capability": f"{p.major}.{p.minor}", "memory": p.total_memory}
+        for p in found
+    ]
+    return {"devices": devices, "why_not": None}
+
+
+# ---------------------------------------------------------------- text
+
+
+def _show(facts: dict[str, Any]) -> None:
+    heading("Versions")
+    table([(name, value or "not installed") for name, value in facts["versions"].items()])
+    heading("Compiled modules")
+    table([(m["name"], m["purpose"], _presence(m)) for m in facts["modules"]])
+    heading("Backends")
+    table([(b["name"], ", ".join(b["devices"]), _availability(b)) for b in facts["backends"]])
+    _show_settings(facts["settings"])
+    heading("CPU")
+    table(_cpu_rows(facts["cpu"]))
+    heading("GPU")
+    gpus = [(d["name"], f"{d['memory'] / 2**30:.0f} GiB") for d in facts["gpu"]["devices"]]
+    table(gpus or [("none", facts["gpu"]["why_not"])])
+    heading("Environment variables")
+    table([(e["name"], _setting(e), e["meaning"]) for e in facts["environment"]])
+    print(f"\nPython: {sys.executable}")
+
+
+def _presence(module: dict[str, Any]) -> str:
+    if module["present"]:
+        return "present"
+    return f"missing: {module['why_not']}. To get it: {module['remedy']}."
+
+
+def _availability(backend: dict[str, Any]) -> str:
+    return "available" if backend["available"] else f"not available: {backend['why_not']}"
+
+
+def _setting(entry: dict[str, Any]) -> str:
+    return f"= {entry['value']}" if entry["value"] is not None else f"not set ({entry['default']})"
+
+
+def _show_settings(settings: dict[str, str | None]) -> None:
+    if settings["error"] is None:
+        print(f"  In force: backend {settings['backend']}, memory {settings['memory']}.")
+    else:
+        print(f"  The environment asks for what cannot be: {settings['error']}.")
+
+
+def _cpu_rows(cpu: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = [("threads", str(cpu["threads"])), ("torch's kernels", cpu["torch_capability"])]
+    if cpu["isa"] is not None:
+        sharing = {True: "shared with torch", False: "beside torch's own", None: "not known"}
+        rows += [
+            ("fastres kernels", f"{cpu['isa']} (built and running here: {', '.join(cpu['isas'])})"),
+            ("OpenMP", f"{cpu['openmp'] or 'none: one thread'}"),
+            ("OpenMP runtime", sharing[cpu["openmp_shared_with_torch"]]),
+        ]
+    return rows

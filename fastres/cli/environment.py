@@ -1,0 +1,82 @@
+"""The environment variables that fastres reads: the one table behind `doctor` and the docs."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Variable:
+    """An environment variable: its name, when it is read, what it takes, and what it does."""
+
+    name: str
+    read: str
+    values: str
+    default: str
+    meaning: str
+
+    @property
+    def value(self) -> str | None:
+        """What it is set to in this process, or None."""
+        return os.environ.get(self.name)
+
+
+VARIABLES = (
+    Variable(
+        "FASTRES_BACKEND",
+        "first block",
+        "auto, cpu, triton, aten, reference",
+        "auto",
+        "the backend that runs blocks, as fastres.use_backend",
+    ),
+    Variable(
+        "FASTRES_MEMORY",
+        "first block",
+        "auto, speed, balanced, lean",
+        "auto",
+        "what blocks keep for backward, as fastres.use_memory",
+    ),
+    Variable(
+        "FASTRES_CPU_ISA",
+        "import",
+        "avx512, avx2, baseline",
+        "the best this CPU has",
+        "the instruction set of the C++ kernels",
+    ),
+    Variable(
+        "FASTRES_CPU_CACHE_MB",
+        "import",
+        "MiB",
+        "what was in use at the peak",
+        "upper bound of the memory that the CPU allocator keeps between blocks",
+    ),
+    Variable(
+        "FASTRES_POISON",
+        "import",
+        "0, 1",
+        "0",
+        "fill every allocation of the CPU allocator with NaN, to find reads of unwritten memory",
+    ),
+    Variable(
+        "FASTRES_CPU",
+        "build",
+        "0, 1",
+        "built where it can be",
+        "0 leaves the C++ kernels out of the build, 1 makes a build without them an error",
+    ),
+    Variable(
+        "MAX_JOBS",
+        "build",
+        "a number",
+        "one per core",
+        "compilers that run at once",
+    ),
+)
+
+
+def markdown() -> str:
+    """The table as docs/environment.md carries it."""
+    rows = [("variable", "read at", "values", "default", "what it does"), ("---",) * 5]
+    rows += [(f"`{v.name}`", v.read, v.values, v.default, v.meaning) for v in VARIABLES]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"

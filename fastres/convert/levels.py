@@ -1,0 +1,83 @@
+"""Which kernels would run a block, and at which level of fusion."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastres.engine import BlockSpec, Plan, current, make_plan
+from fastres.engine.plan import Signature
+from fastres.nn._fused import Layers
+from fastres.primitives import memory_format_of
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a block is meant to run; None stands for how its parameters are."""
+
+    device: str | None = None
+    dtype: torch.dtype | None = None
+    channels_last: bool | None = None
+
+    @classmethod
+    def of(
+        cls,
+        x: Tensor | None,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+        channels_last: bool | None,
+    ) -> Target:
+        """What is given by name, and else the properties of an example input."""
+        kind = torch.device(device).type if device is not None else None
+        if x is not None:
+            kind, dtype = kind or x.device.type, dtype or x.dtype
+            if channels_last is None:
+                channels_last = memory_format_of(x) == torch.channels_last
+        return cls(kind, dtype, channels_last)
+
+
+def describe(layers: Layers, target: Target) -> tuple[str, dict[str, str]]:
+    """(level of fusion, primitive -> implementation) of a block.
+
+    Raises:
+        NotImplementedError: where the backend that was asked for cannot run it.
+    """
+    plan = _plan(layers, target)
+    if not any(layer.batch_stats for layer in layers.everything):
+        return plan.level, {"conv_bn_act": _joined([c.infer for c in plan.convs if c is not None])}
+    found = {name: str(entry) for name, entry in plan.pointwise.items()}
+    convs = [c for c in plan.convs if c is not None]
+    found["conv_forward"] = _joined([c.prologue or c.forward for c in convs])
+    joint = [c for c in convs if c.joint is not None]
+    composed = [c for c in convs if c.joint is None]
+    found["conv_backward"] = _joined([c.joint for c in joint])
+    found["conv_backward_data"] = _joined([c.data for c in composed])
+    found["conv_backward_weight"] = _joined([c.weight for c in composed])
+    return plan.level, {name: text for name, text in found.items() if text}
+
+
+def _joined(entries: Sequence[object]) -> str:
+    return ", ".join(dict.fromkeys(str(entry) for entry in entries))
+
+
+def _plan(layers: Layers, target: Target) -> Plan:
+    weights = [layer.weight for layer in layers.everything]
+    some = next(w for w in weights if w is not None)
+    channels_last = target.channels_last
+    if channels_last is None:
+        channels_last = memory_format_of(some) == torch.channels_last
+    spec = BlockSpec(
+        units=tuple(layer.spec for layer in layers.units),
+        shortcut=layers.shortcut,
+        projection=None if layers.projection is None else layers.projection.spec,
+        pool=layers.pool,
+        act=layers.act,
+        save=True,
+        backend=current().backend,
+    )
+    kernels = tuple(None if w is None else (w.shape[2], w.shape[3]) for w in weights)
+    device, dtype = target.device or some.device.type, target.dtype or some.dtype
+    return make_plan(spec, Signature(device, dtype, channels_last, kernels))

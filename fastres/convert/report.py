@@ -1,0 +1,87 @@
+"""What conversion and `explain` have to say about a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Row:
+    """One block.
+
+    Attributes:
+        name: where it is in the model, as in `named_modules`.
+        type: its class, with its library.
+        fused: whether its forward runs as one fused operation, as it stands.
+        reason: what keeps it from that, or what was done to it; empty where all is well.
+        level: level of fusion, docs/design.md section 6; empty where it is not fused.
+        backends: primitive -> implementation that runs it.
+    """
+
+    name: str
+    type: str
+    fused: bool
+    reason: str = ""
+    level: str = ""
+    backends: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def kernels(self) -> str:
+        """The backends at work in this block."""
+        return ", ".join(sorted({name.split(":")[0] for name in self.backends.values()}))
+
+
+@dataclass(frozen=True)
+class Report:
+    """The blocks of a model: which run fused, and what is in the way of the others.
+
+    Attributes:
+        model: class of the model.
+        rows: one per residual block or stem.
+        changed: how many modules a conversion changed.
+        notes: what concerns the model as a whole.
+    """
+
+    model: str
+    rows: tuple[Row, ...]
+    changed: int = 0
+    notes: tuple[str, ...] = ()
+
+    @property
+    def fused(self) -> int:
+        """Number of blocks that run fused."""
+        return sum(row.fused for row in self.rows)
+
+    @property
+    def unfused(self) -> int:
+        """Number of blocks that do not."""
+        return len(self.rows) - self.fused
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return {**asdict(self), "fused": self.fused, "unfused": self.unfused}
+
+    def __str__(self) -> str:
+        head = f"{self.model}: {self.fused} of {len(self.rows)} blocks fused"
+        if self.changed:
+            head += f", {self.changed} modules changed"
+        lines = [head, *_table(self.rows), *(f"note: {note}" for note in self.notes)]
+        return "\n".join(lines)
+
+
+def _table(rows: tuple[Row, ...]) -> list[str]:
+    if not rows:
+        return []
+    titles = ("block", "type", "fused", "level", "backends", "reason")
+    cells = [
+        (r.name or "(model)", r.type, "yes" if r.fused else "no", r.level, r.kernels, r.reason)
+        for r in rows
+    ]
+    widths = [max(len(c[i]) for c in (titles, *cells)) for i in range(len(titles))]
+    lines = [titles, tuple("-" * w for w in widths), *cells]
+    return [
+        "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    ]

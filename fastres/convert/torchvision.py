@@ -1,0 +1,34 @@
+"""torchvision's residual blocks and the stem of its ResNet."""
+
+from __future__ import annotations
+
+from torchvision.models import resnet
+
+from fastres.nn._children import Parts
+from fastres.nn.blocks import FusedModule, three_layers, two_layers
+from fastres.nn.stem import FusedStem
+
+
+class FusedBasicBlock(FusedModule, resnet.BasicBlock):  # type: ignore[misc]
+    """torchvision's BasicBlock, fused."""
+
+    def _parts(self) -> Parts:
+        return two_layers(self)
+
+
+class FusedBottleneck(FusedModule, resnet.Bottleneck):  # type: ignore[misc]
+    """torchvision's Bottleneck, fused."""
+
+    def _parts(self) -> Parts:
+        return three_layers(self)
+
+
+class FusedResNet(FusedStem, resnet.ResNet):  # type: ignore[misc]
+    """torchvision's ResNet with a fused stem."""
+
+
+SWAPS: dict[type, type] = {
+    resnet.BasicBlock: FusedBasicBlock,
+    resnet.Bottleneck: FusedBottleneck,
+    resnet.ResNet: FusedResNet,
+}

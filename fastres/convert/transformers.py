@@ -1,0 +1,60 @@
+"""The residual layers and the embedder of transformers' ResNet."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers.models.resnet import modeling_resnet as resnet
+
+from fastres.nn._children import Decline, Parts, Projection
+from fastres.nn.blocks import FusedModule
+
+
+def _parts_of(layer: nn.Module) -> Parts | Decline:
+    chain, shortcut = layer._modules["layer"], layer._modules["shortcut"]
+    assert chain is not None and shortcut is not None
+    convs = tuple(chain._modules.values())
+    if type(chain) is not nn.Sequential or any([type(c) not in _CONV_LAYERS for c in convs]):
+        return Decline(chain, "is not a Sequential of ResNetConvLayer")
+    units = tuple([_unit_of(c) for c in convs])
+    containers = (chain, *convs)
+    if type(shortcut) is resnet.ResNetShortCut:
+        containers = (*containers, shortcut)
+        m = shortcut._modules
+        shortcut = Projection(m["convolution"], m["normalization"])
+    return Parts(units, layer._modules["activation"], shortcut, (), containers)
+
+
+def _unit_of(layer: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module | None]:
+    m = layer._modules
+    return m["convolution"], m["normalization"], m["activation"]
+
+
+class FusedBasicLayer(FusedModule, resnet.ResNetBasicLayer):  # type: ignore[misc]
+    """transformers' ResNetBasicLayer, fused."""
+
+    def _parts(self) -> Parts | Decline:
+        return _parts_of(self)
+
+
+class FusedBottleNeckLayer(FusedModule, resnet.ResNetBottleNeckLayer):  # type: ignore[misc]
+    """transformers' ResNetBottleNeckLayer, fused."""
+
+    def _parts(self) -> Parts | Decline:
+        return _parts_of(self)
+
+
+class FusedConvLayer(FusedModule, resnet.ResNetConvLayer):  # type: ignore[misc]
+    """transformers' ResNetConvLayer outside the residual layers, fused."""
+
+    def _parts(self) -> Parts:
+        unit = _unit_of(self)
+        return Parts((unit,), unit[2], kind="none")
+
+
+_CONV_LAYERS = (resnet.ResNetConvLayer, FusedConvLayer)
+
+SWAPS: dict[type, type] = {
+    resnet.ResNetBasicLayer: FusedBasicLayer,
+    resnet.ResNetBottleNeckLayer: FusedBottleNeckLayer,
+    resnet.ResNetConvLayer: FusedConvLayer,
+}

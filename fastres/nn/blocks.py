@@ -1,0 +1,110 @@
+"""Residual blocks that run fused where they can, and as their stock class where they cannot."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastres.nn import stock
+from fastres.nn._children import Decline, Parts
+from fastres.nn._fused import Layers, layers_of, run_parts, why_not_parts
+
+
+class FusedModule(nn.Module):
+    """Comes before a stock class among the bases, and runs its forward fused where it can.
+
+    A subclass says in `_parts` what the module is made of. What cannot be fused goes to the next
+    class's forward, which calls the children as modules, hooks and all.
+    """
+
+    def _parts(self) -> Parts | Decline:
+        raise NotImplementedError(f"{type(self).__name__} must define _parts")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The stock class's forward, in one fused operation where that is possible."""
+        out = run_parts(self._parts(), x)
+        return super().forward(x) if out is None else out
+
+    def why_not(self, x: Tensor | None = None) -> str | None:
+        """Why the stock path would run now, or None; nothing is computed.
+
+        Args:
+            x: [N, C, H, W], or None to look at the module alone.
+        """
+        return why_not_parts(self, self._parts(), x)
+
+    def layers(self) -> Layers | None:
+        """What would be run fused, in the terms of `fastres.functional`; None where it is not."""
+        found = layers_of(self._parts())
+        return found if isinstance(found, Layers) else None
+
+
+def two_layers(block: Any) -> Parts:
+    """The parts of a block with the attribute names of torchvision's BasicBlock."""
+    m = block._modules
+    relu = m["relu"]
+    units = ((m["conv1"], m["bn1"], relu), (m["conv2"], m["bn2"], None))
+    return Parts(units, relu, block.downsample)
+
+
+def three_layers(block: Any) -> Parts:
+    """The parts of a block with the attribute names of torchvision's Bottleneck."""
+    m = block._modules
+    relu = m["relu"]
+    units = (
+        (m["conv1"], m["bn1"], relu),
+        (m["conv2"], m["bn2"], relu),
+        (m["conv3"], m["bn3"], None),
+    )
+    return Parts(units, relu, block.downsample)
+
+
+def _class_for(cls: type, own: type, name: str) -> type:
+    """`own`, or its subclass that torchvision's ResNet recognises, where that is in use."""
+    if cls is not own or "torchvision.models.resnet" not in sys.modules:
+        return cls
+    try:
+        from fastres.nn import _torchvision
+    except Exception:
+        return cls
+    found: type = getattr(_torchvision, name)
+    return found
+
+
+def rebuild(cls: type) -> Any:
+    """An empty block of `cls`: the one that suits the process that loads it."""
+    return cls.__new__(cls)
+
+
+class BasicBlock(FusedModule, stock.BasicBlock):
+    """Drop-in for torchvision's BasicBlock, run as one fused operation.
+
+    Arguments, attributes, parameters, errors and results are those of
+    `fastres.nn.stock.BasicBlock`; whatever cannot be fused runs as that class does, and
+    `fastres.explain` says why.
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> BasicBlock:
+        made: BasicBlock = super().__new__(_class_for(cls, BasicBlock, "BasicBlock"))
+        return made
+
+    def _parts(self) -> Parts:
+        return two_layers(self)
+
+
+class Bottleneck(FusedModule, stock.Bottleneck):
+    """Drop-in for torchvision's Bottleneck, run as one fused operation.
+
+    Arguments, attributes, parameters, errors and results are those of
+    `fastres.nn.stock.Bottleneck`; whatever cannot be fused runs as that class does, and
+    `fastres.explain` says why.
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Bottleneck:
+        made: Bottleneck = super().__new__(_class_for(cls, Bottleneck, "Bottleneck"))
+        return made
+
+    def _parts(self) -> Parts:
+        return three_layers(self)

@@ -1,0 +1,139 @@
+"""Holds a fused module to a stock one: output, every gradient, every buffer."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fastres.testing.compare import assert_parity
+
+#: How stock torch is run besides as given, for its own error: the batch rolled by so many images,
+#: so that sums run in another order, in a format for which oneDNN and cuDNN have other algorithms.
+_ORDERS = (
+    (1, torch.channels_last), (2, torch.contiguous_format), (3, torch.channels_last),
+)  # fmt: skip
+
+
+def check_block(
+    stock: nn.Module,
+    fused: nn.Module,
+    x: Tensor,
+    grad_out: Tensor | None = None,
+    *,
+    what: str = "block",
+    steps: int = 1,
+) -> dict[str, Tensor]:
+    """Hold `fused` to `stock` by the 2x rule: output, gradients, buffers, their strides.
+
+    The truth is `stock` in float64; torch's own error is the largest that `stock` makes as given
+    and with the batch in other orders and formats. Neither module is changed: copies run.
+
+    Args:
+        stock: the module that defines the result.
+        fused: the module under test, with the same parameter and buffer names and values.
+        x: input, of the dtype and layout that both take; a gradient is taken if it requires one.
+        grad_out: gradient of the output, of its shape; None takes a random one of seed 0. There
+            is no backward where nothing requires a gradient.
+        what: name for the messages.
+        steps: forward passes (with backward) in a row; what is compared is the last one, and the
+            buffers after all of them.
+
+    Returns:
+        The fused module's results by name: "out", "x", "grad ...", and buffers.
+
+    Raises:
+        AssertionError: naming the quantity and its worst channel.
+    """
+    if grad_out is None:
+        grad_out = _random_like(stock, x)
+    found = _run(fused, x, grad_out, steps)
+    truth = _run(_double(stock), _detached(x, torch.float64), grad_out.double(), steps)
+    if found.keys() != truth.keys():
+        raise AssertionError(f"{what} must give {sorted(truth)}, got {sorted(found)}")
+    stocks = [_run(stock, x, grad_out, steps)]
+    stocks += [_reordered(stock, x, grad_out, steps, *order) for order in _ORDERS]
+    for name, value in found.items():
+        _check_like(value, stocks[0][name], f"{what}: {name}")
+        _compare(name, value, truth[name], [s[name] for s in stocks], what)
+    return found
+
+
+def _reordered(
+    stock: nn.Module, x: Tensor, grad_out: Tensor, steps: int, shift: int, fmt: torch.memory_format
+) -> dict[str, Tensor]:
+    """Stock torch on the batch rolled by `shift`: the same result, summed in another order."""
+    given = x.detach().roll(shift, 0).contiguous(memory_format=fmt)
+    found = _run(stock, given.requires_grad_(x.requires_grad), grad_out.roll(shift, 0), steps)
+    batch = ("out", "grad of x")
+    return {k: v.roll(-shift, 0) if k in batch else v for k, v in found.items()}
+
+
+def _compare(
+    name: str, value: Tensor, truth: Tensor, stocks: Sequence[Tensor], what: str
+) -> None:
+    if not value.is_floating_point():
+        if not torch.equal(value, stocks[0]):
+            raise AssertionError(f"{what}: {name} must be {stocks[0]}, got {value}")
+        return
+    # Several layers mix the channels, and a ReLU near zero may open in one run and not in the
+    # other, so torch's error is taken from the whole tensor; a parameter's gradient is a sum in
+    # which terms cancel, so that its own magnitude says nothing about its error.
+    activation = name in ("out", "grad of x")
+    more = [_either(value, truth)] if name.endswith("running_mean") else []
+    assert_parity(
+        value, truth, [*stocks, *more], what=f"{what}: {name}", channel_dim=int(activation),
+        pool="channels" if activation else "tensor", precision=stocks[0].dtype,
+    )  # fmt: skip
+
+
+def _either(value: Tensor, truth: Tensor) -> Tensor:
+    """The mean of a channel with an infinity: NaN by Welford's method, infinite by a plain sum."""
+    return torch.where(truth.isinf() & value.isnan(), value.to(truth.dtype), truth)
+
+
+def _check_like(value: Tensor, stock: Tensor, what: str) -> None:
+    """dtype and strides are part of parity; those of dimensions of size 1 mean nothing."""
+    if value.dtype != stock.dtype:
+        raise AssertionError(f"{what} must be {stock.dtype}, got {value.dtype}")
+    if value.shape != stock.shape:
+        raise AssertionError(f"{what} must have shape {stock.shape}, got {value.shape}")
+    pairs = zip(value.stride(), stock.stride(), value.shape, strict=True)
+    if what.endswith(": out") and any(a != b for a, b, size in pairs if size > 1):
+        raise AssertionError(f"{what} must have strides {stock.stride()}, got {value.stride()}")
+
+
+def _detached(x: Tensor, dtype: torch.dtype, requires_grad: bool | None = None) -> Tensor:
+    wanted = x.requires_grad if requires_grad is None else requires_grad
+    return x.detach().to(dtype).requires_grad_(wanted)
+
+
+def _double(module: nn.Module) -> nn.Module:
+    """A copy in float64, counters untouched."""
+    return copy.deepcopy(module).double()
+
+
+def _random_like(stock: nn.Module, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        out = copy.deepcopy(stock)(x)
+    g = torch.Generator().manual_seed(0)
+    grad = torch.randn(out.shape, generator=g).to(out.dtype).to(out.device)
+    return torch.empty_like(out).copy_(grad)
+
+
+def _run(module: nn.Module, x: Tensor, grad_out: Tensor, steps: int) -> dict[str, Tensor]:
+    """Results of a copy of the module, after `steps` passes."""
+    module = copy.deepcopy(module)
+    for _ in range(steps):
+        module.zero_grad(set_to_none=True)
+        given = x.detach().requires_grad_(x.requires_grad)
+        out = module(given)
+        if out.requires_grad:
+            out.backward(grad_out)
+    found = {"out": out.detach()}
+    if given.grad is not None:
+        found["grad of x"] = given.grad
+    found |= {f"grad {n}": p.grad for n, p in module.named_parameters() if p.grad is not None}
+    return found | {n: b.detach() for n, b in module.named_buffers()}
