@@ -1,0 +1,1 @@
+"""Benchmarks of fastres on the machine at hand; `python -m bench` runs them."""

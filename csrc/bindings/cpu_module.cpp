@@ -1,0 +1,401 @@
+// fastres._cpu: the CPU kernels on raw addresses. Tensors are checked by the Python adapter; here
+// only what would be an undefined code or a null pointer dereference is refused.
+#include <pybind11/pybind11.h>
+
+#include <cstdlib>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include <pybind11/stl.h>
+
+#ifdef __unix__
+#include <dlfcn.h>
+#endif
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "cpu/allocator.h"
+#include "cpu/kernels.h"
+#include "fastres/dlpack.h"
+
+namespace py = pybind11;
+
+namespace fastres::cpu {
+namespace {
+
+using Address = std::uintptr_t;
+
+void* at(Address address) { return reinterpret_cast<void*>(address); }
+
+void require(bool condition, const std::string& message) {
+  if (!condition) {
+    throw py::value_error(message);
+  }
+}
+
+void require_address(const char* name, Address address) {
+  require(address != 0, std::string(name) + " must be a non-null address, got 0");
+}
+
+int checked_code(const char* name, int code, int count) {
+  require(code >= 0 && code < count, std::string(name) + " must be between 0 and " +
+                                         std::to_string(count - 1) + ", got " +
+                                         std::to_string(code));
+  return code;
+}
+
+DType checked_dtype(int code) { return DType(checked_code("dtype", code, 4)); }
+Gate checked_gate(int code) { return Gate(checked_code("gate", code, 4)); }
+Activation checked_act(int code) { return Activation(checked_code("act", code, 2)); }
+
+void require_size(const char* name, int64_t size) {
+  require(size >= 0, std::string(name) + " must be non-negative, got " + std::to_string(size));
+}
+
+Problem checked_problem(int64_t n, int64_t c, int64_t hw, int layout, int dtype, int threads) {
+  require_size("n", n);
+  require_size("c", c);
+  require_size("hw", hw);
+  require(threads >= 1, "threads must be at least 1, got " + std::to_string(threads));
+  return {n, c, hw, Layout(checked_code("layout", layout, 2)), checked_dtype(dtype), threads};
+}
+
+// Addresses of empty tensors may be null; nothing is read behind them.
+void require_data(const char* name, Address address, const Problem& problem) {
+  if (problem.numel() > 0) {
+    require_address(name, address);
+  }
+}
+
+void require_gate_source(Gate gate, Address gate_ptr, Address y1, Address stats1,
+                         const Problem& problem) {
+  if (gate == Gate::kMask || gate == Gate::kOutput) {
+    require_data("gate_ptr", gate_ptr, problem);
+  } else if (gate == Gate::kAffine) {
+    require_data("y1", y1, problem);
+    require_address("stats1", stats1);
+  }
+}
+
+// ---- kernels ----
+
+void channel_stats_py(Address y, Address state, int64_t prior_count, int64_t n, int64_t c,
+                      int64_t hw, int layout, int dtype, int threads) {
+  const Problem problem = checked_problem(n, c, hw, layout, dtype, threads);
+  require_size("prior_count", prior_count);
+  require_data("y", y, problem);
+  if (c > 0) {
+    require_address("state", state);
+  }
+  active_table().channel_stats({at(y), static_cast<double*>(at(state)), prior_count, problem});
+}
+
+void finalize_stats_py(Address state, int64_t count, Address running_mean, Address running_var,
+                       Address weight, Address bias, double eps, Address stats, int64_t c,
+                       int dtype) {
+  require_size("c", c);
+  require_size("count", count);
+  const DType type = checked_dtype(dtype);
+  if (c > 0) {
+    require_address("stats", stats);
+    if (!state) {
+      require_address("running_mean", running_mean);
+      require_address("running_var", running_var);
+    }
+  }
+  finalize_stats({static_cast<const double*>(at(state)), count, at(running_mean), at(running_var),
+                  at(weight), at(bias), eps, at(stats), c, type});
+}
+
+void scale_shift_act_py(Address y, Address scale, Address shift, Address residual,
+                        Address residual_scale, Address residual_shift, Address out, Address mask,
+                        int act, int64_t n, int64_t c, int64_t hw, int layout, int dtype,
+                        int threads) {
+  const Problem problem = checked_problem(n, c, hw, layout, dtype, threads);
+  const Activation activation = checked_act(act);
+  require_data("y", y, problem);
+  require_data("scale", scale, problem);
+  require_data("shift", shift, problem);
+  require_data("out", out, problem);
+  require(!residual_scale == !residual_shift,
+          "residual_scale and residual_shift must be given together");
+  if (residual_scale) {
+    require_data("residual", residual, problem);
+  }
+  active_table().scale_shift_act({at(y), at(scale), at(shift), at(residual), at(residual_scale),
+                                  at(residual_shift), at(out), static_cast<uint8_t*>(at(mask)),
+                                  activation, problem});
+}
+
+void bn_act_backward_reduce_py(Address grad_out, int gate, Address gate_ptr, Address y1,
+                               Address stats1, Address y2, Address stats2, Address sums,
+                               bool accumulate, int64_t n, int64_t c, int64_t hw, int layout,
+                               int dtype, int threads) {
+  const Problem problem = checked_problem(n, c, hw, layout, dtype, threads);
+  const Gate gate_code = checked_gate(gate);
+  require_data("grad_out", grad_out, problem);
+  require_gate_source(gate_code, gate_ptr, y1, stats1, problem);
+  require(y1 || !y2, "y1 must be a non-null address where y2 is one, got 0");
+  if (y1) {
+    require_address("stats1", stats1);
+  }
+  if (y2) {
+    require_address("stats2", stats2);
+  }
+  if (c > 0) {
+    require_address("sums", sums);
+  }
+  active_table().backward_reduce({at(grad_out), gate_code, at(gate_ptr), {at(y1), at(y2)},
+                                  {at(stats1), at(stats2)}, static_cast<double*>(at(sums)),
+                                  accumulate, problem});
+}
+
+void bn_act_backward_apply_py(Address grad_out, int gate, Address gate_ptr, Address y1,
+                              Address stats1, Address y2, Address stats2, Address sums,
+                              int64_t count, Address grad_y1, Address grad_y2,
+                              Address grad_residual, int64_t n, int64_t c, int64_t hw, int layout,
+                              int dtype, int threads) {
+  const Problem problem = checked_problem(n, c, hw, layout, dtype, threads);
+  const Gate gate_code = checked_gate(gate);
+  require_size("count", count);
+  require_data("grad_out", grad_out, problem);
+  require_gate_source(gate_code, gate_ptr, y1, stats1, problem);
+  const Address y[2] = {y1, y2}, stats[2] = {stats1, stats2}, grad_y[2] = {grad_y1, grad_y2};
+  for (int b = 0; b < 2; ++b) {
+    const std::string branch = std::to_string(b + 1);
+    if (grad_y[b]) {
+      require_address(("stats" + branch).c_str(), stats[b]);
+      if (count > 0) {
+        require_data(("y" + branch).c_str(), y[b], problem);
+        require_address("sums", sums);
+      }
+    }
+  }
+  active_table().backward_apply({at(grad_out), gate_code, at(gate_ptr), {at(y1), at(y2)},
+                                 {at(stats1), at(stats2)}, static_cast<const double*>(at(sums)),
+                                 count, {at(grad_y1), at(grad_y2)}, at(grad_residual), problem});
+}
+
+void add_act_py(Address x, Address r, Address out, Address mask, int act, int64_t n, int64_t c,
+                int64_t hw, int layout, int dtype, int threads) {
+  const Problem problem = checked_problem(n, c, hw, layout, dtype, threads);
+  const Activation activation = checked_act(act);
+  require_data("x", x, problem);
+  require_data("r", r, problem);
+  require_data("out", out, problem);
+  active_table().add_act(
+      {at(x), at(r), at(out), static_cast<uint8_t*>(at(mask)), activation, problem});
+}
+
+void act_backward_py(Address grad_out, int gate, Address gate_ptr, Address grad, int64_t n,
+                     int64_t c, int64_t hw, int layout, int dtype, int threads) {
+  const Problem problem = checked_problem(n, c, hw, layout, dtype, threads);
+  const Gate gate_code = checked_gate(gate);
+  require(gate_code != Gate::kAffine, "gate must be 0, 1 or 3, got 2");
+  require_data("grad_out", grad_out, problem);
+  require_data("grad", grad, problem);
+  require_gate_source(gate_code, gate_ptr, 0, 0, problem);
+  active_table().act_backward({at(grad_out), gate_code, at(gate_ptr), at(grad), problem});
+}
+
+// ---- instruction sets ----
+
+std::vector<std::string> isas() {
+  int count;
+  const KernelTable* const* tables = built_tables(&count);
+  std::vector<std::string> names;
+  for (int i = 0; i < count; ++i) {
+    if (tables[i]->supported()) {
+      names.push_back(tables[i]->name);
+    }
+  }
+  return names;
+}
+
+void set_isa(const std::string& name) {
+  if (select_table(name.c_str())) {
+    return;
+  }
+  std::string known;
+  for (const std::string& isa : isas()) {
+    known += (known.empty() ? "" : ", ") + isa;
+  }
+  throw py::value_error("isa must be one that was built and that this CPU runs (" + known +
+                        "), got " + name);
+}
+
+py::dict openmp() {
+  py::dict info;
+#ifdef _OPENMP
+  info["version"] = _OPENMP;
+  Dl_info where{};
+  const bool found = dladdr(reinterpret_cast<void*>(&omp_get_num_threads), &where) != 0;
+  info["library"] = found && where.dli_fname ? py::object(py::str(where.dli_fname)) : py::none();
+#else
+  info["version"] = 0;
+  info["library"] = py::none();
+#endif
+  return info;
+}
+
+// ---- allocator ----
+
+// One allocation holds what a capsule refers to.
+struct TensorHandle {
+  DLManagedTensor managed;
+  std::vector<int64_t> shape, strides;
+  Block* block;
+};
+
+void free_tensor(DLManagedTensor* managed) {
+  TensorHandle* handle = static_cast<TensorHandle*>(managed->manager_ctx);
+  release(handle->block);
+  delete handle;
+}
+
+// Only an unconsumed capsule still bears its first name.
+void free_capsule(PyObject* capsule) {
+  if (PyCapsule_IsValid(capsule, "dltensor")) {
+    free_tensor(static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule, "dltensor")));
+  }
+}
+
+DLDataType dlpack_type(int code) {
+  static constexpr DLDataType kTypes[] = {
+      {kDLFloat, 32, 1}, {kDLBFloat, 16, 1}, {kDLFloat, 16, 1}, {kDLFloat, 64, 1}, {kDLUInt, 8, 1}};
+  return kTypes[checked_code("dtype_code", code, 5)];
+}
+
+// Bytes from the first element to the last, or nothing where one of the sizes is zero.
+size_t span_bytes(const std::vector<int64_t>& shape, const std::vector<int64_t>& strides,
+                  int64_t itemsize) {
+  int64_t last = 0;
+  for (size_t i = 0; i < shape.size(); ++i) {
+    require_size("shape", shape[i]);
+    require_size("strides", strides[i]);
+    if (shape[i] == 0) {
+      return 0;
+    }
+    int64_t reach;
+    if (__builtin_mul_overflow(shape[i] - 1, strides[i], &reach) ||
+        __builtin_add_overflow(last, reach, &last)) {
+      throw std::bad_alloc();
+    }
+  }
+  int64_t bytes;
+  if (__builtin_add_overflow(last, 1, &last) || __builtin_mul_overflow(last, itemsize, &bytes)) {
+    throw std::bad_alloc();
+  }
+  return size_t(bytes);
+}
+
+py::object empty(std::vector<int64_t> shape, std::vector<int64_t> strides, int dtype_code) {
+  require(shape.size() == strides.size(), "strides must have as many entries as shape");
+  const DLDataType type = dlpack_type(dtype_code);
+  const size_t bytes = span_bytes(shape, strides, type.bits / 8);
+  Block* block;
+  {
+    py::gil_scoped_release unlocked;  // mapping or poisoning a large block takes a while
+    block = allocate_or_throw(bytes);
+  }
+  TensorHandle* handle = new TensorHandle{{}, std::move(shape), std::move(strides), block};
+  handle->managed.dl_tensor = {address(block),         {kDLCPU, 0},
+                               int32_t(handle->shape.size()), type,
+                               handle->shape.data(),   handle->strides.data(), 0};
+  handle->managed.manager_ctx = handle;
+  handle->managed.deleter = free_tensor;
+  PyObject* capsule = PyCapsule_New(&handle->managed, "dltensor", free_capsule);
+  if (!capsule) {
+    free_tensor(&handle->managed);
+    throw py::error_already_set();
+  }
+  return py::reinterpret_steal<py::object>(capsule);
+}
+
+py::dict memory_stats_py() {
+  const MemoryStats s = memory_stats();
+  py::dict stats;
+  stats["live"] = s.live;
+  stats["cached"] = s.cached;
+  stats["peak_live"] = s.peak_live;
+  stats["hits"] = s.hits;
+  stats["misses"] = s.misses;
+  return stats;
+}
+
+void set_cache_limit_py(int64_t bytes) {
+  require_size("bytes", bytes);
+  set_cache_limit(size_t(bytes));
+}
+
+using Unlocked = py::call_guard<py::gil_scoped_release>;
+
+void define_kernels(py::module_& m) {
+  m.def("channel_stats", &channel_stats_py, Unlocked(), py::arg("y"), py::arg("state"),
+        py::arg("prior_count"), py::arg("n"), py::arg("c"), py::arg("hw"), py::arg("layout"),
+        py::arg("dtype"), py::arg("threads"),
+        "Per-channel mean and sum of squared deviations of y, merged into state [2, C] float64.");
+  m.def("finalize_stats", &finalize_stats_py, Unlocked(), py::arg("state"), py::arg("count"),
+        py::arg("running_mean"), py::arg("running_var"), py::arg("weight"), py::arg("bias"),
+        py::arg("eps"), py::arg("stats"), py::arg("c"), py::arg("dtype"),
+        "Fills stats [5, C]: mean, var (biased), invstd, scale, shift.");
+  m.def("scale_shift_act", &scale_shift_act_py, Unlocked(), py::arg("y"), py::arg("scale"),
+        py::arg("shift"), py::arg("residual"), py::arg("residual_scale"),
+        py::arg("residual_shift"), py::arg("out"), py::arg("mask"), py::arg("act"), py::arg("n"),
+        py::arg("c"), py::arg("hw"), py::arg("layout"), py::arg("dtype"), py::arg("threads"),
+        "out = act(scale * y + shift [+ residual | + residual_scale * residual + residual_shift])");
+  m.def("bn_act_backward_reduce", &bn_act_backward_reduce_py, Unlocked(), py::arg("grad_out"),
+        py::arg("gate"), py::arg("gate_ptr"), py::arg("y1"), py::arg("stats1"), py::arg("y2"),
+        py::arg("stats2"), py::arg("sums"), py::arg("accumulate"), py::arg("n"), py::arg("c"),
+        py::arg("hw"), py::arg("layout"), py::arg("dtype"), py::arg("threads"),
+        "Fills sums [3, C] float64: sum_g, and sum_gx of one or both branches.");
+  m.def("bn_act_backward_apply", &bn_act_backward_apply_py, Unlocked(), py::arg("grad_out"),
+        py::arg("gate"), py::arg("gate_ptr"), py::arg("y1"), py::arg("stats1"), py::arg("y2"),
+        py::arg("stats2"), py::arg("sums"), py::arg("count"), py::arg("grad_y1"),
+        py::arg("grad_y2"), py::arg("grad_residual"), py::arg("n"), py::arg("c"), py::arg("hw"),
+        py::arg("layout"), py::arg("dtype"), py::arg("threads"),
+        "grad_y = A * g + B * y + C for one or both branches, grad_residual = g.");
+  m.def("add_act", &add_act_py, Unlocked(), py::arg("x"), py::arg("r"), py::arg("out"),
+        py::arg("mask"), py::arg("act"), py::arg("n"), py::arg("c"), py::arg("hw"),
+        py::arg("layout"), py::arg("dtype"), py::arg("threads"), "out = act(x + r)");
+  m.def("act_backward", &act_backward_py, Unlocked(), py::arg("grad_out"), py::arg("gate"),
+        py::arg("gate_ptr"), py::arg("grad"), py::arg("n"), py::arg("c"), py::arg("hw"),
+        py::arg("layout"), py::arg("dtype"), py::arg("threads"),
+        "grad = grad_out where the activation was not flat, 0 elsewhere.");
+}
+
+void define_runtime(py::module_& m) {
+  m.def("isa", [] { return std::string(active_table().name); },
+        "The instruction set whose kernels run.");
+  m.def("isas", &isas, "Instruction sets that were built and that this CPU runs, best first.");
+  m.def("set_isa", &set_isa, py::arg("name"), "Choose the instruction set.");
+  m.def("openmp", &openmp, "OpenMP version, and the library its calls resolved to.");
+  m.def("empty", &empty, py::arg("shape"), py::arg("strides"), py::arg("dtype_code"),
+        "Uninitialised memory from the caching allocator, as a DLPack capsule.");
+  m.def("memory_stats", &memory_stats_py, "Bytes live, cached and at peak; cache hits and misses.");
+  m.def("trim", &trim_cache, Unlocked(), "Give all free blocks back to the system.");
+  m.def("set_cache_limit", &set_cache_limit_py, Unlocked(), py::arg("bytes"),
+        "Upper bound of the bytes kept in free blocks.");
+  m.def("set_poison", &set_poison, py::arg("on"), "Fill every allocation with 0xff bytes (NaN).");
+}
+
+}  // namespace
+}  // namespace fastres::cpu
+
+PYBIND11_MODULE(_cpu, m) {
+  m.doc() = "CPU kernels of fastres, on raw addresses.";
+  fastres::cpu::define_kernels(m);
+  fastres::cpu::define_runtime(m);
+  if (const char* isa = std::getenv("FASTRES_CPU_ISA")) {
+    if (*isa) {
+      try {
+        fastres::cpu::set_isa(isa);
+      } catch (const py::value_error& error) {
+        throw py::import_error(std::string("FASTRES_CPU_ISA: ") + error.what());
+      }
+    }
+  }
+}
