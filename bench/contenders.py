@@ -13,11 +13,10 @@ from bench.shapes import BlockShape
 Step = Callable[[], object]
 
 
-class EagerBottleneck(fastres.Bottleneck):
-    """The stock block: torch's own modules, called one after another."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self._stock_forward(x)
+CLASSES: dict[str, type[nn.Module]] = {
+    "eager": fastres.nn.stock.Bottleneck,
+    "fastres": fastres.Bottleneck,
+}
 
 
 def _block(cls: type[nn.Module], shape: BlockShape, dtype: torch.dtype) -> nn.Module:
@@ -63,7 +62,7 @@ def inference_step(cls: type[nn.Module], shape: BlockShape, dtype: torch.dtype) 
 
 def convolutions_step(shape: BlockShape, dtype: torch.dtype) -> Step:
     """The block's convolutions alone, forward and backward, on inputs of the right shapes."""
-    block = _block(EagerBottleneck, shape, dtype)
+    block = _block(CLASSES["eager"], shape, dtype)
     convs = [m for m in block.modules() if isinstance(m, nn.Conv2d)]
     seen: dict[nn.Module, Tensor] = {}
     hooks = [
@@ -90,14 +89,13 @@ def make_step(contender: str, mode: str, shape: BlockShape, dtype: torch.dtype) 
     """The step that a contender's name stands for."""
     if contender == "convolutions":
         return convolutions_step(shape, dtype)
-    cls = {"eager": EagerBottleneck, "fastres": fastres.Bottleneck}[contender]
-    return (training_step if mode == "train" else inference_step)(cls, shape, dtype)
+    make = training_step if mode == "train" else inference_step
+    return make(CLASSES[contender], shape, dtype)
 
 
 def saved_bytes(contender: str, shape: BlockShape, dtype: torch.dtype) -> int:
     """Bytes that one forward keeps for backward, each storage once, parameters left out."""
-    cls = {"eager": EagerBottleneck, "fastres": fastres.Bottleneck}[contender]
-    block, x = _block(cls, shape, dtype), _input(shape, dtype).requires_grad_()
+    block, x = _block(CLASSES[contender], shape, dtype), _input(shape, dtype).requires_grad_()
     parameters = {p.untyped_storage().data_ptr() for p in block.parameters()}
     storages: dict[int, int] = {}
 

@@ -32,9 +32,7 @@ class BlockShape:
         return f"{self.channels}-{self.width}, {self.size}x{self.size}{kind}"
 
 
-IDENTITY = tuple(
-    BlockShape(c, c // 4, s) for c, s in ((256, 56), (512, 28), (1024, 14), (2048, 7))
-)
+IDENTITY = tuple(BlockShape(c, c // 4, s) for c, s in ((256, 56), (512, 28), (1024, 14), (2048, 7)))
 PROJECTION = (
     BlockShape(64, 64, 56),
     BlockShape(256, 128, 56, 2),

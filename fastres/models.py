@@ -126,8 +126,7 @@ def _three(flags: Sequence[bool] | None) -> Sequence[bool]:
         return (False, False, False)
     if len(flags) != 3:
         raise ValueError(
-            "replace_stride_with_dilation should be None "
-            f"or a 3-element tuple, got {flags}"
+            f"replace_stride_with_dilation should be None or a 3-element tuple, got {flags}"
         )
     return flags
 

@@ -58,9 +58,11 @@ def unpack_mask(mask: Tensor, shape: Sequence[int], channels_last: bool) -> Tens
 
 def activate(v: Tensor, act: str) -> Tensor:
     """act(v); ReLU lets NaN through and keeps -0.0, as torch's does."""
-    return torch.where(v < 0, torch.zeros((), dtype=v.dtype, device=v.device), v) if (
-        act == "relu"
-    ) else v
+    return (
+        torch.where(v < 0, torch.zeros((), dtype=v.dtype, device=v.device), v)
+        if (act == "relu")
+        else v
+    )
 
 
 def _open(out: Tensor, act: str) -> Tensor:

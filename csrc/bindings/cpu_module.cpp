@@ -28,7 +28,9 @@ namespace {
 
 using Address = std::uintptr_t;
 
-void* at(Address address) { return reinterpret_cast<void*>(address); }
+void* at(Address address) {
+  return reinterpret_cast<void*>(address);
+}
 
 void require(bool condition, const std::string& message) {
   if (!condition) {
@@ -47,9 +49,15 @@ int checked_code(const char* name, int code, int count) {
   return code;
 }
 
-DType checked_dtype(int code) { return DType(checked_code("dtype", code, 4)); }
-Gate checked_gate(int code) { return Gate(checked_code("gate", code, 4)); }
-Activation checked_act(int code) { return Activation(checked_code("act", code, 2)); }
+DType checked_dtype(int code) {
+  return DType(checked_code("dtype", code, 4));
+}
+Gate checked_gate(int code) {
+  return Gate(checked_code("gate", code, 4));
+}
+Activation checked_act(int code) {
+  return Activation(checked_code("act", code, 2));
+}
 
 void require_size(const char* name, int64_t size) {
   require(size >= 0, std::string(name) + " must be non-negative, got " + std::to_string(size));
@@ -148,9 +156,14 @@ void bn_act_backward_reduce_py(Address grad_out, int gate, Address gate_ptr, Add
   if (c > 0) {
     require_address("sums", sums);
   }
-  active_table().backward_reduce({at(grad_out), gate_code, at(gate_ptr), {at(y1), at(y2)},
-                                  {at(stats1), at(stats2)}, static_cast<double*>(at(sums)),
-                                  accumulate, problem});
+  active_table().backward_reduce({at(grad_out),
+                                  gate_code,
+                                  at(gate_ptr),
+                                  {at(y1), at(y2)},
+                                  {at(stats1), at(stats2)},
+                                  static_cast<double*>(at(sums)),
+                                  accumulate,
+                                  problem});
 }
 
 void bn_act_backward_apply_py(Address grad_out, int gate, Address gate_ptr, Address y1,
@@ -174,9 +187,16 @@ void bn_act_backward_apply_py(Address grad_out, int gate, Address gate_ptr, Addr
       }
     }
   }
-  active_table().backward_apply({at(grad_out), gate_code, at(gate_ptr), {at(y1), at(y2)},
-                                 {at(stats1), at(stats2)}, static_cast<const double*>(at(sums)),
-                                 count, {at(grad_y1), at(grad_y2)}, at(grad_residual), problem});
+  active_table().backward_apply({at(grad_out),
+                                 gate_code,
+                                 at(gate_ptr),
+                                 {at(y1), at(y2)},
+                                 {at(stats1), at(stats2)},
+                                 static_cast<const double*>(at(sums)),
+                                 count,
+                                 {at(grad_y1), at(grad_y2)},
+                                 at(grad_residual),
+                                 problem});
 }
 
 void add_act_py(Address x, Address r, Address out, Address mask, int act, int64_t n, int64_t c,
@@ -302,9 +322,13 @@ py::object empty(std::vector<int64_t> shape, std::vector<int64_t> strides, int d
     block = allocate_or_throw(bytes);
   }
   TensorHandle* handle = new TensorHandle{{}, std::move(shape), std::move(strides), block};
-  handle->managed.dl_tensor = {address(block),         {kDLCPU, 0},
-                               int32_t(handle->shape.size()), type,
-                               handle->shape.data(),   handle->strides.data(), 0};
+  handle->managed.dl_tensor = {address(block),
+                               {kDLCPU, 0},
+                               int32_t(handle->shape.size()),
+                               type,
+                               handle->shape.data(),
+                               handle->strides.data(),
+                               0};
   handle->managed.manager_ctx = handle;
   handle->managed.deleter = free_tensor;
   PyObject* capsule = PyCapsule_New(&handle->managed, "dltensor", free_capsule);
@@ -343,9 +367,9 @@ void define_kernels(py::module_& m) {
         py::arg("eps"), py::arg("stats"), py::arg("c"), py::arg("dtype"),
         "Fills stats [5, C]: mean, var (biased), invstd, scale, shift.");
   m.def("scale_shift_act", &scale_shift_act_py, Unlocked(), py::arg("y"), py::arg("scale"),
-        py::arg("shift"), py::arg("residual"), py::arg("residual_scale"),
-        py::arg("residual_shift"), py::arg("out"), py::arg("mask"), py::arg("act"), py::arg("n"),
-        py::arg("c"), py::arg("hw"), py::arg("layout"), py::arg("dtype"), py::arg("threads"),
+        py::arg("shift"), py::arg("residual"), py::arg("residual_scale"), py::arg("residual_shift"),
+        py::arg("out"), py::arg("mask"), py::arg("act"), py::arg("n"), py::arg("c"), py::arg("hw"),
+        py::arg("layout"), py::arg("dtype"), py::arg("threads"),
         "out = act(scale * y + shift [+ residual | + residual_scale * residual + residual_shift])");
   m.def("bn_act_backward_reduce", &bn_act_backward_reduce_py, Unlocked(), py::arg("grad_out"),
         py::arg("gate"), py::arg("gate_ptr"), py::arg("y1"), py::arg("stats1"), py::arg("y2"),
@@ -368,8 +392,9 @@ void define_kernels(py::module_& m) {
 }
 
 void define_runtime(py::module_& m) {
-  m.def("isa", [] { return std::string(active_table().name); },
-        "The instruction set whose kernels run.");
+  m.def(
+      "isa", [] { return std::string(active_table().name); },
+      "The instruction set whose kernels run.");
   m.def("isas", &isas, "Instruction sets that were built and that this CPU runs, best first.");
   m.def("set_isa", &set_isa, py::arg("name"), "Choose the instruction set.");
   m.def("openmp", &openmp, "OpenMP version, and the library its calls resolved to.");

@@ -15,10 +15,10 @@ namespace fastres::cpu {
 
 struct Block {
   void* address;
-  size_t size;       // of its size class
-  void* mapping;     // what munmap takes; null for a block of malloc's
+  size_t size;    // of its size class
+  void* mapping;  // what munmap takes; null for a block of malloc's
   size_t mapped;
-  Block* older;      // neighbours in the list of free blocks, by the time they were freed
+  Block* older;  // neighbours in the list of free blocks, by the time they were freed
   Block* newer;
 };
 
@@ -28,7 +28,9 @@ constexpr size_t kAlignment = 64;
 constexpr size_t kLarge = size_t(1) << 20;
 constexpr size_t kHugePage = size_t(2) << 20;
 
-constexpr size_t round_up(size_t value, size_t unit) { return (value + unit - 1) / unit * unit; }
+constexpr size_t round_up(size_t value, size_t unit) {
+  return (value + unit - 1) / unit * unit;
+}
 
 // Eight steps per power of two waste at most an eighth; large blocks are whole huge pages.
 size_t size_class(size_t bytes) {
@@ -239,7 +241,9 @@ Cache& cache() {
 
 }  // namespace
 
-Block* allocate(size_t bytes) { return cache().allocate(bytes); }
+Block* allocate(size_t bytes) {
+  return cache().allocate(bytes);
+}
 
 Block* allocate_or_throw(size_t bytes) {
   Block* block = allocate(bytes);
@@ -249,11 +253,23 @@ Block* allocate_or_throw(size_t bytes) {
   return block;
 }
 
-void release(Block* block) { cache().release(block); }
-void* address(const Block* block) { return block->address; }
-MemoryStats memory_stats() { return cache().stats(); }
-void trim_cache() { cache().trim(); }
-void set_cache_limit(size_t bytes) { cache().set_limit(bytes); }
-void set_poison(bool on) { cache().set_poison(on); }
+void release(Block* block) {
+  cache().release(block);
+}
+void* address(const Block* block) {
+  return block->address;
+}
+MemoryStats memory_stats() {
+  return cache().stats();
+}
+void trim_cache() {
+  cache().trim();
+}
+void set_cache_limit(size_t bytes) {
+  cache().set_limit(bytes);
+}
+void set_poison(bool on) {
+  cache().set_poison(on);
+}
 
 }  // namespace fastres::cpu

@@ -20,8 +20,8 @@ void run(const FinalizeStatsArgs& a) {
       mean = a.state[i];
       var = a.state[a.c + i] / double(a.count);
     }
-    const ForwardCoefficients k = forward_coefficients(
-        mean, var, weight ? double(weight[i]) : 1.0, bias ? double(bias[i]) : 0.0, a.eps);
+    const ForwardCoefficients k = forward_coefficients(mean, var, weight ? double(weight[i]) : 1.0,
+                                                       bias ? double(bias[i]) : 0.0, a.eps);
     stats[kMean * a.c + i] = A(mean);
     stats[kVar * a.c + i] = A(var);
     stats[kInvstd * a.c + i] = A(k.invstd);

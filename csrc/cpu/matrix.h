@@ -15,7 +15,9 @@ struct Matrix {
   int64_t rows, cols, channels;
 };
 
-inline Matrix matrix_of(const Problem& p) { return {p.rows(), p.cols(), p.c}; }
+inline Matrix matrix_of(const Problem& p) {
+  return {p.rows(), p.cols(), p.c};
+}
 
 // A channel's parameter for every lane: the columns' own values, or the row's value repeated.
 template <bool kPerColumn, class A, class Lanes>
@@ -48,7 +50,7 @@ FASTRES_INLINE void map_row(const Op& op, int64_t row, int64_t channel, Range co
   const auto params = op.params(channel, Full{});
   int64_t col = cols.begin;
   for (; col + 4 * kPack <= cols.end; col += 4 * kPack) {
-    FASTRES_UNROLL
+    FASTRES_UNROLL_ROWS
     for (int i = 0; i < 4; ++i) {
       op.apply(row, col + i * kPack, params, Full{});
     }
@@ -79,6 +81,8 @@ void map_matrix(const Op& op, const Matrix& m, Worker worker) {
 
 // Float terms are summed in registers over this many packs, then join sums kept in double.
 inline constexpr int kTermsPerFloatSum = 8;
+// In elements: 64 KB of floats, some microseconds of work, and small beside L2.
+inline constexpr int64_t kPrefetchAhead = 16 * 1024;
 
 // Terms of kRows rows added to the columns' sums, sums[k * stride + col]; the sums' rows are padded
 // to whole packs. Reading several rows side by side is too much for the hardware's prefetcher, so
@@ -97,7 +101,7 @@ FASTRES_INLINE void add_rows(const Op& op, int64_t row, int64_t cols, int64_t ah
     for (int k = 0; k < Op::kSums; ++k) {
       acc[k] = broadcast(A(0));
     }
-    FASTRES_UNROLL
+    FASTRES_UNROLL_ROWS
     for (int i = 0; i < kRows; ++i) {
       op.add(row + i, col, params, lanes, acc);
     }
@@ -133,8 +137,8 @@ FASTRES_INLINE void sum_columns(const Op& op, Range rows, int64_t cols, double* 
     sums[i] = 0;
   }
   constexpr int kRows = kTermsPerFloatSum;
-  // Far enough ahead for memory to answer: 2048 elements or more, in whole groups of rows.
-  const int64_t ahead = kRows * cols * ceil_div(2048, kRows * cols);
+  // Far enough ahead for memory to answer, in whole groups of rows.
+  const int64_t ahead = kRows * cols * ceil_div(kPrefetchAhead, kRows * cols);
   int64_t row = rows.begin;
   for (; row + kRows <= rows.end; row += kRows) {
     add_rows<kRows>(op, row, cols, ahead, sums, stride);
@@ -145,7 +149,8 @@ FASTRES_INLINE void sum_columns(const Op& op, Range rows, int64_t cols, double* 
 }
 
 template <class Op>
-FASTRES_INLINE void sum_row(const Op& op, int64_t row, int64_t channel, int64_t cols, double* sums) {
+FASTRES_INLINE void sum_row(const Op& op, int64_t row, int64_t channel, int64_t cols,
+                            double* sums) {
   using A = typename Op::Arithmetic;
   const auto params = op.params(channel, Full{});
   Pack<double> wide[Op::kSums];

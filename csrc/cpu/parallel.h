@@ -20,10 +20,18 @@ struct Range {
   int64_t begin, end;
 };
 
-FASTRES_INLINE int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
-FASTRES_INLINE int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
-FASTRES_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-FASTRES_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+FASTRES_INLINE int64_t at_most(int64_t a, int64_t b) {
+  return a < b ? a : b;
+}
+FASTRES_INLINE int64_t at_least(int64_t a, int64_t b) {
+  return a > b ? a : b;
+}
+FASTRES_INLINE int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+FASTRES_INLINE int64_t round_up(int64_t a, int64_t b) {
+  return ceil_div(a, b) * b;
+}
 
 // One member of the team that runs a kernel.
 struct Worker {
@@ -32,7 +40,8 @@ struct Worker {
   // This worker's part of `total` items, cut at multiples of `grain`.
   FASTRES_INLINE Range share(int64_t total, int64_t grain = 1) const {
     const int64_t units = ceil_div(total, grain);
-    return {at_most(units * id / team * grain, total), at_most(units * (id + 1) / team * grain, total)};
+    return {at_most(units * id / team * grain, total),
+            at_most(units * (id + 1) / team * grain, total)};
   }
 
   FASTRES_INLINE void wait_for_all() const {

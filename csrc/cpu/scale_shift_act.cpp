@@ -61,17 +61,16 @@ template <class T, bool kPerColumn, Residual kResidual, bool kRelu>
 void run(const ScaleShiftActArgs& a) {
   using A = Acc<T>;
   const Matrix m = matrix_of(a.problem);
-  const ScaleShiftAct<T, kPerColumn, kResidual, kRelu> op{
-      (const T*)a.y,
-      (const A*)a.scale,
-      (const A*)a.shift,
-      (const T*)a.residual,
-      (const A*)a.residual_scale,
-      (const A*)a.residual_shift,
-      (T*)a.out,
-      a.mask,
-      m.cols,
-      ceil_div(m.cols, 8)};
+  const ScaleShiftAct<T, kPerColumn, kResidual, kRelu> op{(const T*)a.y,
+                                                          (const A*)a.scale,
+                                                          (const A*)a.shift,
+                                                          (const T*)a.residual,
+                                                          (const A*)a.residual_scale,
+                                                          (const A*)a.residual_shift,
+                                                          (T*)a.out,
+                                                          a.mask,
+                                                          m.cols,
+                                                          ceil_div(m.cols, 8)};
   const int64_t tensors = kResidual == Residual::kNone ? 2 : 3;
   parallel(a.problem.threads, a.problem.numel() * int64_t(sizeof(T)) * tensors,
            [&](Worker worker) { map_matrix<kPerColumn>(op, m, worker); });

@@ -2,8 +2,8 @@
 //
 // This header is compiled once per instruction set, with FASTRES_ISA naming the namespace. A
 // Pack<A> holds 16 values of the arithmetic type A (float or double) in as many registers as they
-// take; a GateLanes<A> holds 16 truth values. Kernels are written over packs, and the end of a row goes
-// through the same code with `Part` lanes instead of `Full`.
+// take; a GateLanes<A> holds 16 truth values. Kernels are written over packs, and the end of a row
+// goes through the same code with `Part` lanes instead of `Full`.
 #pragma once
 
 #include <cstdint>
@@ -17,7 +17,15 @@
 #endif
 
 #define FASTRES_INLINE inline __attribute__((always_inline))
+// Over the parts of a pack, which must become registers.
 #define FASTRES_UNROLL _Pragma("GCC unroll 16")
+// Over packs, where it pays: the baseline has neither the registers nor anybody's hurry, and would
+// take longer to compile than all the rest.
+#if defined(__AVX2__)
+#define FASTRES_UNROLL_ROWS _Pragma("GCC unroll 8")
+#else
+#define FASTRES_UNROLL_ROWS _Pragma("GCC unroll 1")
+#endif
 
 namespace fastres::cpu::FASTRES_ISA {
 
@@ -244,7 +252,9 @@ FASTRES_INLINE Pack<A> keep(const GateLanes<A>& gate, const Pack<A>& a) {
 }
 #endif
 
-FASTRES_INLINE uint32_t lane_bits(int n) { return (1u << n) - 1u; }
+FASTRES_INLINE uint32_t lane_bits(int n) {
+  return (1u << n) - 1u;
+}
 
 // Zero in the lanes that do not exist.
 template <class A, class Lanes>
@@ -284,10 +294,12 @@ typedef VectorF MemoryF __attribute__((aligned(4), may_alias));
 typedef VectorD MemoryD __attribute__((aligned(8), may_alias));
 
 FASTRES_INLINE Pack<float> load(const float* p, Full) {
-  return each<float>([&](int i) -> VectorF { return *(const MemoryF*)(p + i * Pack<float>::kLanes); });
+  return each<float>(
+      [&](int i) -> VectorF { return *(const MemoryF*)(p + i * Pack<float>::kLanes); });
 }
 FASTRES_INLINE Pack<double> load(const double* p, Full) {
-  return each<double>([&](int i) -> VectorD { return *(const MemoryD*)(p + i * Pack<double>::kLanes); });
+  return each<double>(
+      [&](int i) -> VectorD { return *(const MemoryD*)(p + i * Pack<double>::kLanes); });
 }
 FASTRES_INLINE void store(float* p, const Pack<float>& a, Full) {
   FASTRES_UNROLL
@@ -304,18 +316,26 @@ FASTRES_INLINE void store(double* p, const Pack<double>& a, Full) {
 
 #if defined(__AVX512F__)
 
-FASTRES_INLINE __m256i load_16bit(const void* p, Full) { return _mm256_loadu_si256((const __m256i*)p); }
+FASTRES_INLINE __m256i load_16bit(const void* p, Full) {
+  return _mm256_loadu_si256((const __m256i*)p);
+}
 FASTRES_INLINE __m256i load_16bit(const void* p, Part lanes) {
   return _mm256_maskz_loadu_epi16(__mmask16(lane_bits(lanes.n)), p);
 }
-FASTRES_INLINE void store_16bit(void* p, __m256i a, Full) { _mm256_storeu_si256((__m256i*)p, a); }
+FASTRES_INLINE void store_16bit(void* p, __m256i a, Full) {
+  _mm256_storeu_si256((__m256i*)p, a);
+}
 FASTRES_INLINE void store_16bit(void* p, __m256i a, Part lanes) {
   _mm256_mask_storeu_epi16(p, __mmask16(lane_bits(lanes.n)), a);
 }
 
+// One permutation instead of a conversion and a shift: word i goes to the upper half of lane i.
 template <class Lanes>
 FASTRES_INLINE Pack<float> load(const BFloat16* p, Lanes lanes) {
-  return {{(VectorF)_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_16bit(p, lanes)), 16)}};
+  const __m512i words = _mm512_castsi256_si512(load_16bit(p, lanes));
+  const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  const __m512i source = _mm512_slli_epi32(lane, 16);
+  return {{(VectorF)_mm512_maskz_permutexvar_epi16(0xaaaaaaaau, source, words)}};
 }
 template <class Lanes>
 FASTRES_INLINE Pack<float> load(const Float16* p, Lanes lanes) {
@@ -326,17 +346,25 @@ FASTRES_INLINE Pack<float> load(const float* p, Part lanes) {
 }
 FASTRES_INLINE Pack<double> load(const double* p, Part lanes) {
   const uint32_t bits = lane_bits(lanes.n);
-  return {{_mm512_maskz_loadu_pd(__mmask8(bits), p), _mm512_maskz_loadu_pd(__mmask8(bits >> 8), p + 8)}};
+  return {{_mm512_maskz_loadu_pd(__mmask8(bits), p),
+           _mm512_maskz_loadu_pd(__mmask8(bits >> 8), p + 8)}};
 }
 
 template <class Lanes>
 FASTRES_INLINE void store(BFloat16* p, const Pack<float>& a, Lanes lanes) {
   const __m512i bits = (__m512i)a.v[0];
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i sum = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+  const __mmask16 odd = _mm512_test_epi32_mask(bits, _mm512_set1_epi32(0x10000));
   const __mmask16 nan = _mm512_cmp_ps_mask(a.v[0], a.v[0], _CMP_UNORD_Q);
-  const __m512i rounded = _mm512_mask_or_epi32(sum, nan, bits, _mm512_set1_epi32(0x400000));
-  store_16bit(p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)), lanes);
+  const __m512i up =
+      _mm512_mask_blend_epi32(odd, _mm512_set1_epi32(0x7fff), _mm512_set1_epi32(0x8000));
+  __m512i rounded = _mm512_add_epi32(bits, up);
+  rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x400000));
+  const __m512i lane =
+      _mm512_set_epi32(0, 0, 0, 0, 0, 0, 0, 0, 30 << 16 | 28, 26 << 16 | 24, 22 << 16 | 20,
+                       18 << 16 | 16, 14 << 16 | 12, 10 << 16 | 8, 6 << 16 | 4, 2 << 16 | 0);
+  const __m512i upper_words = _mm512_or_si512(lane, _mm512_set1_epi32(0x00010001));
+  const __m512i packed = _mm512_permutexvar_epi16(upper_words, rounded);
+  store_16bit(p, _mm512_castsi512_si256(packed), lanes);
 }
 template <class Lanes>
 FASTRES_INLINE void store(Float16* p, const Pack<float>& a, Lanes lanes) {
@@ -428,7 +456,7 @@ __attribute__((noinline)) inline void store(Float16* p, const Pack<float>& a, Fu
 #endif
 
 template <class T>
-FASTRES_INLINE Pack<Acc<T>> load(const T* p, Part lanes) {
+FASTRES_INLINE Pack<Acc<T> > load(const T* p, Part lanes) {
   T buffer[kPack] = {};
   for (int i = 0; i < lanes.n; ++i) {
     buffer[i] = p[i];
@@ -436,7 +464,7 @@ FASTRES_INLINE Pack<Acc<T>> load(const T* p, Part lanes) {
   return load((const T*)buffer, Full{});
 }
 template <class T>
-FASTRES_INLINE void store(T* p, const Pack<Acc<T>>& a, Part lanes) {
+FASTRES_INLINE void store(T* p, const Pack<Acc<T> >& a, Part lanes) {
   T buffer[kPack];
   store(buffer, a, Full{});
   for (int i = 0; i < lanes.n; ++i) {
@@ -448,7 +476,9 @@ FASTRES_INLINE void store(T* p, const Pack<Acc<T>>& a, Part lanes) {
 
 // ---- sums ----
 
-FASTRES_INLINE Pack<double> widen(const Pack<double>& a) { return a; }
+FASTRES_INLINE Pack<double> widen(const Pack<double>& a) {
+  return a;
+}
 FASTRES_INLINE Pack<double> widen(const Pack<float>& a) {
   Pack<double> r;
   FASTRES_UNROLL

@@ -39,6 +39,9 @@ WRAPPERS = {
     "GraphModule": "a traced graph calls the children one by one; convert before tracing",
 }
 
+#: What is said of a block that `convert` would change.
+STOCK = "not converted"
+
 Swaps = dict[type, type]
 
 
@@ -57,7 +60,8 @@ def convert(model: nn.Module) -> Report:
     Raises:
         TypeError: where model is no torch.nn.Module.
     """
-    swaps, changed = _swaps(_checked(model)), 0
+    _check(model)
+    swaps, changed = _swaps(), 0
     for _, module in _blocks(model, swaps):
         fused = swaps.get(type(module))
         if fused is not None and _lasting_obstacle(module, fused) is None:
@@ -80,7 +84,8 @@ def revert(model: nn.Module) -> Report:
     Raises:
         TypeError: where model is no torch.nn.Module.
     """
-    swaps, changed = _swaps(_checked(model)), 0
+    _check(model)
+    swaps, changed = _swaps(), 0
     stock = {fused: own for own, fused in swaps.items()}
     for module in model.modules():
         if type(module) in stock:
@@ -118,24 +123,32 @@ def explain(
         ValueError: for an unknown backend.
         RuntimeError: where that backend cannot run on this machine.
     """
-    swaps = _swaps(_checked(model))
+    _check(model)
+    swaps = _swaps()
     target = Target.of(x, device, dtype, channels_last)
     with use_backend(current().backend if backend is None else backend):
         return _report(model, swaps, target)
 
 
-def _checked(model: object) -> nn.Module:
+def _check(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    return model
 
 
-def _swaps(model: nn.Module) -> Swaps:
-    """Stock class -> fused class, for the zoos that are loaded: the model can use no other."""
-    found: Swaps = {}
-    for zoo, ours in ZOOS.items():
-        if zoo in sys.modules:
-            found.update(importlib.import_module(ours).SWAPS)
+def _swaps() -> Swaps:
+    """Stock class -> fused class, for the zoos that are loaded: a model can use no other."""
+    loaded = [_load(ours) for zoo, ours in ZOOS.items() if zoo in sys.modules]
+    return {
+        own: fused for found in loaded if isinstance(found, dict) for own, fused in found.items()
+    }
+
+
+def _load(ours: str) -> Swaps | str:
+    """The swaps of a zoo, or what is wrong with a version of it that we do not know."""
+    try:
+        found: Swaps = importlib.import_module(ours).SWAPS
+    except (ImportError, AttributeError, RuntimeError) as error:
+        return f"{ours.rpartition('.')[2]} cannot be converted: {error}"
     return found
 
 
@@ -183,9 +196,10 @@ def _report(model: nn.Module, swaps: Swaps, target: Target, changed: int = 0) ->
 
 def _row(name: str, module: nn.Module, swaps: Swaps, target: Target) -> Row:
     kind = type_name(type(module), swaps)
+    fused = swaps.get(type(module), type(module))
+    kind += " stem" if issubclass(fused, FusedStem) else ""
     if not isinstance(module, FusedModule | FusedStem):
         return Row(name, kind, False, _why_not_converted(module, swaps))
-    kind += " stem" if isinstance(module, FusedStem) else ""
     if (reason := module.why_not()) is not None:
         return Row(name, kind, False, reason)
     layers = module.layers()
@@ -201,7 +215,7 @@ def _why_not_converted(module: nn.Module, swaps: Swaps) -> str:
     fused = swaps.get(type(module))
     if fused is not None:
         decline = _obstacle(module, fused)
-        return "not converted" if decline is None else explained(module, decline)
+        return STOCK if decline is None else explained(module, decline)
     for known in swaps:
         if isinstance(module, known):
             return f"a subclass of {type_name(known, swaps)}, whose forward may differ"
@@ -217,6 +231,9 @@ def type_name(cls: type, swaps: Swaps) -> str:
 def _notes(model: nn.Module, rows: tuple[Row, ...]) -> Iterator[str]:
     if not rows:
         yield "nothing to convert: no residual block of torchvision, timm or transformers in it"
+    for zoo, ours in ZOOS.items():
+        if zoo in sys.modules and isinstance(problem := _load(ours), str):
+            yield problem
     kinds = {type(module).__name__ for module in model.modules()}
     for kind in sorted(kinds & WRAPPERS.keys()):
         yield f"{kind}: {WRAPPERS[kind]}"

@@ -17,7 +17,9 @@ from fastres.primitives import (
 )
 
 
-def _choose(primitive: str, x: Tensor, fmt: torch.memory_format, act: str, backend: str) -> Implementation:
+def _choose(
+    primitive: str, x: Tensor, fmt: torch.memory_format, act: str, backend: str
+) -> Implementation:
     request = Request(x.device.type, x.dtype, fmt == torch.channels_last, act)
     found, reasons = select(primitive, preference(backend, x.device.type), request)
     if found is None:

@@ -85,9 +85,7 @@ class _Backward:
         pending = PendingGrad(grad_out, gate, main, sums, self._count(self.last))
         self._main_path(pending)
 
-    def _shortcut(
-        self, grad_out: Tensor, gate: Gate, side: Branch | None, sums: Tensor
-    ) -> None:
+    def _shortcut(self, grad_out: Tensor, gate: Gate, side: Branch | None, sums: Tensor) -> None:
         if self.spec.shortcut == "tensor" and self.needs.residual:
             self.grad_residual = self.plan.run("act_backward")(grad_out, gate)
         if side is None:
@@ -117,9 +115,7 @@ class _Backward:
             branch = self._branch(index - 1) if index else None
             reduce = (self._inner_gate(index - 1), branch) if wants_sums and branch else None
             accumulate = self._residual_gradient() if index == 0 and below else None
-            grad, sums = self._unit(
-                index, pending, self._input(index), below, accumulate, reduce
-            )
+            grad, sums = self._unit(index, pending, self._input(index), below, accumulate, reduce)
             if index == 0:
                 self.grad_x = grad
             elif grad is not None and branch is not None:
@@ -260,13 +256,14 @@ class _Backward:
             found.append(self._bias_gradient(index).to(tensors.bias.dtype))
         if needs.norm_weight:
             assert tensors.norm_weight is not None
-            found.append(self._sum(index, None).to(tensors.norm_weight.dtype))
+            found.append(self._sum(index, None).to(tensors.norm_weight.dtype, copy=True))
         if needs.norm_bias:
             assert tensors.norm_bias is not None
-            found.append(self._sum(index, 0).to(tensors.norm_bias.dtype))
+            found.append(self._sum(index, 0).to(tensors.norm_bias.dtype, copy=True))
         return found
 
     def _sum(self, index: int, row: int | None) -> Tensor:
+        """A row of the unit's sums: a view, which parameters must not share as their gradient."""
         entry = self.sums[index]
         assert entry is not None
         sums, own_row = entry

@@ -61,7 +61,9 @@ class _Forward:
         if spec.shortcut == "identity":
             residual = x
         elif spec.shortcut == "projection":
-            residual, prologue = self._unit(len(spec.units), Pending(pooled(spec, x, memory_format_of(x))))
+            residual, prologue = self._unit(
+                len(spec.units), Pending(pooled(spec, x, memory_format_of(x)))
+            )
             residual_stats = prologue.stats
         assert end.prologue is not None
         out, self.saved.mask = self.plan.run("scale_shift_act")(
@@ -168,7 +170,14 @@ def _run_inference(
     for i, unit in enumerate(spec.units):
         ends = i == last
         z = _infer_unit(
-            spec, plan, units, stats, i, z, residual if ends else None, spec.act if ends else unit.act
+            spec,
+            plan,
+            units,
+            stats,
+            i,
+            z,
+            residual if ends else None,
+            spec.act if ends else unit.act,
         )
     return [z, *stats]
 

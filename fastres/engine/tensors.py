@@ -44,9 +44,7 @@ class UnitNeeds(NamedTuple):
 
 def split_tensors(flat: Sequence[Tensor | None]) -> list[UnitTensors]:
     """Group the flat list that the operators take."""
-    return [
-        UnitTensors(*flat[i : i + UNIT_TENSORS]) for i in range(0, len(flat), UNIT_TENSORS)
-    ]
+    return [UnitTensors(*flat[i : i + UNIT_TENSORS]) for i in range(0, len(flat), UNIT_TENSORS)]
 
 
 @dataclass
@@ -108,9 +106,7 @@ def output_metas(spec: BlockSpec, x: Tensor, units: Sequence[UnitTensors]) -> li
 
     out = activation(shapes[len(spec.units) - 1])
     saved = Saved()
-    saved.stats = [
-        x.new_empty((5, shape[1]), dtype=acc_dtype(x.dtype)) for shape in shapes
-    ]
+    saved.stats = [x.new_empty((5, shape[1]), dtype=acc_dtype(x.dtype)) for shape in shapes]
     if spec.keeps_mask:
         rows = mask_shape(out.shape, fmt == torch.channels_last)
         saved.mask = x.new_empty(rows, dtype=torch.uint8)
@@ -123,9 +119,7 @@ def output_metas(spec: BlockSpec, x: Tensor, units: Sequence[UnitTensors]) -> li
     return [out, *saved.flatten()]
 
 
-def _raw_shapes(
-    spec: BlockSpec, x: Tensor, units: Sequence[UnitTensors]
-) -> list[tuple[int, ...]]:
+def _raw_shapes(spec: BlockSpec, x: Tensor, units: Sequence[UnitTensors]) -> list[tuple[int, ...]]:
     shapes: list[tuple[int, ...]] = []
     for i, (unit, tensors) in enumerate(zip(spec.all_units, units, strict=True)):
         on_projection = i >= len(spec.units)

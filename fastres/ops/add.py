@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from fastres.ops.once import once_differentiable
 
 from fastres.ops import library as _library  # noqa: F401  (defines the operators)
 from fastres.primitives import memory_format_of

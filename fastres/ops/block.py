@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from fastres.ops.once import once_differentiable
 
 from fastres.engine import UNIT_TENSORS, BlockSpec
 from fastres.ops import library as _library  # noqa: F401  (defines the operators)
@@ -58,9 +58,7 @@ class _Block(torch.autograd.Function):
         needs = [wanted[0], wanted[1]]
         for i in range(2, len(wanted), UNIT_TENSORS):
             needs += wanted[i : i + _PARAMETERS]
-        grads = iter(
-            torch.ops.fastres.block_backward(grad_out, x, tensors, saved, ctx.spec, needs)
-        )
+        grads = iter(torch.ops.fastres.block_backward(grad_out, x, tensors, saved, ctx.spec, needs))
         return (None, None, None, *(next(grads) if want else None for want in wanted))
 
 

@@ -29,7 +29,9 @@ def why_not_tensor(x: object) -> str | None:
 
 
 def _why_not_mode(x: Tensor) -> str | None:
-    if torch.overrides.has_torch_function_unary(x) or torch.utils._python_dispatch.is_traceable_wrapper_subclass(x):
+    if torch.overrides.has_torch_function_unary(
+        x
+    ) or torch.utils._python_dispatch.is_traceable_wrapper_subclass(x):
         return f"{type(x).__name__} is a tensor subclass with behaviour of its own"
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "torch.func transforms need torch's own operators"

@@ -61,9 +61,7 @@ class ConvNorm(NamedTuple):
         """Geometry of the convolution, or None for a batch norm alone."""
         if self.weight is None:
             return None
-        return ConvSpec(
-            pair(self.stride), pair(self.padding), pair(self.dilation), self.groups
-        )
+        return ConvSpec(pair(self.stride), pair(self.padding), pair(self.dilation), self.groups)
 
     @property
     def spec(self) -> UnitSpec:

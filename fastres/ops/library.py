@@ -88,9 +88,7 @@ def _empty(t: Tensor, fmt: torch.memory_format) -> Tensor:
 
 
 @torch.library.impl(_library, "add_act", "CompositeExplicitAutograd")
-def _add_act(
-    x: Tensor, residual: Tensor, act: str, want_mask: bool, backend: str
-) -> list[Tensor]:
+def _add_act(x: Tensor, residual: Tensor, act: str, want_mask: bool, backend: str) -> list[Tensor]:
     return add_forward(x, residual, act, want_mask, backend)
 
 

@@ -92,9 +92,11 @@ class StockBlock(nn.Module):
         if case.kind == "bottleneck":
             stages = [(c, w, 1, {}), (w, w, 3, {**three, "stride": case.stride}), (w, k, 1, {})]
         pooled = case.shortcut == "pooled" and case.stride > 1
-        self.pool = nn.AvgPool2d(2, case.stride, ceil_mode=True, count_include_pad=False) if (
-            pooled
-        ) else None
+        self.pool = (
+            nn.AvgPool2d(2, case.stride, ceil_mode=True, count_include_pad=False)
+            if (pooled)
+            else None
+        )
         if case.shortcut != "identity":
             stages.append((c, k, 1, {"stride": 1 if pooled else case.stride}))
         self.projects = case.shortcut != "identity"

@@ -161,9 +161,7 @@ def _of_add(x: Tensor, residual: Tensor, **_: Any) -> dict[str, Tensor]:
 def _of_reduce(
     grad_out: Tensor, gate: Gate, branches: Any, *, sums: Tensor | None = None
 ) -> dict[str, Tensor]:
-    g = reference.gated(
-        grad_out, gate, branches, channels_last=is_channels_last(grad_out)
-    ).abs()
+    g = reference.gated(grad_out, gate, branches, channels_last=is_channels_last(grad_out)).abs()
     found = {"sum_g": g.sum((0, 2, 3))}
     for row, branch in enumerate(branches, start=1):
         size = (branch.y - branch.stats[0].view(1, -1, 1, 1)).abs()
@@ -202,9 +200,7 @@ def _of_data(
     *, accumulate: Tensor | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
     more = None if accumulate is None else accumulate.abs()
-    size = reference.conv_backward_data(
-        grad_y.abs(), weight.abs(), like, conv, accumulate=more
-    )
+    size = reference.conv_backward_data(grad_y.abs(), weight.abs(), like, conv, accumulate=more)
     return {"grad_x": size}
 
 

@@ -1,4 +1,5 @@
-// The two structures of the DLPack ABI (version 0.x, "dltensor" capsules) and the codes in use here.
+// The two structures of the DLPack ABI (version 0.x, "dltensor" capsules) and the codes in use
+// here.
 #pragma once
 
 #include <cstdint>

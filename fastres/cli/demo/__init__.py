@@ -7,6 +7,7 @@ import copy
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ from fastres.cli.errors import CommandError
 from fastres.cli.libraries import library
 from fastres.cli.output import heading, table
 
-BATCH = 64
+BATCH = 128
 #: (epochs, pixels a side, steps compared with float64) of a run, and of `--quick`.
-FULL, QUICK = (7, 24, 16), (1, 8, 4)
+FULL, QUICK = (9, 32, 16), (1, 8, 4)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -75,7 +76,7 @@ class Demo:
         self.epochs, self.seed = args.epochs or epochs, args.seed
         self.digits = data.load(size, self.seed)
         self.steps = len(self.digits.train_y) // BATCH
-        self.compared = min(self.compared, self.steps)
+        self.compared = min(self.compared, self.epochs * self.steps)
         self.result = self._contenders(args, size)
 
     def _contenders(self, args: argparse.Namespace, size: int) -> Result:
@@ -122,8 +123,8 @@ class Demo:
                 contender.test(self.digits.test_x, self.digits.test_y)
 
     def _follow(self, witness: Contender, advance: Any) -> None:
-        epoch = data.batches(self.digits, BATCH, self.seed, 0)
-        for _, (images, labels) in zip(range(self.compared), epoch, strict=False):
+        epochs = (data.batches(self.digits, BATCH, self.seed, e) for e in range(self.epochs))
+        for images, labels in islice(chain.from_iterable(epochs), self.compared):
             witness.step(images, labels)
             advance(f"rounding: {witness.name}")
 

@@ -44,5 +44,10 @@ def _stage(
     downsample = nn.Sequential(
         nn.Conv2d(channels, out, 1, stride=stride, bias=False), nn.BatchNorm2d(out)
     )
-    first = block(channels, planes, stride, downsample)
-    return nn.Sequential(first, *(block(out, planes) for _ in range(depth - 1))), out
+    blocks = [block(channels, planes, stride, downsample)]
+    blocks += [block(out, planes) for _ in range(depth - 1)]
+    for each in blocks:
+        # Every block starts as its shortcut (Goyal et al. 2017), so that early training does not
+        # amplify rounding and two runs can be compared for longer.
+        nn.init.zeros_(each.bn3.weight)
+    return nn.Sequential(*blocks), out

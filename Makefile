@@ -1,0 +1,42 @@
+# Each verb does its own set-up: a virtual environment with pinned versions, and the build.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+PYTEST_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench clean
+
+help:  ## list the verbs
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+
+demo: $(INSTALLED)  ## train a ResNet on handwritten digits, stock and fused; writes report.html
+	$(BIN)/fastres demo --out report.html
+
+test: $(INSTALLED)  ## run the tests
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(INSTALLED)  ## check style, types, layers and C++ formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
+
+bench: $(INSTALLED)  ## measure speed and memory against eager PyTorch
+	$(BIN)/python bench/blocks.py
+
+clean:  ## remove the environment and everything that was built
+	rm -rf $(VENV) build dist *.egg-info report.html .ruff_cache .mypy_cache .pytest_cache \
+		.import_linter_cache .hypothesis .benchmarks
+	rm -f fastres/_cpu*.so fastres/_cpu*.pyd
+	find fastres tests bench triton_kernels -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(INSTALLED): pyproject.toml setup.py constraints.txt $(SOURCES)
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("fastres needs Python 3.11 or newer, got " + sys.version.split()[0] + ": make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev,bench]'
+	touch $@

@@ -1,0 +1,111 @@
+"""`python -m bench`: the CPU block benchmark, its results, and README's table.
+
+Writes bench/results/<date>-<cpu>-blocks.json (append-only: a new file each run) and, with
+--readme, the section of README.md between the markers `bench:begin` and `bench:end`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+
+import fastres
+from bench.kernels import kernel_rows
+from bench.race import Worker, race
+from bench.readme import write_section
+from bench.shapes import BLOCKS
+
+ROOT = Path(__file__).resolve().parent
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip()
+
+
+def _conditions() -> dict[str, Any]:
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "cpu": _cpu_name(),
+        "threads": 2,
+        "torch": torch.__version__,
+        "fastres": fastres.__version__,
+        "python": platform.python_version(),
+        "commit": _commit(),
+    }
+
+
+def time_blocks(rounds: int, dtype: str) -> list[dict[str, Any]]:
+    """Every block shape, training and inference: one dictionary per contender."""
+    rows: list[dict[str, Any]] = []
+    with Worker(kept=False) as fresh, Worker(kept=True) as kept:
+        train = {
+            "eager": (fresh, "eager"),
+            "fastres": (fresh, "fastres"),
+            "eager, kept": (kept, "eager"),
+            "fastres, kept": (kept, "fastres"),
+            "convolutions, kept": (kept, "convolutions"),
+        }
+        infer = {k: train[k] for k in ("eager", "fastres", "eager, kept", "fastres, kept")}
+        for block in track(BLOCKS, description="blocks"):
+            for mode, contenders in (("train", train), ("infer", infer)):
+                timings = race(contenders, rounds, block=block, mode=mode, dtype=dtype)
+                for name, t in timings.items():
+                    rows.append(
+                        {
+                            "block": block,
+                            "mode": mode,
+                            "dtype": dtype,
+                            "contender": name,
+                            "ms": round(t.median, 2),
+                            "low": round(t.low, 2),
+                            "high": round(t.high, 2),
+                        }
+                    )
+            for name in ("eager", "fastres"):
+                saved = fresh.ask(what="saved", contender=name, mode="", block=block, dtype=dtype)
+                rows.append({"block": block, "mode": "saved", "dtype": dtype, "contender": name,
+                             "bytes": int(saved)})  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    """Run the benchmark and write its results."""
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=21, help="how often each contender is timed")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--out", type=Path, default=ROOT / "results", help="folder for results")
+    parser.add_argument("--readme", action="store_true", help="rewrite README.md's table")
+    options = parser.parse_args()
+    torch.set_num_threads(2)
+    conditions = _conditions()
+    kernels = [row for d in (torch.float32, torch.bfloat16) for row in kernel_rows(d)]
+    result = {**conditions, "blocks": time_blocks(options.rounds, options.dtype),
+              "kernels": kernels}  # fmt: skip
+    options.out.mkdir(parents=True, exist_ok=True)
+    stamp = conditions["date"][:19].replace(":", "")
+    path = options.out / f"{stamp}-cpu-{options.dtype}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    section = write_section(result, ROOT.parent / "README.md" if options.readme else None)
+    Console().print(section, markup=False)
+    print(f"written to {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""Fixtures shared by the whole suite."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+
+#: Operators that torchvision declares in its compiled module, in case that cannot be loaded.
+_TORCHVISION_OPERATORS = (
+    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+)
+
+_library: torch.library.Library | None = None
+
+
+def load_torchvision() -> ModuleType:
+    """torchvision, also where its compiled module does not fit the torch at hand.
+
+    Its residual networks are plain Python, but importing it registers abstract implementations
+    of compiled operators; declaring those is all that is missing.
+
+    Raises:
+        ImportError: where torchvision is not installed.
+    """
+    global _library
+    try:
+        return importlib.import_module("torchvision")
+    except RuntimeError:
+        for name in [n for n in sys.modules if n.split(".")[0] == "torchvision"]:
+            del sys.modules[name]
+    if _library is None:
+        _library = torch.library.Library("torchvision", "FRAGMENT")
+        for schema in _TORCHVISION_OPERATORS:
+            _library.define(schema)
+    return importlib.import_module("torchvision")
+
+
+@pytest.fixture(scope="session")
+def torchvision_or_skip() -> ModuleType:
+    """torchvision with its models loaded; skips where it is not installed."""
+    try:
+        load_torchvision()
+        return importlib.import_module("torchvision.models.resnet")
+    except ImportError as error:
+        pytest.skip(f"torchvision cannot be imported: {error}")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

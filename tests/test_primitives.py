@@ -1,0 +1,74 @@
+"""Every registered implementation, whoever announced it, on the whole table of cases."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import fastres.backends  # noqa: F401  (registers the implementations)
+from fastres.backends import BACKENDS
+from fastres.primitives import PRIMITIVES, Implementation, implementations
+from fastres.testing import (
+    BENCH_CASES,
+    CASES,
+    Outcome,
+    check_implementation,
+    poisoned_allocations,
+)
+
+#: Those that run on this machine's CPU; a device has a job of its own for the others.
+HERE = [e for e in implementations() if "cpu" in BACKENDS[e.backend].devices]
+
+
+@pytest.fixture(autouse=True)
+def _poison() -> Iterator[None]:
+    with poisoned_allocations():
+        yield
+
+
+@pytest.mark.parametrize("entry", HERE, ids=lambda e: f"{e}-{e.primitive}")
+def test_implementation_is_right_on_every_case(entry: Implementation) -> None:
+    ran, failures = 0, []
+    for case in CASES:
+        try:
+            ran += len(check_implementation(entry, case).ran)
+        except AssertionError as error:
+            failures.append(str(error))
+    assert not failures, f"{len(failures)} cases fail, the first five:\n" + "\n".join(failures[:5])
+    # Some primitive in some case must have been accepted, or the check checks nothing.
+    assert ran >= 10, f"only {ran} calls were accepted"
+
+
+@pytest.mark.parametrize("primitive", [p for p in PRIMITIVES if p != "conv_backward"])
+def test_torch_alone_can_run_every_primitive(primitive: str) -> None:
+    """`conv_backward` is a composite that the engine forms where nobody offers it."""
+    (entry, *_) = implementations(primitive, "aten")
+    plain = next(c for c in CASES if c.conv is not None)
+    assert check_implementation(entry, plain).ran
+
+
+def test_declined_calls_carry_their_reason() -> None:
+    (entry,) = implementations("conv_forward", "aten")
+    outcome: Outcome = check_implementation(entry, next(c for c in CASES if c.conv is not None))
+    assert set(outcome.declined) == {"stats", "prologue", "both"}
+    assert all("convolution" in reason for reason in outcome.declined.values())
+
+
+def test_the_table_covers_what_goes_wrong() -> None:
+    names = [c.name for c in CASES]
+    assert len(set(names)) == len(names)
+    assert {c.values for c in CASES} >= {"large_mean", "constant", "outlier", "nan", "inf"}
+    assert {c.dtype for c in CASES} == {
+        torch.float32, torch.float64, torch.bfloat16, torch.float16,
+    }  # fmt: skip
+    assert {c.shape[1] for c in CASES} >= {1, 3, 17, 64}
+    assert any(c.count == 0 for c in CASES) and any(c.count == 1 for c in CASES)
+    assert all(c.bench for c in BENCH_CASES) and not any(c.bench for c in CASES)
+
+
+def test_a_case_holds_the_same_numbers_every_time() -> None:
+    case = CASES[0]
+    assert torch.equal(case.activation("x"), case.activation("x"))
+    assert not torch.equal(case.activation("x"), case.activation("y"))

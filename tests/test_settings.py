@@ -1,0 +1,75 @@
+"""Process-wide choices: use_backend, use_memory and their environment variables."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from fastres.engine import current, use_backend, use_memory
+
+
+def test_choices_nest_and_end() -> None:
+    before = current().backend, current().memory
+    with use_backend("aten"), use_memory("lean"):
+        with use_backend("reference"):
+            assert (current().backend, current().memory) == ("reference", "lean")
+        assert current().backend == "aten"
+    assert (current().backend, current().memory) == before
+
+
+def test_choices_end_with_an_exception() -> None:
+    before = current().backend
+    with pytest.raises(KeyError), use_backend("aten"):
+        raise KeyError
+    assert current().backend == before
+
+
+def test_unknown_backend_lists_the_known() -> None:
+    with pytest.raises(ValueError, match="backend must be one of auto, .*aten.*, got 'cudnn'"):
+        with use_backend("cudnn"):
+            pass
+
+
+def test_unknown_memory_mode_lists_the_known() -> None:
+    sentence = "memory must be one of auto, speed, balanced, lean, got 'tiny'"
+    with pytest.raises(ValueError, match=sentence), use_memory("tiny"):
+        pass
+
+
+def test_backend_that_cannot_run_here_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastres.backends import BACKENDS, Backend
+
+    broken = Backend("broken", ("cpu",), why_not=lambda: "no such accelerator")
+    monkeypatch.setitem(BACKENDS, "broken", broken)
+    with pytest.raises(RuntimeError, match="'broken' cannot run here: no such accelerator"):
+        with use_backend("broken"):
+            pass
+
+
+_PROGRAM = """
+from fastres.engine import current
+print(current().backend, current().memory)
+"""
+
+
+def _run(**environment: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, **environment}
+    return subprocess.run(
+        [sys.executable, "-c", _PROGRAM], env=env, capture_output=True, text=True, timeout=60
+    )
+
+
+def test_environment_chooses() -> None:
+    done = _run(FASTRES_BACKEND="aten", FASTRES_MEMORY="lean")
+    assert done.stdout.split() == ["aten", "lean"], done.stderr
+
+
+def test_wrong_environment_raises_when_a_block_runs_not_on_import() -> None:
+    done = _run(FASTRES_BACKEND="cudnn")
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ValueError: backend must be one of auto"), done.stderr
+    assert "got 'cudnn'" in last
