@@ -129,7 +129,9 @@ class BuildWithNinja(build_ext):
         subprocess.run([*ninja_command(), "-C", str(folder)], check=True)
 
     def copy_extensions_to_source(self) -> None:
-        self.extensions = [e for e in self.extensions if Path(self.get_ext_fullpath(e.name)).exists()]
+        self.extensions = [
+            e for e in self.extensions if Path(self.get_ext_fullpath(e.name)).exists()
+        ]
         super().copy_extensions_to_source()
 
 
@@ -139,7 +141,7 @@ setup(
     packages=[
         *find_packages(include=["fastres", "fastres.*"]),
         "fastres.triton_kernels",
-        *(f"fastres.triton_kernels.{name}" for name in find_packages("triton_kernels")),
+        *(f"fastres.triton_kernels.{name}" for name in find_packages(str(ROOT / "triton_kernels"))),
     ],
     ext_modules=extensions,
     cmdclass={"build_ext": BuildWithNinja},

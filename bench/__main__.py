@@ -36,7 +36,9 @@ def _cpu_name() -> str:
 
 def _commit() -> str:
     command = ["git", "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT).stdout.strip()
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, check=False
+    ).stdout.strip()
 
 
 def _conditions() -> dict[str, Any]:

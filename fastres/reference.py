@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 F64 = torch.float64
 
@@ -129,7 +130,10 @@ def finalize_stats(
     *,
     acc: torch.dtype = F64,
 ) -> Tensor:
-    """`stats` [5, C], computed in float64 and stored in `acc`, from batch statistics (`state`, `count`) or from (running_mean, running_var)."""
+    """`stats` [5, C], computed in float64 and stored in `acc`.
+
+    From batch statistics (`state`, `count`), or from `running` = (running_mean, running_var).
+    """
     if state is not None:
         mean, var = state[0].to(F64), state[1].to(F64) / max(count, 1)
     elif running is not None:
@@ -175,7 +179,7 @@ def bn_act_backward_reduce(
     channels_last: bool,
     acc: torch.dtype = F64,
 ) -> Tensor:
-    """`sums` [3, C]: sum_g = sum(g), sum_gx = sum(g*(y - mean)*invstd) per branch; added to `sums`."""
+    """sum_g = sum(g), and per branch sum_gx = sum(g*(y - mean)*invstd); added to `sums`."""
     g = gated(grad_out, gate, branches, channels_last=channels_last, acc=acc)
     fresh = torch.zeros(3, grad_out.shape[1], dtype=acc, device=grad_out.device)
     fresh[0] = g.sum((0, 2, 3))
@@ -284,7 +288,7 @@ def conv_backward_data(
     acc: torch.dtype = F64,
 ) -> Tensor:
     """Gradient of the convolution's input (shape and layout of `like`), plus `accumulate`."""
-    grad = torch.nn.grad.conv2d_input(
+    grad = conv2d_input(
         like.shape, weight.to(acc), grad_y.to(acc), conv.stride, conv.padding, conv.dilation,
         conv.groups,
     )  # fmt: skip
@@ -304,7 +308,7 @@ def conv_backward_weight(
 ) -> Tensor:
     """Gradient of the weight, in its dtype."""
     z = _input_of(x, prologue, acc).to(acc)
-    grad = torch.nn.grad.conv2d_weight(
+    grad = conv2d_weight(
         z, weight.shape, grad_y.to(acc), conv.stride, conv.padding, conv.dilation, conv.groups
     )
     return grad.to(weight.dtype)

@@ -26,9 +26,7 @@ class FusedCalls(TorchDispatchMode):
         self.forward = 0
         self.backward = 0
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.forward += func is torch.ops.fastres.block_forward.default
         self.backward += func is torch.ops.fastres.block_backward.default
         return func(*args, **(kwargs or {}))

@@ -72,14 +72,12 @@ def test_explain_names_the_kernels(backend: str) -> None:
     for train in (True, False):
         rows = fastres.explain(network().train(train), backend=backend).rows
         for row in rows:
-            assert row.level == "b"
+            assert row.level in ("b", "b'", "c'", "c")
             assert {name.split(":")[0] for name in row.backends.values()} == {backend}
 
 
 def test_explain_of_another_device_and_layout() -> None:
-    report = fastres.explain(
-        network(), device="cuda", dtype=torch.bfloat16, channels_last=True
-    )
+    report = fastres.explain(network(), device="cuda", dtype=torch.bfloat16, channels_last=True)
     assert report.fused == 3 and all(row.level for row in report.rows)
 
 

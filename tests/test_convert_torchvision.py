@@ -39,7 +39,7 @@ def images() -> Tensor:
     [
         ("BasicBlock", {}),
         ("Bottleneck", {}),
-        ("Bottleneck", {"groups": 32, "width_per_group": 4}),
+        ("Bottleneck", {"groups": 4, "width_per_group": 16}),
         ("Bottleneck", {"width_per_group": 128}),
         ("Bottleneck", {"replace_stride_with_dilation": [True, False, False]}),
     ],

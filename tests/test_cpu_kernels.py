@@ -595,9 +595,7 @@ def test_any_number_of_threads_gives_the_same_bits(isa, dtype, layout):
         stats = finalize(state, 5 * 1024, 100, dtype)
         out, mask, result = Activation.empty_like(y), y.empty_mask(), Activation.empty_like(y)
         scale_shift_act(y, stats, out, grad, stats, mask, threads=threads)
-        sums = reduce_backward(
-            grad, MASK, mask.data_ptr(), y, stats, out, stats, threads=threads
-        )
+        sums = reduce_backward(grad, MASK, mask.data_ptr(), y, stats, out, stats, threads=threads)
         apply_backward(grad, MASK, mask.data_ptr(), y, stats, sums, 5 * 1024, grad_y1=result,
                        threads=threads)  # fmt: skip
         added = Activation.empty_like(y)

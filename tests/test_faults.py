@@ -337,7 +337,8 @@ def _same_row_for_both_branches(real: Any) -> Any:
 
 
 _ENGINE_FAULTS = [
-    Planted("residual gradient forgotten", _Backward, "_residual_gradient", lambda f: lambda s: None),
+    Planted("residual gradient forgotten", _Backward, "_residual_gradient",
+            lambda f: lambda s: None),
     Planted("shortcut gradient forgotten", _Backward, "_residual_gradient",
             lambda f: lambda s: None, _PROJECTION),
     Planted("grad_weight and grad_bias swapped", _Backward, "_sum", _other_row),

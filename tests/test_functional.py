@@ -228,7 +228,7 @@ def test_every_subset_of_gradients(backend: str, training: bool) -> None:
 
 
 def _require(module: nn.Module, flags: dict[str, bool]) -> None:
-    """The first unit's parameters one by one, the projection's all together, the rest never."""
+    """Switch the first unit's parameters one by one, the projection's together, others off."""
     for name, p in module.named_parameters():
         kind, index, which = name.split(".")
         if index == "2":

@@ -9,7 +9,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -96,9 +96,7 @@ class TestParity:
 
     @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
     @pytest.mark.parametrize(("kind", "options"), VARIANTS)
-    def test_float32(
-        self, kind: str, options: dict[str, Any], layout: torch.memory_format
-    ) -> None:
+    def test_float32(self, kind: str, options: dict[str, Any], layout: torch.memory_format) -> None:
         fused, twin = pair_of(kind, dtype=torch.float32, **options)
         truth = copy.deepcopy(twin).double()
         x = data(fused).contiguous(memory_format=layout)
@@ -198,7 +196,7 @@ class TestLayouts:
 
 
 class TestBatchNormSemantics:
-    NORMS: dict[str, Norm] = {
+    NORMS: ClassVar[dict[str, Norm]] = {
         "momentum-none": lambda c: nn.BatchNorm2d(c, momentum=None),
         "momentum-0": lambda c: nn.BatchNorm2d(c, momentum=0.0),
         "momentum-1": lambda c: nn.BatchNorm2d(c, momentum=1.0),
@@ -288,9 +286,7 @@ class TestBatchNormSemantics:
     @pytest.mark.parametrize("train", [True, False])
     @pytest.mark.parametrize("tracked", [True, False])
     def test_one_value_per_channel(self, size: int, train: bool, tracked: bool) -> None:
-        pair = pair_of(
-            "bottleneck", norm=lambda c: nn.BatchNorm2d(c, track_running_stats=tracked)
-        )
+        pair = pair_of("bottleneck", norm=lambda c: nn.BatchNorm2d(c, track_running_stats=tracked))
         x = data(pair[0], n=1, size=size)
         if not train and tracked:
             assert_same(step(pair[0].eval(), x), step(pair[1].eval(), x))

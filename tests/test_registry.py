@@ -26,7 +26,7 @@ REQUEST = Request("cpu", torch.float32, True)
 
 @pytest.fixture(autouse=True)
 def _table(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A copy of the table, so that a test's registrations end with it."""
+    """Copy the table, so that a test's registrations end with it."""
     copy = {key: list(entries) for key, entries in registry._TABLE.items()}
     monkeypatch.setattr(registry, "_TABLE", copy)
     make_plan.cache_clear()

@@ -28,9 +28,9 @@ def test_choices_end_with_an_exception() -> None:
 
 
 def test_unknown_backend_lists_the_known() -> None:
-    with pytest.raises(ValueError, match="backend must be one of auto, .*aten.*, got 'cudnn'"):
-        with use_backend("cudnn"):
-            pass
+    sentence = "backend must be one of auto, .*aten.*, got 'cudnn'"
+    with pytest.raises(ValueError, match=sentence), use_backend("cudnn"):
+        pass
 
 
 def test_unknown_memory_mode_lists_the_known() -> None:
@@ -44,9 +44,9 @@ def test_backend_that_cannot_run_here_says_why(monkeypatch: pytest.MonkeyPatch) 
 
     broken = Backend("broken", ("cpu",), why_not=lambda: "no such accelerator")
     monkeypatch.setitem(BACKENDS, "broken", broken)
-    with pytest.raises(RuntimeError, match="'broken' cannot run here: no such accelerator"):
-        with use_backend("broken"):
-            pass
+    sentence = "'broken' cannot run here: no such accelerator"
+    with pytest.raises(RuntimeError, match=sentence), use_backend("broken"):
+        pass
 
 
 _PROGRAM = """

@@ -28,8 +28,8 @@ MODULES = {
     "fastres._cpu": (
         "the C++ kernels",
         (
-            "install a C++20 compiler (g++ 11 or clang++ 14, or newer), then reinstall fastres from "
-            "source with FASTRES_CPU=1, which shows why a build fails"
+            "install a C++20 compiler (g++ 11 or clang++ 14, or newer), then reinstall fastres "
+            "from source with FASTRES_CPU=1, which shows why a build fails"
         ),
     ),
 }

@@ -64,6 +64,7 @@ class Report:
         return {**asdict(self), "fused": self.fused, "unfused": self.unfused}
 
     def __str__(self) -> str:
+        """A plain table, a line per block."""
         head = f"{self.model}: {self.fused} of {len(self.rows)} blocks fused"
         if self.changed:
             head += f", {self.changed} modules changed"

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 from transformers.models.resnet import modeling_resnet as resnet
 
-from fastres.nn._children import Decline, Parts, Projection
+from fastres.nn._children import Decline, Parts, Projection, Unit
 from fastres.nn.blocks import FusedModule
 
 
-def _parts_of(layer: nn.Module) -> Parts | Decline:
-    chain, shortcut = layer._modules["layer"], layer._modules["shortcut"]
-    assert chain is not None and shortcut is not None
+def _parts_of(layer: Any) -> Parts | Decline:
+    chain = layer._modules["layer"]
+    shortcut = layer._modules["shortcut"]
     convs = tuple(chain._modules.values())
     if type(chain) is not nn.Sequential or any([type(c) not in _CONV_LAYERS for c in convs]):
         return Decline(chain, "is not a Sequential of ResNetConvLayer")
     units = tuple([_unit_of(c) for c in convs])
-    containers = (chain, *convs)
+    containers: tuple[nn.Module | None, ...] = (chain, *convs)
     if type(shortcut) is resnet.ResNetShortCut:
         containers = (*containers, shortcut)
         m = shortcut._modules
@@ -24,7 +26,8 @@ def _parts_of(layer: nn.Module) -> Parts | Decline:
     return Parts(units, layer._modules["activation"], shortcut, (), containers)
 
 
-def _unit_of(layer: nn.Module) -> tuple[nn.Module, nn.Module, nn.Module | None]:
+def _unit_of(layer: nn.Module | None) -> Unit:
+    assert layer is not None
     m = layer._modules
     return m["convolution"], m["normalization"], m["activation"]
 

@@ -154,7 +154,7 @@ class _Backward:
             pending.gate,
             (pending.branch,),
             pending.sums,
-            pending.count,
+            pending.values,
             want_grads=(True,),
         )
         return grads[0]

@@ -27,7 +27,7 @@ def conv_backward(plan: Plan, conv_plan: ConvPlan) -> Callable[..., Any]:
         reduce: tuple[Gate, Branch] | None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         (grad_y,), _ = plan.run("bn_act_backward_apply")(
-            grad.grad_out, grad.gate, (grad.branch,), grad.sums, grad.count, want_grads=(True,)
+            grad.grad_out, grad.gate, (grad.branch,), grad.sums, grad.values, want_grads=(True,)
         )
         grad_weight = grad_x = sums = None
         if want_weight:

@@ -122,7 +122,7 @@ class _Chooser:
 
     def _insist(self, primitive: str, asked: Request, reasons: list[str]) -> None:
         """A backend asked for by name may leave a primitive out, but not decline a plain one."""
-        own = [e for e in implementations(primitive, self.backend)]
+        own = list(implementations(primitive, self.backend))
         fused = asked.features or primitive in ("conv_backward", "conv_bn_act")
         if own and not fused and not primitive.startswith("conv_"):
             raise NotImplementedError(

@@ -83,9 +83,9 @@ def hooked(module: nn.Module) -> Decline | None:
 
 def why_not_now() -> str | None:
     """What keeps every block from being fused at the moment, whatever its children."""
-    if _module._has_any_global_hook():
+    if _module._has_any_global_hook():  # type: ignore[no-untyped-call]
         return "global module hooks are registered"
-    if torch.jit.is_tracing():
+    if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace records torch's own operators"
     if torch.compiler.is_exporting():
         return "torch.export records torch's own operators"

@@ -61,7 +61,7 @@ def three_layers(block: Any) -> Parts:
     return Parts(units, relu, block.downsample)
 
 
-def _class_for(cls: type, own: type, name: str) -> type:
+def _class_for(cls: type[Any], own: type[Any], name: str) -> type[Any]:
     """`own`, or its subclass that torchvision's ResNet recognises, where that is in use."""
     if cls is not own or "torchvision.models.resnet" not in sys.modules:
         return cls
@@ -69,11 +69,11 @@ def _class_for(cls: type, own: type, name: str) -> type:
         from fastres.nn import _torchvision
     except Exception:
         return cls
-    found: type = getattr(_torchvision, name)
+    found: type[Any] = getattr(_torchvision, name)
     return found
 
 
-def rebuild(cls: type) -> Any:
+def rebuild(cls: type[Any]) -> Any:
     """An empty block of `cls`: the one that suits the process that loads it."""
     return cls.__new__(cls)
 
@@ -87,7 +87,8 @@ class BasicBlock(FusedModule, stock.BasicBlock):
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> BasicBlock:
-        made: BasicBlock = super().__new__(_class_for(cls, BasicBlock, "BasicBlock"))
+        own = _class_for(cls, BasicBlock, "BasicBlock")
+        made: BasicBlock = super().__new__(own)
         return made
 
     def _parts(self) -> Parts:
@@ -103,7 +104,8 @@ class Bottleneck(FusedModule, stock.Bottleneck):
     """
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Bottleneck:
-        made: Bottleneck = super().__new__(_class_for(cls, Bottleneck, "Bottleneck"))
+        own = _class_for(cls, Bottleneck, "Bottleneck")
+        made: Bottleneck = super().__new__(own)
         return made
 
     def _parts(self) -> Parts:

@@ -16,6 +16,17 @@ class FusedStem(nn.Module):
     does.
     """
 
+    conv1: nn.Module
+    bn1: nn.Module
+    relu: nn.Module
+    maxpool: nn.Module
+    layer1: nn.Module
+    layer2: nn.Module
+    layer3: nn.Module
+    layer4: nn.Module
+    avgpool: nn.Module
+    fc: nn.Module
+
     def _parts(self) -> Parts:
         m = self._modules
         conv, norm, relu = m["conv1"], m["bn1"], m["relu"]

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from fastres.ops.once import once_differentiable
 
 from fastres.ops import library as _library  # noqa: F401  (defines the operators)
+from fastres.ops.once import once_differentiable
 from fastres.primitives import memory_format_of
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from fastres.ops.once import once_differentiable
 
 from fastres.engine import UNIT_TENSORS, BlockSpec
 from fastres.ops import library as _library  # noqa: F401  (defines the operators)
+from fastres.ops.once import once_differentiable
 
 #: Of a unit's tensors, the first four are parameters; running statistics get no gradient.
 _PARAMETERS = 4

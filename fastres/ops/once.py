@@ -12,8 +12,8 @@ from torch import Tensor
 Backward = Callable[..., tuple[Tensor | None, ...]]
 
 _MESSAGE = (
-    "fastres: a second backward through a fused block is not implemented; call fastres.revert(model)"
-    " where gradients of gradients are needed"
+    "fastres: a second backward through a fused block is not implemented; "
+    "call fastres.revert(model) where gradients of gradients are needed"
 )
 
 
@@ -36,5 +36,5 @@ def once_differentiable(backward: Backward) -> Backward:
 
 def _poisoned(results: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     error = torch._C._functions.DelayedError(_MESSAGE, len(results))  # type: ignore[attr-defined]
-    fresh = [None if t is None else t.detach().requires_grad_() for t in results]
+    fresh: Any = [None if t is None else t.detach().requires_grad_() for t in results]
     return tuple(error(*fresh))

@@ -85,7 +85,7 @@ class Gated(NamedTuple):
 class PendingGrad(NamedTuple):
     """A gradient that was not formed yet: grad_y = A*g + B*y + C with g = gate(grad_out).
 
-    `count` is the number of values per channel behind batch statistics, 0 where running
+    `values` is the number of values per channel behind batch statistics, 0 where running
     statistics were used (then B = C = 0). `sums` are the reduced (sum_g, sum_gx...) rows.
     """
 
@@ -93,7 +93,7 @@ class PendingGrad(NamedTuple):
     gate: Gate
     branch: Branch
     sums: Tensor
-    count: int
+    values: int
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:

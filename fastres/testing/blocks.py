@@ -164,6 +164,7 @@ class FunctionalBlock(StockBlock):
         """The block, fused."""
         layers = [self.layer(i) for i in range(len(self.convs))]
         for norm in self.norms:
+            assert isinstance(norm, nn.BatchNorm2d) and norm.num_batches_tracked is not None
             if norm.training:
                 norm.num_batches_tracked.add_(1)
         projection = layers.pop() if self.projects else None

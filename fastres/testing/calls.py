@@ -150,8 +150,8 @@ def _scale_shift_act(m: Maker) -> Iterator[Call]:
             ("projection", {"residual": r, "residual_stats": other}),
         ):
             yield Call(f"{label}, {act}", request, (y, stats), {"act": act, **more})
-    more = {"residual": r, "residual_stats": other, "act": "relu", "want_mask": True}
-    yield Call("mask", m.request(y, act="relu"), (y, stats), more)
+    masked = {"residual": r, "residual_stats": other, "act": "relu", "want_mask": True}
+    yield Call("mask", m.request(y, act="relu"), (y, stats), masked)
     yield Call("in place", m.request(y), (y, stats), {"residual": r, "act": "relu"}, 0)
 
 
@@ -299,6 +299,7 @@ def _conv_backward(m: Maker) -> Iterator[Call]:
     """The composite: gated gradient of this unit in, gradients and the previous unit's sums out."""
     w, conv, below = m.case.weight(device=m.device), m.case.conv, _below(m)
     raw = below.y
+    assert raw is not None
     fmt = torch.channels_last if m.case.channels_last else torch.contiguous_format
     y = dense(reference.conv_forward(raw, w, None, conv)[0], fmt)
     branch = Branch(y, m.stats(y))

@@ -47,10 +47,10 @@ def assert_parity(
         channel_dim: dimension of the channels; 1-d tensors have one value per channel.
         magnitude: float64, shape of `candidate`: the sum of absolute values of the terms behind
             each value; one rounding of it in the accumulation dtype is allowed on top, because
-            contracted and reordered terms differ by that (PITFALLS of fused multiply-add).
+            contracted and reordered terms differ by that (fused multiply-add).
         pool: "" takes torch's error per channel; "channels" from all channels together, relative
-            to each one's magnitude (so does "" where a channel has few values); "tensor" from all values together, as they are;
-            so is the one rounding then that of the largest value.
+            to each one's magnitude (so does "" where a channel has few values); "tensor" from
+            all values together, and so the one rounding, which is then the largest value's.
         precision: the dtype whose rounding is allowed; the candidate's own by default. Sums that
             were formed in float32 stay so precise when they are handed over in float64.
 

@@ -49,7 +49,8 @@ class Formulas:
     def _input(self, x: Tensor, prologue: Prologue | None) -> Tensor:
         if prologue is None:
             return x
-        return self.run("scale_shift_act", x, prologue.stats, act=prologue.act)[0]
+        z: Tensor = self.run("scale_shift_act", x, prologue.stats, act=prologue.act)[0]
+        return z
 
     def _conv_forward(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, conv: ConvSpec,
@@ -84,7 +85,7 @@ class Formulas:
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
         (grad_y,), _ = self.run(
             "bn_act_backward_apply", grad.grad_out, grad.gate, (grad.branch,), grad.sums,
-            grad.count, want_grads=(True,),
+            grad.values, want_grads=(True,),
         )  # fmt: skip
         grad_x = grad_weight = sums = None
         if want_weight:
@@ -224,7 +225,7 @@ def _of_unit(
     grad: PendingGrad, x: Tensor, weight: Tensor, conv: ConvSpec,
     *, prologue: Prologue | None, accumulate: Any, reduce: Any, **_: Any,
 ) -> dict[str, Tensor]:  # fmt: skip
-    size = _of_apply(grad.grad_out, grad.gate, (grad.branch,), grad.sums, grad.count)["grad_y1"]
+    size = _of_apply(grad.grad_out, grad.gate, (grad.branch,), grad.sums, grad.values)["grad_y1"]
     if isinstance(accumulate, Gated):
         accumulate = accumulate.grad_out
     found = _of_weight(size, x, weight, conv, prologue=prologue)

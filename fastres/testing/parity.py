@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastres import reference
-from fastres.primitives import Implementation, acc_dtype, is_channels_last
+from fastres.primitives import STATS_ROWS, Implementation, acc_dtype, is_channels_last
 from fastres.testing.calls import Call, calls
 from fastres.testing.cases import Case
 from fastres.testing.compare import assert_parity, assert_same_bits
@@ -18,6 +18,9 @@ from fastres.testing.formulas import TRUTH, magnitudes, torch_formulas
 
 #: Results that are sums over a whole channel; a backend may hand them over in float64.
 _SUMS = ("mean", "M2", "sum_g", "sum_gx1", "sum_gx2")
+
+#: Results that divide or take a root: no input makes them exact.
+_ROUNDED = ("M2", *STATS_ROWS)
 
 #: Results that are activations, in the layout of the call.
 _ACTIVATIONS = ("out", "y", "grad_x", "grad_y1", "grad_y2", "grad_residual", "grad")
@@ -122,7 +125,7 @@ def _unit(result: Any) -> dict[str, Tensor | None]:
 
 _NAMES: dict[str, Callable[[Any], dict[str, Tensor | None]]] = {
     "channel_stats": _state,
-    "finalize_stats": lambda s: dict(zip(_STATS, s, strict=True)),
+    "finalize_stats": lambda s: dict(zip(STATS_ROWS, s, strict=True)),
     "scale_shift_act": lambda r: {"out": r[0]},
     "bn_act_backward_reduce": _sums,
     "bn_act_backward_apply": _applied,
@@ -134,10 +137,6 @@ _NAMES: dict[str, Callable[[Any], dict[str, Tensor | None]]] = {
     "conv_bn_act": lambda r: {"out": r},
     "conv_backward": _unit,
 }
-_STATS = ("mean", "var", "invstd", "scale", "shift")
-
-#: Results that divide or take a root: no input makes them exact.
-_ROUNDED = ("M2", *_STATS)
 
 
 # ---------------------------------------------------------------- parts

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
 
 import torch
 
@@ -19,20 +21,20 @@ def poisoned_allocations() -> Iterator[None]:
     """
     before = torch.are_deterministic_algorithms_enabled()
     warn = torch.is_deterministic_algorithms_warn_only_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory
+    # A module-level property that the type checker does not see.
+    switch: Any = torch.utils.deterministic
+    filled = switch.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    switch.fill_uninitialized_memory = True
     _poison_own(True)
     try:
         yield
     finally:
         _poison_own(False)
-        torch.utils.deterministic.fill_uninitialized_memory = filled
+        switch.fill_uninitialized_memory = filled
         torch.use_deterministic_algorithms(before, warn_only=warn)
 
 
 def _poison_own(on: bool) -> None:
     if "cpu" in BACKENDS and BACKENDS["cpu"].why_not() is None:
-        from fastres import _cpu
-
-        _cpu.set_poison(on)
+        import_module("fastres._cpu").set_poison(on)

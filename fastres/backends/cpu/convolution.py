@@ -9,6 +9,7 @@ residual's gradient) output, where an output of its own would page-fault at ever
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -56,12 +57,11 @@ def _why_not(request: Request) -> str | None:
 
 def _chunks(images: int, *per_image: int) -> Iterator[tuple[int, int]]:
     """Ranges of images whose largest tensor, of `per_image` bytes, is about CHUNK_BYTES."""
-    step = max(
-        _LEAST_IMAGES if torch.get_num_threads() == 1 else 1, CHUNK_BYTES // max(1, *per_image)
-    )
+    least = _LEAST_IMAGES if torch.get_num_threads() == 1 else 1
+    step = max(least, CHUNK_BYTES // max(1, *per_image))
     parts = max(1, round(images / step))
     bounds = [images * i // parts for i in range(parts + 1)]
-    return zip(bounds[:-1], bounds[1:], strict=True)
+    return pairwise(bounds)
 
 
 def _image_bytes(t: Tensor) -> int:
@@ -213,7 +213,7 @@ def _form_gradient(grad: PendingGrad, a: int, b: int, out: Tensor) -> Tensor:
         _gate_images(grad.gate, grad.grad_out, a, b),
         (_images(grad.branch, a, b),),
         grad.sums,
-        grad.count,
+        grad.values,
         want_grads=(True,),
         out=out,
     )
@@ -232,8 +232,10 @@ class _DataGradient:
         chunks: list[tuple[int, int]],
     ) -> None:
         self.x, self.weight, self.conv, self.accumulate = x, weight, conv, accumulate
-        own = not isinstance(accumulate, Tensor)
-        self.result = empty(x.shape, x.dtype, channels_last=True) if own else accumulate
+        if isinstance(accumulate, Tensor):
+            self.result = accumulate
+        else:
+            self.result = empty(x.shape, x.dtype, channels_last=True)
         self.transposed = None
         if (plain := _transposed(weight, conv, x)) is not None:
             k = weight.shape[0]
@@ -244,23 +246,16 @@ class _DataGradient:
     def chunk(self, grad_y: Tensor, a: int, b: int) -> Tensor:
         """The gradient of images a..b, in place in `result`."""
         out = self.result[a:b]
-        fresh = None if self.transposed else self._by_torch(grad_y, a, b)
         if isinstance(self.accumulate, Gated):
             gated = self.accumulate
             gate = _gate_images(gated.gate, gated.grad_out, a, b)
             act_backward(gated.grad_out[a:b], gate, out=out)
-        elif self.accumulate is None:
-            if fresh is not None:
-                return out.copy_(fresh)
-            out.zero_()
         if self.transposed is None:
-            return out.add_(fresh)
+            fresh: Tensor = aten_data(grad_y, self.weight, self.x[a:b], self.conv)
+            return out.copy_(fresh) if self.accumulate is None else out.add_(fresh)
         weight, conv = self.transposed
-        _convolve_into(out, grad_y, weight, None, conv)
+        _convolve_into(out.zero_() if self.accumulate is None else out, grad_y, weight, None, conv)
         return out
-
-    def _by_torch(self, grad_y: Tensor, a: int, b: int) -> Tensor:
-        return aten_data(grad_y, self.weight, self.x[a:b], self.conv)
 
 
 @register("conv_bn_act", "cpu", why_not=_why_not, name="onednn_chunked")

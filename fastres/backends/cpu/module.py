@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from importlib import import_module
 from types import ModuleType
-from typing import Any
 
 import torch  # loaded first, so that the module's OpenMP resolves to torch's
 from torch import Tensor
@@ -13,9 +12,9 @@ from torch import Tensor
 from fastres.primitives import is_channels_last
 
 _import_error: str | None = None
-_cpu: Any = None
+_cpu: ModuleType | None = None
 try:
-    from fastres import _cpu  # type: ignore[attr-defined,no-redef]
+    _cpu = import_module("fastres._cpu")
 except ImportError as error:
     _import_error = str(error)
 
@@ -42,17 +41,15 @@ def why_not_built() -> str | None:
     )
 
 
-@lru_cache(maxsize=1)
 def module() -> ModuleType:
     """The compiled module.
 
     Raises:
         RuntimeError: where it was not built.
     """
-    if (reason := why_not_built()) is not None:
-        raise RuntimeError(reason)
-    found: ModuleType = _cpu
-    return found
+    if _cpu is None:
+        raise RuntimeError(why_not_built())
+    return _cpu
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, channels_last: bool) -> Tensor:

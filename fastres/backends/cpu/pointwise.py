@@ -114,10 +114,8 @@ def bn_act_backward_reduce(
 ) -> Tensor:
     """`sums` float64 [3, C]; added to `sums` where it is given."""
     accumulate = sums is not None
-    if sums is None:
-        sums = torch.empty(3, grad_out.shape[1], dtype=torch.float64)
-    else:
-        sums = sums.clone()
+    fresh = torch.empty(3, grad_out.shape[1], dtype=torch.float64)
+    sums = fresh if sums is None else sums.clone()
     _kernels.bn_act_backward_reduce(
         grad_out.data_ptr(), *_gate(gate), *_branch(branches, 0), *_branch(branches, 1),
         sums.data_ptr(), accumulate, *_sizes(grad_out),

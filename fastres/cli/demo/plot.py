@@ -50,7 +50,7 @@ class _Scale:
         self.log = axes.log
         drawable = [(x, y) for x, y in points if self._drawable(y)] or [(0.0, 1.0), (1.0, 1.0)]
         xs, ys = [x for x, _ in drawable], [self._y(y) for _, y in drawable]
-        self.x_low, self.x_high = min(xs), max(max(xs), min(xs) + 1e-9)
+        self.x_low, self.x_high = min(xs), max(*xs, min(xs) + 1e-9)
         # A linear axis starts at zero; a logarithmic one at a whole power of ten.
         self.y_low = math.floor(min(ys)) if axes.log else 0.0
         self.y_high = math.ceil(max(ys)) if axes.log else max(ys) * 1.05

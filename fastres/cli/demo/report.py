@@ -76,8 +76,8 @@ class Result:
             (
                 v.curves_agree,
                 (
-                    f"The loss curves agree over the first {len(v.allowed)} steps: the fused one uses "
-                    f"at most {v.margin:.0%} of its tolerance."
+                    f"The loss curves agree over the first {len(v.allowed)} steps: the fused one "
+                    f"uses at most {v.margin:.0%} of its tolerance."
                 ),
             ),
             (
