@@ -102,7 +102,7 @@ def ninja_command() -> list[str]:
 
 
 class BuildWithNinja(build_ext):
-    """Writes build.ninja and runs ninja; a missing compiler costs the extension, not the install."""
+    """Writes build.ninja and runs ninja. Without a compiler the install goes on without it."""
 
     def build_extension(self, ext: Extension) -> None:
         try:

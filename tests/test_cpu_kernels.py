@@ -81,8 +81,8 @@ class Activation:
         return self.stored.double()
 
     def sizes(self, threads=2):
-        return dict(n=self.n, c=self.c, hw=self.hw, layout=self.layout, dtype=self.code,
-                    threads=threads)  # fmt: skip
+        sizes = {"n": self.n, "c": self.c, "hw": self.hw, "layout": self.layout}
+        return {**sizes, "dtype": self.code, "threads": threads}
 
     @property
     def code(self):
@@ -496,8 +496,8 @@ def reduce_backward(grad, gate, source, y1=None, stats1=None, y2=None, stats2=No
     sums = torch.full((3, grad.c), torch.nan, dtype=torch.float64) if sums is None else sums
     _cpu.bn_act_backward_reduce(
         grad.ptr, gate, source, y1.ptr if y1 else 0, 0 if stats1 is None else stats1.data_ptr(),
-        y2.ptr if y2 else 0, 0 if stats2 is None else stats2.data_ptr(), sums.data_ptr(), accumulate,
-        **grad.sizes(threads),
+        y2.ptr if y2 else 0, 0 if stats2 is None else stats2.data_ptr(), sums.data_ptr(),
+        accumulate, **grad.sizes(threads),
     )  # fmt: skip
     return sums
 
@@ -610,15 +610,14 @@ def test_any_number_of_threads_gives_the_same_bits(isa, dtype, layout):
 
 def test_bad_codes_sizes_and_pointers_raise():
     y, state = torch.zeros(8), torch.zeros(2, 2, dtype=torch.float64)
-    good = dict(y=y.data_ptr(), state=state.data_ptr(), prior_count=0, n=1, c=2, hw=4, layout=0,
-                dtype=0, threads=1)  # fmt: skip
+    sizes = {"n": 1, "c": 2, "hw": 4, "layout": 0, "dtype": 0, "threads": 1}
+    good = {"y": y.data_ptr(), "state": state.data_ptr(), "prior_count": 0, **sizes}
     _cpu.channel_stats(**good)
     for name, value in [("y", 0), ("state", 0), ("prior_count", -1), ("n", -1), ("c", -1),
                         ("hw", -1), ("layout", 2), ("dtype", 4), ("dtype", -1),
                         ("threads", 0)]:  # fmt: skip
         with pytest.raises(ValueError, match=name):
             _cpu.channel_stats(**{**good, name: value})
-    sizes = dict(n=1, c=2, hw=4, layout=0, dtype=0, threads=1)
     with pytest.raises(ValueError, match="gate must be 0, 1 or 3, got 2"):
         _cpu.act_backward(y.data_ptr(), AFFINE, 0, y.data_ptr(), **sizes)
     with pytest.raises(ValueError, match="gate_ptr"):
@@ -692,6 +691,7 @@ def test_blocks_are_reused(allocator):
     del peak
     _cpu.trim()
     for numel in (10, 100_000, 3_000_000):
+        large = numel * 4 >= 2**20
         before = _cpu.memory_stats()
         t = new_tensor((numel,))
         address = t.data_ptr()
@@ -700,10 +700,11 @@ def test_blocks_are_reused(allocator):
         assert numel * 4 <= live <= numel * 4 * 9 / 8 + 2**21
         del t
         assert _cpu.memory_stats()["live"] == before["live"]
-        assert _cpu.memory_stats()["cached"] == before["cached"] + live
-        assert new_tensor((numel,)).data_ptr() == address
-        after = _cpu.memory_stats()
-        assert (after["hits"], after["misses"]) == (before["hits"] + 1, before["misses"] + 1)
+        if large:  # smaller blocks are malloc's, which keeps them itself
+            assert _cpu.memory_stats()["cached"] == before["cached"] + live
+            assert new_tensor((numel,)).data_ptr() == address
+            after = _cpu.memory_stats()
+            assert (after["hits"], after["misses"]) == (before["hits"] + 1, before["misses"] + 1)
 
 
 def test_an_unused_capsule_frees_its_memory(allocator):
@@ -727,13 +728,34 @@ def test_trim_and_cache_limit(allocator):
     assert _cpu.memory_stats()["cached"] == 2 * 2**22
 
 
-def test_the_oldest_free_block_goes_first(allocator):
-    first, second = new_tensor((2**20,)), new_tensor((2**21,))
-    address = second.data_ptr()
-    del first, second
-    _cpu.set_cache_limit(2**23)
-    assert _cpu.memory_stats()["cached"] == 2**23
-    assert new_tensor((2**21,)).data_ptr() == address
+def test_neighbours_that_are_free_serve_a_larger_request(allocator):
+    """What is kept does not depend on the mixture of sizes that came and went."""
+    pieces = [new_tensor((2**20,)) for _ in range(4)]
+    lowest = min(t.data_ptr() for t in pieces)
+    del pieces
+    misses = _cpu.memory_stats()["misses"]
+    whole = new_tensor((2**22,))
+    assert whole.data_ptr() == lowest
+    assert _cpu.memory_stats()["misses"] == misses
+
+
+def test_a_steady_step_maps_no_new_memory(allocator):
+    """A training step allocates and frees the same mixture of sizes again and again."""
+
+    def step():
+        kept = [new_tensor((2**20 * k,)) for k in (3, 1, 4, 1, 5)]
+        temporary = new_tensor((2**20 * 9,))
+        del temporary
+        for size in (2, 6, 5):
+            kept.pop(0)
+            kept.append(new_tensor((2**20 * size,)))
+
+    step()
+    step()
+    before = _cpu.memory_stats()["misses"]
+    for _ in range(5):
+        step()
+    assert _cpu.memory_stats()["misses"] == before
 
 
 def test_the_cache_never_outgrows_the_peak(allocator):
@@ -790,7 +812,7 @@ def test_cache_limit_from_environment():
 from fastres import _cpu
 t = torch.utils.dlpack.from_dlpack(_cpu.empty([2**22], [1], 0))
 del t
-assert _cpu.memory_stats()["cached"] == 0
+assert _cpu.memory_stats()["cached"] <= 8 * 2**20
 """
     result = run_python(code, FASTRES_CPU_CACHE_MB="8")
     assert result.returncode == 0, result.stderr

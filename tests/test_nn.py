@@ -358,7 +358,7 @@ class TestAutograd:
         fused, _ = pair_of("basic")
         x = data(fused).requires_grad_()
         (grad,) = torch.autograd.grad(fused(x).square().sum(), x, create_graph=True)
-        with pytest.raises(RuntimeError, match="once_differentiable"):
+        with pytest.raises(RuntimeError, match="second backward"):
             grad.sum().backward()
 
     def test_changing_the_input_in_place_raises(self) -> None:
@@ -543,12 +543,7 @@ class TestFallback:
         for module in (fused, twin):
             setattr(module, child, copy.deepcopy(made))
         with FusedCalls() as calls:
-            try:
-                found = fused(x)
-            except RuntimeError as exception:
-                assert (RuntimeError, str(exception)) == raised(lambda: twin(x))
-            else:
-                assert torch.equal(found, twin(x))
+            assert outcome(fused, x) == outcome(twin, x)
         assert calls.forward == 0
         assert reason in str(fused.why_not())
 
@@ -591,6 +586,14 @@ class TestFallback:
         assert fused.why_not() is None and fused.why_not(data(fused)) is None
         assert "[N, C, H, W]" in str(fused.why_not(torch.zeros(3)))
         assert "channels" in str(fused.why_not(torch.zeros(2, 5, 7, 7, dtype=torch.float64)))
+
+
+def outcome(module: nn.Module, x: Tensor) -> Any:
+    """What a module gives for x: all values, or the error."""
+    try:
+        return module(x).flatten().tolist()
+    except RuntimeError as error:
+        return str(error)
 
 
 class _FrozenNorm(nn.BatchNorm2d):

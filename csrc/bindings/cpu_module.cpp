@@ -28,9 +28,7 @@ namespace {
 
 using Address = std::uintptr_t;
 
-void* at(Address address) {
-  return reinterpret_cast<void*>(address);
-}
+void* at(Address address) { return reinterpret_cast<void*>(address); }
 
 void require(bool condition, const std::string& message) {
   if (!condition) {
@@ -49,15 +47,9 @@ int checked_code(const char* name, int code, int count) {
   return code;
 }
 
-DType checked_dtype(int code) {
-  return DType(checked_code("dtype", code, 4));
-}
-Gate checked_gate(int code) {
-  return Gate(checked_code("gate", code, 4));
-}
-Activation checked_act(int code) {
-  return Activation(checked_code("act", code, 2));
-}
+DType checked_dtype(int code) { return DType(checked_code("dtype", code, 4)); }
+Gate checked_gate(int code) { return Gate(checked_code("gate", code, 4)); }
+Activation checked_act(int code) { return Activation(checked_code("act", code, 2)); }
 
 void require_size(const char* name, int64_t size) {
   require(size >= 0, std::string(name) + " must be non-negative, got " + std::to_string(size));

@@ -3,10 +3,9 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <mutex>
 #include <new>
-#include <unordered_map>
-#include <vector>
 
 #include <pthread.h>
 #include <sys/mman.h>
@@ -14,12 +13,9 @@
 namespace fastres::cpu {
 
 struct Block {
-  void* address;
-  size_t size;    // of its size class
-  void* mapping;  // what munmap takes; null for a block of malloc's
-  size_t mapped;
-  Block* older;  // neighbours in the list of free blocks, by the time they were freed
-  Block* newer;
+  char* address;
+  size_t size;
+  bool in_arena;
 };
 
 namespace {
@@ -27,64 +23,119 @@ namespace {
 constexpr size_t kAlignment = 64;
 constexpr size_t kLarge = size_t(1) << 20;
 constexpr size_t kHugePage = size_t(2) << 20;
+constexpr size_t kLargestArena = size_t(1) << 40;
+constexpr size_t kSmallestArena = size_t(1) << 30;
 
-constexpr size_t round_up(size_t value, size_t unit) {
-  return (value + unit - 1) / unit * unit;
-}
+constexpr size_t round_up(size_t value, size_t unit) { return (value + unit - 1) / unit * unit; }
 
-// Eight steps per power of two waste at most an eighth; large blocks are whole huge pages.
-size_t size_class(size_t bytes) {
-  if (bytes <= 8 * kAlignment) {
-    return std::max(kAlignment, round_up(bytes, kAlignment));
+// One range of addresses, reserved once and filled from the bottom. A free range is joined with
+// its free neighbours, and a request takes the lowest range that holds it: what the process keeps
+// is close to the most it ever had in use, whatever mixture of sizes comes and goes.
+class Arena {
+ public:
+  Arena() {
+    // Address space may be limited (ulimit -v), so ask for less until it is granted.
+    for (size_t wanted = kLargestArena; wanted >= kSmallestArena; wanted /= 2) {
+      constexpr int kFlags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+      void* mapping = mmap(nullptr, wanted, PROT_READ | PROT_WRITE, kFlags, -1, 0);
+      if (mapping != MAP_FAILED) {
+        place(static_cast<char*>(mapping), wanted);
+        return;
+      }
+    }
   }
-  size_t power = kAlignment;
-  while (power < bytes / 16 + 1) {
-    power *= 2;
-  }
-  const size_t rounded = round_up(bytes, power);
-  return rounded >= kLarge ? round_up(rounded, kHugePage) : rounded;
-}
 
-Block* map_large(size_t size) {
-  // Mapped with room to spare, then cut to a boundary, since mmap aligns to small pages only.
-  const size_t wanted = size + kHugePage;
-  void* mapping = mmap(nullptr, wanted, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (mapping == MAP_FAILED) {
-    return nullptr;
+  // Null where the arena is full; `reused` tells whether the pages were there already.
+  char* take(size_t size, bool* reused) {
+    for (auto range = free_.begin(); range != free_.end(); ++range) {
+      if (range->second.size >= size) {
+        *reused = range->second.resident >= size;
+        return base_ + cut(range, size);
+      }
+    }
+    if (size > capacity_ - top_) {
+      return nullptr;
+    }
+    *reused = false;
+    top_ += size;
+    return base_ + (top_ - size);
   }
-  char* begin = static_cast<char*>(mapping);
-  char* aligned = reinterpret_cast<char*>(round_up(reinterpret_cast<size_t>(begin), kHugePage));
-  if (aligned > begin) {
-    munmap(begin, size_t(aligned - begin));
+
+  void give_back(char* address, size_t size) {
+    size_t offset = size_t(address - base_);
+    Range range{size, size};
+    size_t before = 0;  // what is counted already of the ranges that are joined
+    const auto next = free_.lower_bound(offset);
+    if (next != free_.begin()) {
+      const auto previous = std::prev(next);
+      if (previous->first + previous->second.size == offset) {
+        offset = previous->first;
+        before += previous->second.resident;
+        range = previous->second.then(range);
+        free_.erase(previous);
+      }
+    }
+    if (next != free_.end() && next->first == size_t(address - base_) + size) {
+      before += next->second.resident;
+      range = range.then(next->second);
+      free_.erase(next);
+    }
+    free_[offset] = range;
+    resident_ += range.resident - before;
   }
-  if (aligned + size < begin + wanted) {
-    munmap(aligned + size, size_t(begin + wanted - (aligned + size)));
+
+  size_t resident() const { return resident_; }
+
+  // Returns pages of free ranges to the system, highest addresses first, down to `allowed` bytes.
+  void shrink(size_t allowed) {
+    for (auto range = free_.rbegin(); range != free_.rend() && resident_ > allowed; ++range) {
+      Range& r = range->second;
+      const size_t excess = std::min(resident_ - allowed, r.resident);
+      const size_t kept = (r.resident - excess) / kHugePage * kHugePage;
+      madvise(base_ + range->first + kept, r.size - kept, MADV_DONTNEED);
+      resident_ -= r.resident - kept;
+      r.resident = kept;
+    }
   }
+
+ private:
+  // At most the first `resident` bytes of a free range still have their pages.
+  struct Range {
+    size_t size, resident;
+
+    // The range that begins with this one and goes on with `next`.
+    Range then(const Range& next) const {
+      return {size + next.size, next.resident > 0 ? size + next.resident : resident};
+    }
+  };
+
+  void place(char* mapping, size_t size) {
+    base_ = reinterpret_cast<char*>(round_up(reinterpret_cast<size_t>(mapping), kHugePage));
+    capacity_ = (size - size_t(base_ - mapping)) / kHugePage * kHugePage;
 #ifdef MADV_HUGEPAGE
-  madvise(aligned, size, MADV_HUGEPAGE);
+    madvise(base_, capacity_, MADV_HUGEPAGE);
 #endif
-  return new (std::nothrow) Block{aligned, size, aligned, size, nullptr, nullptr};
-}
+#ifdef MADV_DONTDUMP
+    madvise(base_, capacity_, MADV_DONTDUMP);  // a core dump would hold every activation
+#endif
+  }
 
-Block* new_block(size_t size) {
-  if (size >= kLarge) {
-    return map_large(size);
+  size_t cut(std::map<size_t, Range>::iterator range, size_t size) {
+    const size_t offset = range->first;
+    const size_t warm = std::min(range->second.resident, size);
+    const Range rest{range->second.size - size, range->second.resident - warm};
+    resident_ -= warm;
+    free_.erase(range);
+    if (rest.size > 0) {
+      free_[offset + size] = rest;
+    }
+    return offset;
   }
-  void* address = nullptr;
-  if (posix_memalign(&address, kAlignment, size) != 0) {
-    return nullptr;
-  }
-  return new (std::nothrow) Block{address, size, nullptr, 0, nullptr, nullptr};
-}
 
-void delete_block(Block* block) {
-  if (block->mapping) {
-    munmap(block->mapping, block->mapped);
-  } else {
-    free(block->address);
-  }
-  delete block;
-}
+  char* base_ = nullptr;
+  size_t capacity_ = 0, top_ = 0, resident_ = 0;
+  std::map<size_t, Range> free_;
+};
 
 class Cache {
  public:
@@ -98,64 +149,37 @@ class Cache {
   }
 
   Block* allocate(size_t bytes) {
-    if (bytes > (size_t(1) << 62)) {
-      return nullptr;
-    }
-    const size_t size = size_class(bytes);
-    Block* block = take(size);
-    if (!block) {
-      block = new_block(size);
-    }
-    if (!block) {  // the cache itself may be what is in the way
-      trim();
-      block = new_block(size);
-    }
-    if (!block) {
-      return nullptr;
-    }
-    bool poison;
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      live_ += size;
-      peak_live_ = std::max(peak_live_, live_);
-      poison = poison_;
-    }
-    if (poison) {
-      memset(block->address, 0xff, size);
+    Block* block = bytes >= kLarge ? large(bytes) : small(bytes);
+    if (block && poison_) {
+      memset(block->address, 0xff, block->size);
     }
     return block;
   }
 
   void release(Block* block) {
-    std::vector<Block*> dropped;
     {
       std::lock_guard<std::mutex> lock(mutex_);
       live_ -= block->size;
-      cached_ += block->size;
-      append(block);
-      free_[block->size].push_back(block);
-      shrink(std::min(limit_, peak_live_), dropped);
+      if (block->in_arena) {
+        arena_.give_back(block->address, block->size);
+        arena_.shrink(limit_);
+      }
     }
-    destroy(dropped);
+    if (!block->in_arena) {
+      free(block->address);
+    }
+    delete block;
   }
 
   void trim() {
-    std::vector<Block*> dropped;
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      shrink(0, dropped);
-    }
-    destroy(dropped);
+    std::lock_guard<std::mutex> lock(mutex_);
+    arena_.shrink(0);
   }
 
   void set_limit(size_t bytes) {
-    std::vector<Block*> dropped;
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      limit_ = bytes;
-      shrink(std::min(limit_, peak_live_), dropped);
-    }
-    destroy(dropped);
+    std::lock_guard<std::mutex> lock(mutex_);
+    limit_ = bytes;
+    arena_.shrink(limit_);
   }
 
   void set_poison(bool on) {
@@ -165,65 +189,46 @@ class Cache {
 
   MemoryStats stats() {
     std::lock_guard<std::mutex> lock(mutex_);
-    return {int64_t(live_), int64_t(cached_), int64_t(peak_live_), hits_, misses_};
+    return {int64_t(live_), int64_t(arena_.resident()), int64_t(peak_live_), hits_, misses_};
   }
 
   void lock() { mutex_.lock(); }
   void unlock() { mutex_.unlock(); }
 
  private:
-  // The block of this class that was freed last: the likeliest to be in the CPU's cache still.
-  Block* take(size_t size) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    const auto found = free_.find(size);
-    if (found == free_.end() || found->second.empty()) {
-      ++misses_;
+  Block* large(size_t bytes) {
+    if (bytes > kLargestArena) {
       return nullptr;
     }
-    Block* block = found->second.back();
-    found->second.pop_back();
-    unlink(block);
-    cached_ -= size;
-    ++hits_;
+    const size_t size = round_up(bytes, kHugePage);
+    std::lock_guard<std::mutex> lock(mutex_);
+    bool reused = false;
+    char* address = arena_.take(size, &reused);
+    ++(reused ? hits_ : misses_);
+    return address ? count(new (std::nothrow) Block{address, size, true}) : nullptr;
+  }
+
+  Block* small(size_t bytes) {
+    const size_t size = round_up(std::max<size_t>(bytes, 1), kAlignment);
+    void* address = nullptr;
+    if (posix_memalign(&address, kAlignment, size) != 0) {
+      return nullptr;
+    }
+    std::lock_guard<std::mutex> lock(mutex_);
+    return count(new (std::nothrow) Block{static_cast<char*>(address), size, false});
+  }
+
+  Block* count(Block* block) {
+    if (block) {
+      live_ += block->size;
+      peak_live_ = std::max(peak_live_, live_);
+    }
     return block;
   }
 
-  void append(Block* block) {
-    block->older = newest_;
-    block->newer = nullptr;
-    (newest_ ? newest_->newer : oldest_) = block;
-    newest_ = block;
-  }
-
-  void unlink(Block* block) {
-    (block->older ? block->older->newer : oldest_) = block->newer;
-    (block->newer ? block->newer->older : newest_) = block->older;
-  }
-
-  // Takes the blocks that have been free longest out of the cache, until `allowed` bytes are left.
-  void shrink(size_t allowed, std::vector<Block*>& dropped) {
-    while (cached_ > allowed) {
-      Block* block = oldest_;
-      unlink(block);
-      std::vector<Block*>& same_size = free_[block->size];
-      same_size.erase(std::find(same_size.begin(), same_size.end(), block));
-      cached_ -= block->size;
-      dropped.push_back(block);
-    }
-  }
-
-  // Outside the lock: unmapping a large block takes its time.
-  static void destroy(const std::vector<Block*>& blocks) {
-    for (Block* block : blocks) {
-      delete_block(block);
-    }
-  }
-
   std::mutex mutex_;
-  std::unordered_map<size_t, std::vector<Block*>> free_;
-  Block* oldest_ = nullptr;
-  Block* newest_ = nullptr;
-  size_t live_ = 0, cached_ = 0, peak_live_ = 0;
+  Arena arena_;
+  size_t live_ = 0, peak_live_ = 0;
   size_t limit_ = SIZE_MAX;
   int64_t hits_ = 0, misses_ = 0;
   bool poison_ = false;
@@ -241,9 +246,7 @@ Cache& cache() {
 
 }  // namespace
 
-Block* allocate(size_t bytes) {
-  return cache().allocate(bytes);
-}
+Block* allocate(size_t bytes) { return cache().allocate(bytes); }
 
 Block* allocate_or_throw(size_t bytes) {
   Block* block = allocate(bytes);
@@ -253,23 +256,11 @@ Block* allocate_or_throw(size_t bytes) {
   return block;
 }
 
-void release(Block* block) {
-  cache().release(block);
-}
-void* address(const Block* block) {
-  return block->address;
-}
-MemoryStats memory_stats() {
-  return cache().stats();
-}
-void trim_cache() {
-  cache().trim();
-}
-void set_cache_limit(size_t bytes) {
-  cache().set_limit(bytes);
-}
-void set_poison(bool on) {
-  cache().set_poison(on);
-}
+void release(Block* block) { cache().release(block); }
+void* address(const Block* block) { return block->address; }
+MemoryStats memory_stats() { return cache().stats(); }
+void trim_cache() { cache().trim(); }
+void set_cache_limit(size_t bytes) { cache().set_limit(bytes); }
+void set_poison(bool on) { cache().set_poison(on); }
 
 }  // namespace fastres::cpu

@@ -29,17 +29,13 @@ namespace {
    isa::add_act,           \
    isa::act_backward}
 
-bool baseline_runs_here() {
-  return true;
-}
+bool baseline_runs_here() { return true; }
 const KernelTable kBaseline = FASTRES_TABLE(baseline);
 
 #ifdef FASTRES_HAS_X86
 // The builtin also asks whether the operating system saves the registers. F16C, which the AVX2
 // kernels use as well, came to CPUs before AVX2 did.
-bool avx2_runs_here() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-}
+bool avx2_runs_here() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 bool avx512_runs_here() {
   return avx2_runs_here() && __builtin_cpu_supports("avx512f") &&
          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&

@@ -15,9 +15,7 @@ struct Matrix {
   int64_t rows, cols, channels;
 };
 
-inline Matrix matrix_of(const Problem& p) {
-  return {p.rows(), p.cols(), p.c};
-}
+inline Matrix matrix_of(const Problem& p) { return {p.rows(), p.cols(), p.c}; }
 
 // A channel's parameter for every lane: the columns' own values, or the row's value repeated.
 template <bool kPerColumn, class A, class Lanes>

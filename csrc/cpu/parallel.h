@@ -20,18 +20,10 @@ struct Range {
   int64_t begin, end;
 };
 
-FASTRES_INLINE int64_t at_most(int64_t a, int64_t b) {
-  return a < b ? a : b;
-}
-FASTRES_INLINE int64_t at_least(int64_t a, int64_t b) {
-  return a > b ? a : b;
-}
-FASTRES_INLINE int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-FASTRES_INLINE int64_t round_up(int64_t a, int64_t b) {
-  return ceil_div(a, b) * b;
-}
+FASTRES_INLINE int64_t at_most(int64_t a, int64_t b) { return a < b ? a : b; }
+FASTRES_INLINE int64_t at_least(int64_t a, int64_t b) { return a > b ? a : b; }
+FASTRES_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+FASTRES_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // One member of the team that runs a kernel.
 struct Worker {

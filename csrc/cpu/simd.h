@@ -252,9 +252,7 @@ FASTRES_INLINE Pack<A> keep(const GateLanes<A>& gate, const Pack<A>& a) {
 }
 #endif
 
-FASTRES_INLINE uint32_t lane_bits(int n) {
-  return (1u << n) - 1u;
-}
+FASTRES_INLINE uint32_t lane_bits(int n) { return (1u << n) - 1u; }
 
 // Zero in the lanes that do not exist.
 template <class A, class Lanes>
@@ -322,9 +320,7 @@ FASTRES_INLINE __m256i load_16bit(const void* p, Full) {
 FASTRES_INLINE __m256i load_16bit(const void* p, Part lanes) {
   return _mm256_maskz_loadu_epi16(__mmask16(lane_bits(lanes.n)), p);
 }
-FASTRES_INLINE void store_16bit(void* p, __m256i a, Full) {
-  _mm256_storeu_si256((__m256i*)p, a);
-}
+FASTRES_INLINE void store_16bit(void* p, __m256i a, Full) { _mm256_storeu_si256((__m256i*)p, a); }
 FASTRES_INLINE void store_16bit(void* p, __m256i a, Part lanes) {
   _mm256_mask_storeu_epi16(p, __mmask16(lane_bits(lanes.n)), a);
 }
@@ -476,9 +472,7 @@ FASTRES_INLINE void store(T* p, const Pack<Acc<T> >& a, Part lanes) {
 
 // ---- sums ----
 
-FASTRES_INLINE Pack<double> widen(const Pack<double>& a) {
-  return a;
-}
+FASTRES_INLINE Pack<double> widen(const Pack<double>& a) { return a; }
 FASTRES_INLINE Pack<double> widen(const Pack<float>& a) {
   Pack<double> r;
   FASTRES_UNROLL

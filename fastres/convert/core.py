@@ -49,7 +49,8 @@ def convert(model: nn.Module) -> Report:
     """Let the residual blocks of a model run fused, in place.
 
     Blocks of torchvision, timm and transformers are converted; anything else is left as it is.
-    Parameters, buffers, names, hooks and results stay; `revert` undoes it.
+    Parameters, buffers, names, hooks and results stay; `revert` undoes it. torch.fx,
+    torch.jit.trace and torch.export record the stock path; torch.jit.script needs `revert` first.
 
     Args:
         model: any module; its mode, dtype, device and layout do not matter.

@@ -73,8 +73,8 @@ def _class_for(cls: type[Any], own: type[Any], name: str) -> type[Any]:
     return found
 
 
-def rebuild(cls: type[Any]) -> Any:
-    """An empty block of `cls`: the one that suits the process that loads it."""
+def rebuild(cls: Any) -> Any:
+    """An empty block of the class `cls`: the one that suits the process that loads it."""
     return cls.__new__(cls)
 
 

@@ -37,16 +37,10 @@ FASTRES_HD To bit_copy(From from) {
   return to;
 }
 
-FASTRES_HD float to_acc(float v) {
-  return v;
-}
-FASTRES_HD double to_acc(double v) {
-  return v;
-}
+FASTRES_HD float to_acc(float v) { return v; }
+FASTRES_HD double to_acc(double v) { return v; }
 
-FASTRES_HD float to_acc(BFloat16 v) {
-  return bit_copy<float>(uint32_t(v.bits) << 16);
-}
+FASTRES_HD float to_acc(BFloat16 v) { return bit_copy<float>(uint32_t(v.bits) << 16); }
 
 FASTRES_HD float to_acc(Float16 v) {
   const uint32_t sign = uint32_t(v.bits & 0x8000u) << 16;
