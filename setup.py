@@ -128,14 +128,8 @@ class BuildWithNinja(build_ext):
         )
         subprocess.run([*ninja_command(), "-C", str(folder)], check=True)
 
-    def copy_extensions_to_source(self) -> None:
-        self.extensions = [
-            e for e in self.extensions if Path(self.get_ext_fullpath(e.name)).exists()
-        ]
-        super().copy_extensions_to_source()
 
-
-extensions = [] if os.environ.get("FASTRES_CPU") == "0" else [Extension("fastres._cpu", [])]
+extensions = [Extension("fastres._cpu", [], optional=True)]
 
 setup(
     packages=[
@@ -143,6 +137,6 @@ setup(
         "fastres.triton_kernels",
         *(f"fastres.triton_kernels.{name}" for name in find_packages(str(ROOT / "triton_kernels"))),
     ],
-    ext_modules=extensions,
+    ext_modules=[] if os.environ.get("FASTRES_CPU") == "0" else extensions,
     cmdclass={"build_ext": BuildWithNinja},
 )

@@ -289,6 +289,12 @@ def test_fault_in_a_primitive_is_found(primitive: str, fault: Fault) -> None:
 # ---------------------------------------------------------------- faults of the engine
 
 
+_IDENTITY = BlockCase("planted")
+_PROJECTION = BlockCase("planted, projection", shortcut="projection", stride=2)
+_POOLED = BlockCase("planted, pooled", shortcut="pooled", stride=2, shape=(4, 16, 7, 6))
+_EVAL = BlockCase("planted, eval", training=False, conv_bias=True, shortcut="projection")
+
+
 @dataclass(frozen=True)
 class Planted:
     """A fault in the engine: what is replaced, by what, and a case in which it acts."""
@@ -297,15 +303,10 @@ class Planted:
     owner: Any
     attribute: str
     make: Callable[[Any], Any]
-    case: BlockCase = BlockCase("planted", shape=(4, 16, 6, 5))
+    case: BlockCase = _IDENTITY
 
     def __str__(self) -> str:
         return self.name
-
-
-_PROJECTION = BlockCase("planted, projection", shortcut="projection", stride=2)
-_POOLED = BlockCase("planted, pooled", shortcut="pooled", stride=2, shape=(4, 16, 7, 6))
-_EVAL = BlockCase("planted, eval", training=False, conv_bias=True, shortcut="projection")
 
 
 def _biased_running_var(real: Any) -> Any:

@@ -131,7 +131,7 @@ def test_double_backward_raises(power: int) -> None:
     """Also where grad_out is a constant: a gradient penalty must not vanish silently."""
     _, x, out = _ran()
     (grad,) = torch.autograd.grad(out.pow(power).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable|twice|second"):
+    with pytest.raises(RuntimeError, match="second backward"):
         (grad.square().sum() + out.mean()).backward()
 
 
@@ -161,7 +161,7 @@ def test_double_backward_of_add_relu_raises() -> None:
     x = torch.randn(2, 3, 4, 4, requires_grad=True)
     out = functional.add_relu(x, x.detach())
     (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match="second backward"):
         grad.sum().backward()
 
 

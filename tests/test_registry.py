@@ -35,7 +35,7 @@ def _table(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_unknown_primitive_is_refused() -> None:
-    with pytest.raises(ValueError, match="primitive must be one of .*, got 'conv_sideways'"):
+    with pytest.raises(ValueError, match=r"primitive must be one of .*, got 'conv_sideways'"):
         register("conv_sideways", "aten")
 
 
@@ -97,7 +97,7 @@ def test_named_backend_that_declines_a_plain_primitive_is_an_error() -> None:
     entries = registry._TABLE["scale_shift_act", "reference"]
     del entries[:]
     register("scale_shift_act", "reference", why_not=lambda r: "not today", name="x")(print)
-    with pytest.raises(NotImplementedError, match="'reference' cannot run .*not today"):
+    with pytest.raises(NotImplementedError, match=r"'reference' cannot run .*not today"):
         make_plan(SPEC, SIGNATURE)
 
 

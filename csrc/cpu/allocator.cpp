@@ -53,12 +53,18 @@ class Arena {
         return base_ + cut(range, size);
       }
     }
-    if (size > capacity_ - top_) {
+    *reused = false;
+    const size_t begin = tail();
+    if (size > capacity_ - begin) {
       return nullptr;
     }
-    *reused = false;
-    top_ += size;
-    return base_ + (top_ - size);
+    if (begin < top_) {
+      const auto last = std::prev(free_.end());
+      resident_ -= last->second.resident;
+      free_.erase(last);
+    }
+    top_ = begin + size;
+    return base_ + begin;
   }
 
   void give_back(char* address, size_t size) {
@@ -118,6 +124,15 @@ class Arena {
 #ifdef MADV_DONTDUMP
     madvise(base_, capacity_, MADV_DONTDUMP);  // a core dump would hold every activation
 #endif
+  }
+
+  // Where the free memory at the end begins: a free range that ends there, or what was never used.
+  size_t tail() const {
+    if (free_.empty()) {
+      return top_;
+    }
+    const auto last = std::prev(free_.end());
+    return last->first + last->second.size == top_ ? last->first : top_;
   }
 
   size_t cut(std::map<size_t, Range>::iterator range, size_t size) {

@@ -148,15 +148,19 @@ _SHAPES = (
 )  # fmt: skip
 
 _GEOMETRIES = {
-    "stride2": dict(conv=ConvSpec((2, 2), (1, 1)), kernel=(3, 3)),
-    "dilated": dict(conv=ConvSpec((1, 1), (2, 2), (2, 2)), kernel=(3, 3)),
-    "groups": dict(conv=ConvSpec((1, 1), (1, 1), (1, 1), 4), kernel=(3, 3)),
-    "depthwise": dict(conv=ConvSpec((2, 1), (1, 1), (1, 1), 16), kernel=(3, 3), out_channels=16),
-    "1x1": dict(conv=_POINTWISE),
-    "1x1stride2": dict(conv=ConvSpec((2, 2))),
-    "1x1wide": dict(conv=_POINTWISE, out_channels=96, shape=(2, 32, 4, 4)),
-    "5x3": dict(conv=ConvSpec((1, 2), (2, 1)), kernel=(5, 3), out_channels=3),
-    "unpadded": dict(conv=ConvSpec(), kernel=(3, 3)),
+    "stride2": {"conv": ConvSpec((2, 2), (1, 1)), "kernel": (3, 3)},
+    "dilated": {"conv": ConvSpec((1, 1), (2, 2), (2, 2)), "kernel": (3, 3)},
+    "groups": {"conv": ConvSpec((1, 1), (1, 1), (1, 1), 4), "kernel": (3, 3)},
+    "depthwise": {
+        "conv": ConvSpec((2, 1), (1, 1), (1, 1), 16),
+        "kernel": (3, 3),
+        "out_channels": 16,
+    },
+    "1x1": {"conv": _POINTWISE},
+    "1x1stride2": {"conv": ConvSpec((2, 2))},
+    "1x1wide": {"conv": _POINTWISE, "out_channels": 96, "shape": (2, 32, 4, 4)},
+    "5x3": {"conv": ConvSpec((1, 2), (2, 1)), "kernel": (5, 3), "out_channels": 3},
+    "unpadded": {"conv": ConvSpec(), "kernel": (3, 3)},
 }
 
 
@@ -207,11 +211,11 @@ def _resnet50(batch: int, dtype: torch.dtype) -> tuple[Case, ...]:
     """The convolutions inside ResNet-50's four stages at 224 pixels (He et al. 2015, table 1)."""
     found = []
     for width, size in ((64, 56), (128, 28), (256, 14), (512, 7)):
-        three = dict(conv=ConvSpec(padding=(1, 1)), kernel=(3, 3), out_channels=width)
+        three = {"conv": ConvSpec(padding=(1, 1)), "kernel": (3, 3), "out_channels": width}
         for name, channels, changes in (
-            ("reduce", 4 * width, dict(conv=_POINTWISE, out_channels=width)),
+            ("reduce", 4 * width, {"conv": _POINTWISE, "out_channels": width}),
             ("3x3", width, three),
-            ("expand", width, dict(conv=_POINTWISE, out_channels=4 * width)),
+            ("expand", width, {"conv": _POINTWISE, "out_channels": 4 * width}),
         ):
             label = f"resnet50-{name}-{width}x{size}-{_short(dtype)}"
             case = Case(label, (batch, channels, size, size), dtype, bench=True)

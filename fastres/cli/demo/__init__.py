@@ -22,8 +22,8 @@ from fastres.cli.libraries import library
 from fastres.cli.output import heading, table
 
 BATCH = 128
-#: (epochs, pixels a side, steps compared with float64) of a run, and of `--quick`.
-FULL, QUICK = (9, 32, 16), (1, 8, 4)
+#: (epochs, pixels a side, steps compared in float64, in float32) of a run, and of `--quick`.
+FULL, QUICK = (9, 32, 8, 33), (1, 8, 4, 11)
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -72,11 +72,11 @@ class Demo:
     """One run: two contenders that take turns, epoch by epoch, and the witnesses of rounding."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        epochs, size, self.compared = QUICK if args.quick else FULL
+        epochs, size, *compared = QUICK if args.quick else FULL
         self.epochs, self.seed = args.epochs or epochs, args.seed
         self.digits = data.load(size, self.seed)
         self.steps = len(self.digits.train_y) // BATCH
-        self.compared = min(self.compared, self.epochs * self.steps)
+        self.exact_steps, self.steps32 = (min(n, self.epochs * self.steps) for n in compared)
         self.result = self._contenders(args, size)
 
     def _contenders(self, args: argparse.Namespace, size: int) -> Result:
@@ -104,13 +104,19 @@ class Demo:
         first = next(data.batches(self.digits, BATCH, self.seed, 0))
         result.stock.measure_saved(*first)
         result.fused.measure_saved(*first)
-        witnesses = parity.witnesses(self.initial, self.epochs * self.steps, self.seed)
-        total = 2 * self.epochs * self.steps + len(witnesses) * self.compared
-        with _progress(total) as advance:
+        planned = self.epochs * self.steps
+        exact = parity.Exact.of(self.initial, planned, self.seed)
+        witnesses = parity.witnesses(self.initial, planned, self.seed)
+        extra = 3 * self.exact_steps + len(witnesses) * self.steps32
+        with _progress(2 * planned + extra) as advance:
             self._alternate(advance)
             for witness in witnesses:
-                self._follow(witness, advance)
-        self._judge(witnesses)
+                self._follow(witness, self.steps32, advance)
+            for contender in exact.contenders:
+                self._follow(contender, self.exact_steps, advance)
+        result.verdict = parity.judge(
+            exact, result.stock, result.fused, witnesses, result.test_images
+        )
         result.seconds = time.perf_counter() - start
 
     def _alternate(self, advance: Any) -> None:
@@ -122,22 +128,11 @@ class Demo:
                     advance(f"{contender.name}, epoch {epoch + 1}, loss {contender.losses[-1]:.3f}")
                 contender.test(self.digits.test_x, self.digits.test_y)
 
-    def _follow(self, witness: Contender, advance: Any) -> None:
+    def _follow(self, witness: Contender, steps: int, advance: Any) -> None:
         epochs = (data.batches(self.digits, BATCH, self.seed, e) for e in range(self.epochs))
-        for images, labels in islice(chain.from_iterable(epochs), self.compared):
+        for images, labels in islice(chain.from_iterable(epochs), steps):
             witness.step(images, labels)
-            advance(f"rounding: {witness.name}")
-
-    def _judge(self, witnesses: Sequence[Contender]) -> None:
-        result = self.result
-        truth, *others = [w.losses for w in witnesses]
-        result.verdict = parity.judge(
-            truth,
-            [result.stock.losses, *others],
-            result.fused.losses,
-            (result.stock.accuracies[-1], result.fused.accuracies[-1]),
-            result.test_images,
-        )
+            advance(f"parity: {witness.name}")
 
 
 @contextmanager

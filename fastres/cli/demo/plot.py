@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 480, 300
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 14, 42
+LEFT, RIGHT, TOP, BOTTOM = 52, 12, 34, 42
 
 
 @dataclass(frozen=True)
@@ -123,12 +123,10 @@ def _curve(line: Line, scale: _Scale) -> str:
 
 
 def _legend(lines: Sequence[Line]) -> list[str]:
-    """In the upper right corner, where a falling curve leaves room."""
-    parts = []
-    widest = max(len(line.label) for line in lines)
-    x = WIDTH - RIGHT - 38 - 7.2 * widest
-    for i, line in enumerate(lines):
-        y = TOP + 12 + 18 * i
-        parts.append(f'<path class="line {line.style}" d="M{x:.0f} {y - 4}h28"/>')
-        parts.append(f'<text x="{x + 34:.0f}" y="{y}">{escape(line.label)}</text>')
+    """In one row above the plot, where no curve can cross it."""
+    parts, x = [], float(LEFT)
+    for line in lines:
+        parts.append(f'<path class="line {line.style}" d="M{x:.0f} 14h28"/>')
+        parts.append(f'<text x="{x + 34:.0f}" y="18">{escape(line.label)}</text>')
+        x += 34 + 7.5 * len(line.label) + 14
     return parts

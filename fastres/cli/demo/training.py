@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 #: The learning rate rises over the first quarter of the steps and falls over the rest.
-LEARNING_RATE, MOMENTUM, WEIGHT_DECAY, WARM_UP = 0.1, 0.9, 5e-4, 0.25
+LEARNING_RATE, MOMENTUM, WEIGHT_DECAY, WARM_UP = 0.5, 0.9, 5e-4, 0.25
 
 
 @dataclass
