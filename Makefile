@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 PYTEST_ARGS ?=
+# A build that fails is an error here; `make demo FASTRES_CPU=0` does without a compiler.
+export FASTRES_CPU ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint bench clean

@@ -211,11 +211,15 @@ def bn_act_backward_apply(
             grads.append(None)
             continue
         mean, _, invstd, scale, _ = branch.stats.to(acc)
-        value = g * _per_channel(scale)
         if count:
-            b = -scale * invstd * sums[row].to(acc) / count
-            c = -scale * sums[0].to(acc) / count - b * mean
-            value = value + branch.y.to(acc) * _per_channel(b) + _per_channel(c)
+            # A*g + B*y + C with the means taken out first: at mean 1e4 and std 1, B*y + C would
+            # cancel all but the last digits of float32.
+            slope = _per_channel(-scale * invstd * sums[row].to(acc) / count)
+            centred = branch.y.to(acc) - _per_channel(mean)
+            g_centred = g - _per_channel(sums[0].to(acc) / count)
+            value = g_centred * _per_channel(scale) + centred * slope
+        else:
+            value = g * _per_channel(scale)
         grads.append(_store(value, grad_out, out if row == 1 else None))
     return grads, (_store(g, grad_out) if want_residual else None)
 

@@ -139,6 +139,7 @@ def _update_running(
 ) -> None:
     """running = (1 - momentum)*running + momentum*batch, with the unbiased variance, in place."""
     size: tuple[int, ...] = tuple(shape[2:])
+    updates: list[tuple[Tensor, Tensor, float | Tensor, float]] = []
     with torch.no_grad():
         for i, (layer, s) in enumerate(zip(layers, stats, strict=True)):
             if i >= main:
@@ -151,12 +152,25 @@ def _update_running(
             if layer.running_mean is None or layer.running_var is None:
                 continue
             count = shape[0] * size[0] * size[1]
-            _blend(layer.running_mean, s[0], momentum)
-            _blend(layer.running_var, s[1] * (count / (count - 1)), momentum)
+            updates.append((layer.running_mean, s[0], momentum, 1.0))
+            updates.append((layer.running_var, s[1], momentum, count / (count - 1)))
+        _blend(updates)
 
 
-def _blend(running: Tensor, batch: Tensor, momentum: float | Tensor) -> None:
-    if running.dtype == batch.dtype and not isinstance(momentum, Tensor):
-        running.mul_(1 - momentum).add_(batch, alpha=momentum)
-    else:
-        running.copy_(running.to(batch.dtype) * (1 - momentum) + batch * momentum)
+def _blend(updates: Sequence[tuple[Tensor, Tensor, float | Tensor, float]]) -> None:
+    """running = (1 - momentum)*running + momentum*factor*batch for each of `updates`.
+
+    A block's batch norms nearly always share dtype and momentum; then three calls do them all.
+    """
+    momenta = [m for _, _, m, _ in updates if not isinstance(m, Tensor)]
+    alike = [running.dtype == batch.dtype for running, batch, _, _ in updates]
+    if updates and all(alike) and len(momenta) == len(updates) and len(set(momenta)) == 1:
+        momentum = momenta[0]
+        running = [r for r, _, _, _ in updates]
+        scaled = torch._foreach_mul([b for _, b, _, _ in updates], [f for _, _, _, f in updates])
+        torch._foreach_mul_(running, 1 - momentum)
+        torch._foreach_add_(running, scaled, alpha=momentum)
+        return
+    for running, batch, momentum, factor in updates:
+        fresh = running.to(batch.dtype) * (1 - momentum) + batch * factor * momentum
+        running.copy_(fresh)

@@ -36,7 +36,10 @@ from fastres.primitives import (
 )
 
 #: Bytes of the largest tensor of a chunk. Two of them fit the last-level cache of small machines.
-CHUNK_BYTES = 8 << 20
+CHUNK_BYTES = 16 << 20
+
+#: other = conv(X, W) + B + other
+_onednn = torch.ops.mkldnn._convolution_pointwise_.binary
 
 #: On one thread torch hands float32 batches below 16 to a convolution that is slower than oneDNN's.
 _LEAST_IMAGES = 16
@@ -56,12 +59,14 @@ def _why_not(request: Request) -> str | None:
 
 
 def _chunks(images: int, *per_image: int) -> Iterator[tuple[int, int]]:
-    """Ranges of images whose largest tensor, of `per_image` bytes, is about CHUNK_BYTES."""
+    """Ranges of images whose largest tensor, of `per_image` bytes, is at most about CHUNK_BYTES.
+
+    A power of two, since a convolution's threads share images out evenly.
+    """
     least = _LEAST_IMAGES if torch.get_num_threads() == 1 else 1
-    step = max(least, CHUNK_BYTES // max(1, *per_image))
-    parts = max(1, round(images / step))
-    bounds = [images * i // parts for i in range(parts + 1)]
-    return pairwise(bounds)
+    fitting = max(least, CHUNK_BYTES // max(1, *per_image))
+    step = 1 << (fitting.bit_length() - 1)
+    return pairwise([*range(0, images, step), images])
 
 
 def _image_bytes(t: Tensor) -> int:
@@ -73,9 +78,7 @@ def _convolve_into(
 ) -> None:
     """out += conv(x, weight) + bias, in one call of oneDNN."""
     stride, padding, dilation, groups = conv
-    torch.ops.mkldnn._convolution_pointwise_.binary(
-        out, x, weight, bias, padding, stride, dilation, groups, "add", 1.0, None, [], None
-    )
+    _onednn(out, x, weight, bias, padding, stride, dilation, groups, "add", 1.0, None, [], None)
 
 
 def _packed(weight: Tensor, conv: ConvSpec, chunk_shape: Sequence[int], uses: int) -> Tensor:

@@ -107,9 +107,7 @@ def witnesses(model: nn.Module, total: int, seed: int) -> list[Contender]:
     nudged = Contender("one ulp away", copy.deepcopy(model), total)
     _nudge(nudged.model, ULP, seed)
     return [
-        Contender(
-            "contiguous", copy.deepcopy(model), total, memory_format=torch.contiguous_format
-        ),
+        Contender("contiguous", copy.deepcopy(model), total, memory_format=torch.contiguous_format),
         nudged,
     ]
 
