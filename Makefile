@@ -29,7 +29,7 @@ lint: $(INSTALLED)  ## check style, types, layers and C++ formatting
 	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
 
 bench: $(INSTALLED)  ## measure speed and memory against eager PyTorch
-	$(BIN)/python bench/blocks.py
+	$(BIN)/python -m bench --readme
 
 clean:  ## remove the environment and everything that was built
 	rm -rf $(VENV) build dist *.egg-info report.html .ruff_cache .mypy_cache .pytest_cache \

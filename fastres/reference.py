@@ -179,14 +179,17 @@ def bn_act_backward_reduce(
     channels_last: bool,
     acc: torch.dtype = F64,
 ) -> Tensor:
-    """sum_g = sum(g), and per branch sum_gx = sum(g*(y - mean)*invstd); added to `sums`."""
+    """sum_g = sum(g), and per branch sum_gx = sum(g*(y - mean)*invstd); added to `sums`.
+
+    Summed in float64, whatever `acc`: the terms of a batch norm's gradients cancel.
+    """
     g = gated(grad_out, gate, branches, channels_last=channels_last, acc=acc)
-    fresh = torch.zeros(3, grad_out.shape[1], dtype=acc, device=grad_out.device)
-    fresh[0] = g.sum((0, 2, 3))
+    fresh = torch.zeros(3, grad_out.shape[1], dtype=F64, device=grad_out.device)
+    fresh[0] = g.sum((0, 2, 3), dtype=F64)
     for row, branch in enumerate(branches, start=1):
         if branch.y is not None:
             centred = branch.y.to(acc) - _per_channel(branch.stats[0].to(acc))
-            fresh[row] = (g * centred).sum((0, 2, 3)) * branch.stats[2].to(acc)
+            fresh[row] = (g * centred).sum((0, 2, 3), dtype=F64) * branch.stats[2]
     return fresh if sums is None else sums + fresh
 
 

@@ -310,17 +310,12 @@ class Planted:
 
 
 def _biased_running_var(real: Any) -> Any:
-    """As if the batch variance were not multiplied by M/(M-1), here M = 120."""
-
-    def blend(running: Tensor, batch: Tensor, momentum: Any) -> None:
-        unbiased = bool((batch > 0).all())
-        real(running, batch * (119 / 120) if unbiased else batch, momentum)
-
-    return blend
+    """As if the batch variance were not multiplied by M/(M-1)."""
+    return lambda updates: real([(r, batch, m, 1.0) for r, batch, m, _ in updates])
 
 
 def _momentum_inverted(real: Any) -> Any:
-    return lambda running, batch, momentum: real(running, batch, 1 - momentum)
+    return lambda updates: real([(r, batch, 1 - m, f) for r, batch, m, f in updates])
 
 
 def _other_row(real: Any) -> Any:

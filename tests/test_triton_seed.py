@@ -50,10 +50,9 @@ def test_interpreted_kernels_equal_torch_bit_for_bit() -> None:
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_compiles_ahead_of_time_with_wide_loads(capability: int, dtype: str) -> None:
     """Every load of activations is 16 bytes wide where rows are a multiple of that."""
+    from fastres.triton_kernels.add_act import add_act_fwd_kernel
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
-
-    from fastres.triton_kernels.add_act import add_act_fwd_kernel
 
     signature = {f"p_{n}": f"*{dtype}" for n in ("x", "residual", "out")}
     signature |= {"p_mask": "*u8", "rows": "i64", "cols": "i64", "row_bytes": "i64"}

@@ -61,6 +61,8 @@ def add_act(
     out = torch.empty_like(x)
     rows, cols, row_bytes = _matrix(x)
     mask = torch.empty(rows, row_bytes, dtype=torch.uint8, device=x.device) if want_mask else None
+    if x.numel() == 0:  # a grid of size zero must not be launched
+        return out, mask
     blocks = kernels.tile_shape(cols)
     with torch.cuda.device_of(x):  # Triton launches on the current device
         kernels.add_act_fwd_kernel[kernels.grid(rows, row_bytes, *blocks)](
@@ -69,19 +71,19 @@ def add_act(
     return out, mask
 
 
-def _why_not_masked(request: Request) -> str | None:
-    return _why_not(request) or ("none has no mask" if request.act == "none" else None)
-
-
-@register("act_backward", "triton", why_not=_why_not_masked)
+@register("act_backward", "triton", why_not=_why_not)
 def act_backward(grad_out: Tensor, gate: Gate, *, out: Tensor | None = None) -> Tensor:
     """The gradient, gated by the mask's bits."""
     from fastres.triton_kernels import add_act as kernels
 
+    if gate.kind == "none":
+        return grad_out.clone()
     if gate.kind != "mask":
-        raise NotImplementedError(f"gate must be a mask, got {gate.kind}")
+        raise NotImplementedError(f"gate must be mask or none, got {gate.kind}")
     out = torch.empty_like(grad_out) if out is None else out
     rows, cols, row_bytes = _matrix(grad_out)
+    if grad_out.numel() == 0:
+        return out
     blocks = kernels.tile_shape(cols)
     with torch.cuda.device_of(grad_out):
         kernels.act_bwd_kernel[kernels.grid(rows, row_bytes, *blocks)](

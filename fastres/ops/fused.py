@@ -162,15 +162,14 @@ def _blend(updates: Sequence[tuple[Tensor, Tensor, float | Tensor, float]]) -> N
 
     A block's batch norms nearly always share dtype and momentum; then three calls do them all.
     """
-    momenta = [m for _, _, m, _ in updates if not isinstance(m, Tensor)]
-    alike = [running.dtype == batch.dtype for running, batch, _, _ in updates]
-    if updates and all(alike) and len(momenta) == len(updates) and len(set(momenta)) == 1:
-        momentum = momenta[0]
+    momenta = {m for _, _, m, _ in updates if not isinstance(m, Tensor)}
+    plain = [not isinstance(m, Tensor) and r.dtype == b.dtype for r, b, m, _ in updates]
+    if all(plain) and len(momenta) == 1:
+        momentum = momenta.pop()
         running = [r for r, _, _, _ in updates]
         scaled = torch._foreach_mul([b for _, b, _, _ in updates], [f for _, _, _, f in updates])
         torch._foreach_mul_(running, 1 - momentum)
         torch._foreach_add_(running, scaled, alpha=momentum)
         return
-    for running, batch, momentum, factor in updates:
-        fresh = running.to(batch.dtype) * (1 - momentum) + batch * factor * momentum
-        running.copy_(fresh)
+    for one, batch, factor, unbiased in updates:
+        one.copy_(one.to(batch.dtype) * (1 - factor) + batch * unbiased * factor)

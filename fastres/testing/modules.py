@@ -14,12 +14,10 @@ from fastres.testing.compare import assert_parity
 _MANY = 64
 
 #: How stock torch is run besides as given, for its own error: the batch rolled by so many images,
-#: so that sums run in another order, in both formats, for which there are other algorithms. Few
-#: orders underestimate it: of 2,000 float32 tensors of right backends (median 0.2 to 0.9 times
-#: torch's error), the largest error of 4 runs, doubled, was too little for 4.
-_ORDERS = tuple(
-    (shift, fmt) for shift in (0, 1, 2, 3) for fmt in (torch.channels_last, torch.contiguous_format)
-)
+#: so that sums run in another order, and in both formats. Runs may coincide bit for bit.
+_ORDERS = (
+    (1, torch.channels_last), (2, torch.contiguous_format), (3, torch.channels_last),
+)  # fmt: skip
 
 
 def check_block(
