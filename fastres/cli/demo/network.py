@@ -12,7 +12,7 @@ from fastres.cli.libraries import library
 
 #: Blocks per stage, width of the first stage. Small images keep their resolution in the first
 #: stage, as in section 4.2 of He et al. 2015.
-DEPTH, WIDTH = (2, 2, 2), 16
+DEPTH, WIDTH = (2, 1, 1), 16
 
 
 def build(seed: int) -> nn.Module:
