@@ -132,13 +132,15 @@ def _scratch(like: Tensor, chunks: list[tuple[int, int]]) -> Tensor:
 def _transposed(weight: Tensor, conv: ConvSpec, x: Tensor) -> tuple[Tensor, ConvSpec] | None:
     """The convolution that computes the data gradient, where it is a plain and worthwhile one.
 
-    Turning a weight around costs passes over it. Where it is large against the activations
-    (ResNet's last stage), oneDNN's own backward is faster.
+    With a stride that is so for a 1x1 kernel only: the gradient of the pixels it looked at, all
+    others being zero. Turning a weight around costs passes over it; where it is large against the
+    activations (ResNet's last stage), oneDNN's own backward is faster.
     """
-    kernel = weight.shape[2:]
-    plain = conv.stride == (1, 1) and conv.groups == 1 and weight.numel() * 2 <= x.numel()
+    kernel, (sh, sw) = weight.shape[2:], conv.stride
+    alone = max(kernel) == 1 and max(conv.padding) == 0
+    plain = conv.groups == 1 and ((sh, sw) == (1, 1) or alone)
     ph, pw = (d * (k - 1) - p for d, k, p in zip(conv.dilation, kernel, conv.padding, strict=True))
-    if not plain or min(ph, pw) < 0:
+    if not plain or min(ph, pw) < 0 or weight.numel() * 2 * sh * sw > x.numel():
         return None
     turned = weight.transpose(0, 1)
     turned = turned.flip(2, 3) if max(kernel) > 1 else turned
@@ -256,9 +258,21 @@ class _DataGradient:
         if self.transposed is None:
             fresh: Tensor = aten_data(grad_y, self.weight, self.x[a:b], self.conv)
             return out.copy_(fresh) if self.accumulate is None else out.add_(fresh)
-        weight, conv = self.transposed
-        _convolve_into(out.zero_() if self.accumulate is None else out, grad_y, weight, None, conv)
+        if self.accumulate is None:
+            out.zero_()
+        self._convolve(grad_y, out, *self.transposed)
         return out
+
+    def _convolve(self, grad_y: Tensor, out: Tensor, weight: Tensor, conv: ConvSpec) -> None:
+        """Add the turned convolution to the pixels of `out` that the forward one looked at."""
+        if self.conv.stride == (1, 1):
+            _convolve_into(out, grad_y, weight, None, conv)
+            return
+        n, _, h, w = grad_y.shape
+        sh, sw = self.conv.stride
+        seen = empty((n, out.shape[1], h, w), out.dtype, channels_last=True).zero_()
+        _convolve_into(seen, grad_y, weight, None, conv)
+        out[:, :, ::sh, ::sw].add_(seen)
 
 
 @register("conv_bn_act", "cpu", why_not=_why_not, name="onednn_chunked")
