@@ -164,7 +164,8 @@ def _blend(updates: Sequence[tuple[Tensor, Tensor, float | Tensor, float]]) -> N
     """
     momenta = {m for _, _, m, _ in updates if not isinstance(m, Tensor)}
     plain = [not isinstance(m, Tensor) and r.dtype == b.dtype for r, b, m, _ in updates]
-    if all(plain) and len(momenta) == 1:
+    distinct = len({id(r) for r, _, _, _ in updates}) == len(updates)  # a norm may be shared
+    if distinct and all(plain) and len(momenta) == 1:
         momentum = momenta.pop()
         running = [r for r, _, _, _ in updates]
         scaled = torch._foreach_mul([b for _, b, _, _ in updates], [f for _, _, _, f in updates])
