@@ -404,6 +404,9 @@ void define_runtime(py::module_& m) {
 
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "CPU kernels of fastres, on raw addresses.";
+  // The allocator is made now: a process that forks while another thread makes it on first use
+  // would leave the child waiting for that thread.
+  fastres::cpu::memory_stats();
   fastres::cpu::define_kernels(m);
   fastres::cpu::define_runtime(m);
   if (const char* isa = std::getenv("FASTRES_CPU_ISA")) {

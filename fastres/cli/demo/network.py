@@ -10,9 +10,10 @@ from torch import nn
 
 from fastres.cli.libraries import library
 
-#: Blocks per stage, width of the first stage. Small images keep their resolution in the first
-#: stage, as in section 4.2 of He et al. 2015.
-DEPTH, WIDTH = (2, 1, 1), 16
+#: Blocks and stride of each stage, and the width of the first, which keeps the resolution of
+#: small images as in section 4.2 of He et al. 2015. The second divides it by four: enlarged
+#: images are smooth, and a 3x3 convolution has to see more of them.
+DEPTH, STRIDES, WIDTH = (2, 2, 2), (1, 4, 2), 16
 
 
 def build(seed: int) -> nn.Module:
@@ -26,8 +27,8 @@ def build(seed: int) -> nn.Module:
             ("relu", nn.ReLU(inplace=True)),
         ]
         stages, channels = [], WIDTH
-        for i, depth in enumerate(DEPTH):
-            stage, channels = _stage(resnet.Bottleneck, channels, WIDTH * 2**i, depth, min(i, 1))
+        for i, (depth, stride) in enumerate(zip(DEPTH, STRIDES, strict=True)):
+            stage, channels = _stage(resnet.Bottleneck, channels, WIDTH * 2**i, depth, stride)
             stages.append((f"layer{i + 1}", stage))
         head = [
             ("avgpool", nn.AdaptiveAvgPool2d(1)),
@@ -38,9 +39,9 @@ def build(seed: int) -> nn.Module:
 
 
 def _stage(
-    block: Any, channels: int, planes: int, depth: int, halve: int
+    block: Any, channels: int, planes: int, depth: int, stride: int
 ) -> tuple[nn.Sequential, int]:
-    out, stride = planes * block.expansion, 1 + halve
+    out = planes * block.expansion
     downsample = nn.Sequential(
         nn.Conv2d(channels, out, 1, stride=stride, bias=False), nn.BatchNorm2d(out)
     )
