@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from html import escape
 
 WIDTH, HEIGHT = 480, 300
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 34, 42
+LEFT, RIGHT, TOP, BOTTOM = 62, 12, 34, 42
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,7 @@ def figures(result: Result) -> list[tuple[str, str, str, str]]:
 def conditions(result: Result) -> str:
     """One sentence that says what the figures hold for."""
     device = result.stock.device
-    where = f"{torch.get_num_threads()} CPU threads ({platform.machine()})"
+    where = f"CPU ({platform.machine()}), threads: {torch.get_num_threads()}"
     if device.type == "cuda":
         where = torch.cuda.get_device_name(device)
     return (
