@@ -126,16 +126,20 @@ def figures(result: Result) -> list[tuple[str, str, str, str]]:
 
 
 def conditions(result: Result) -> str:
-    """One sentence that says what the figures hold for."""
+    """What the figures hold for, and what they do not say."""
     device = result.stock.device
     where = f"CPU ({platform.machine()}), threads: {torch.get_num_threads()}"
+    caveat = (
+        " The batch was chosen large enough for fusion to show: where activations are large, stock "
+        "PyTorch pays for fresh memory at each step. Smaller ones gain less; see README's table."
+    )
     if device.type == "cuda":
-        where = torch.cuda.get_device_name(device)
+        where, caveat = torch.cuda.get_device_name(device), ""
     return (
         f"{where}; torch {torch.__version__}, fastres {__version__}; float32, channels_last, "
         f"batch {result.batch}, images enlarged to {result.size}x{result.size}, seed "
         f"{result.seed}, {result.epochs} epochs that alternate between the two; medians over "
-        f"{len(result.fused.seconds)} steps of forward, backward and update."
+        f"{len(result.fused.seconds)} steps of forward, backward and update.{caveat}"
     )
 
 
