@@ -8,6 +8,9 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple
 
+from torch import Tensor
+from torch.nn import functional as F
+
 from fastres.primitives import ConvSpec
 
 #: Tensors that one unit brings: weight, bias, norm_weight, norm_bias, running_mean, running_var.
@@ -34,6 +37,11 @@ class PoolSpec(NamedTuple):
     padding: tuple[int, int]
     ceil_mode: bool
     count_include_pad: bool
+
+    def apply(self, x: Tensor) -> Tensor:
+        """x [N, C, H, W], average-pooled."""
+        kernel, stride, padding, ceil_mode, count_include_pad = self
+        return F.avg_pool2d(x, kernel, stride, padding, ceil_mode, count_include_pad)
 
 
 class BlockSpec(NamedTuple):

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fastres.engine.spec import UNIT_TENSORS, BlockSpec
 from fastres.primitives import acc_dtype, dense, mask_shape, memory_format_of
@@ -86,11 +85,7 @@ def keeps_raw(spec: BlockSpec, index: int) -> bool:
 
 def pooled(spec: BlockSpec, x: Tensor, fmt: torch.memory_format) -> Tensor:
     """The projection's input: x, average-pooled where the specification says so."""
-    if spec.pool is None:
-        return x
-    p = spec.pool
-    y = F.avg_pool2d(x, p.kernel, p.stride, p.padding, p.ceil_mode, p.count_include_pad)
-    return dense(y, fmt)
+    return x if spec.pool is None else dense(spec.pool.apply(x), fmt)
 
 
 def output_metas(spec: BlockSpec, x: Tensor, units: Sequence[UnitTensors]) -> list[Tensor]:

@@ -107,9 +107,4 @@ def _why_not_norm(layer: ConvNorm, channels: int, x: Tensor) -> str | None:
 def _pooled_shape(shape: tuple[int, ...], pool: PoolSpec | None) -> tuple[int, ...]:
     if pool is None:
         return shape
-    meta = torch.empty(shape, device="meta")
-    return tuple(
-        torch.nn.functional.avg_pool2d(
-            meta, pool.kernel, pool.stride, pool.padding, pool.ceil_mode, pool.count_include_pad
-        ).shape
-    )
+    return tuple(pool.apply(torch.empty(shape, device="meta")).shape)

@@ -32,7 +32,7 @@ def run_stock(
     if shortcut == "identity":
         residual = x
     elif projection is not None:
-        residual = _conv_norm(_pool(x, pool), projection)
+        residual = _conv_norm(x if pool is None else pool.apply(x), projection)
     if residual is not None:
         z = z + residual
     return activate(z, act)
@@ -59,12 +59,4 @@ def _conv_norm(x: Tensor, layer: ConvNorm) -> Tensor:
         layer.batch_stats,
         momentum,
         layer.eps,
-    )
-
-
-def _pool(x: Tensor, pool: PoolSpec | None) -> Tensor:
-    if pool is None:
-        return x
-    return F.avg_pool2d(
-        x, pool.kernel, pool.stride, pool.padding, pool.ceil_mode, pool.count_include_pad
     )
