@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
-from fastres import __version__
+from fastres import __version__, tuning
 from fastres.backends import BACKENDS
 from fastres.cli.environment import VARIABLES
 from fastres.cli.output import as_json, heading, table
 from fastres.engine import current
+from fastres.primitives import load_extensions
 
 #: Distributions whose versions a bug report needs.
 DISTRIBUTIONS = ("torch", "triton", "torchvision", "timm", "transformers", "numpy")
@@ -47,13 +48,16 @@ def main(arguments: Sequence[str]) -> int:
 
 def collect() -> dict[str, Any]:
     """Everything `doctor` knows, as plain data."""
+    extensions = _extensions()  # first: they may bring backends
     return {
         "versions": _versions(),
         "modules": [_module(name) for name in MODULES],
+        "extensions": extensions,
         "backends": [_backend(name) for name in BACKENDS],
         "settings": _settings(),
         "cpu": _cpu(),
         "gpu": _gpu(),
+        "autotuner": _autotuner(),
         "environment": [
             {"name": v.name, "value": v.value, "default": v.default, "meaning": v.meaning}
             for v in VARIABLES
@@ -85,6 +89,13 @@ def _module(name: str) -> dict[str, Any]:
     except ImportError as error:
         facts |= {"present": False, "why_not": str(error), "remedy": remedy}
     return facts
+
+
+def _extensions() -> list[dict[str, Any]]:
+    try:
+        return [extension._asdict() for extension in load_extensions()]
+    except ValueError as error:
+        return [{"name": "-", "module": None, "error": str(error)}]
 
 
 def _backend(name: str) -> dict[str, Any]:
@@ -155,6 +166,21 @@ def _gpu() -> dict[str, Any]:
     return {"devices": devices, "why_not": None}
 
 
+def _autotuner() -> dict[str, Any]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        reason = tuning.why_not_measure(device)
+    except ValueError as error:
+        reason = str(error)
+    return {
+        "on": reason is None,
+        "why_not": reason,
+        "file": str(tuning.cache_file(device)),
+        "kept": len(tuning.kept(device)),
+        "shipped": len(tuning.shipped(device)),
+    }
+
+
 # ---------------------------------------------------------------- text
 
 
@@ -166,11 +192,15 @@ def _show(facts: dict[str, Any]) -> None:
     heading("Backends")
     table([(b["name"], ", ".join(b["devices"]), _availability(b)) for b in facts["backends"]])
     _show_settings(facts["settings"])
+    heading("Extensions")
+    table(_extension_rows(facts["extensions"]))
     heading("CPU")
     table(_cpu_rows(facts["cpu"]))
     heading("GPU")
     gpus = [(d["name"], f"{d['memory'] / 2**30:.0f} GiB") for d in facts["gpu"]["devices"]]
     table(gpus or [("none", facts["gpu"]["why_not"])])
+    heading("Autotuner")
+    table(_autotuner_rows(facts["autotuner"]))
     heading("Environment variables")
     table([(e["name"], _setting(e), e["meaning"]) for e in facts["environment"]])
     print(f"\nPython: {sys.executable}")
@@ -207,3 +237,18 @@ def _cpu_rows(cpu: dict[str, Any]) -> list[tuple[str, str]]:
             ("OpenMP runtime", sharing[cpu["openmp_shared_with_torch"]]),
         ]
     return rows
+
+
+def _extension_rows(extensions: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    if not extensions:
+        return [("none", "no installed package names one, or FASTRES_EXTENSIONS=0")]
+    return [(e["name"], e["module"] or "-", e["error"] or "imported") for e in extensions]
+
+
+def _autotuner_rows(autotuner: dict[str, Any]) -> list[tuple[str, str]]:
+    return [
+        ("measures", "yes" if autotuner["on"] else f"no: {autotuner['why_not']}"),
+        ("cache file", autotuner["file"]),
+        ("choices kept", str(autotuner["kept"])),
+        ("choices shipped", str(autotuner["shipped"])),
+    ]
