@@ -1,5 +1,7 @@
 """`python -m bench`: the CPU block benchmark, its results, and README's table.
 
+`python -m bench kernels` times single implementations instead, see `bench.registry`.
+
 Writes bench/results/<date>-<cpu>-blocks.json (append-only: a new file each run) and, with
 --readme, the section of README.md between the markers `bench:begin` and `bench:end`.
 """
@@ -7,10 +9,8 @@ Writes bench/results/<date>-<cpu>-blocks.json (append-only: a new file each run)
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import platform
-import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,39 +18,12 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-import fastres
+from bench import registry
+from bench.conditions import ROOT, conditions, stamp
 from bench.kernels import kernel_rows
 from bench.race import Worker, race
 from bench.readme import write_section
 from bench.shapes import BLOCKS
-
-ROOT = Path(__file__).resolve().parent
-
-
-def _cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor()
-
-
-def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
-    return subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, check=False
-    ).stdout.strip()
-
-
-def _conditions() -> dict[str, Any]:
-    return {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "cpu": _cpu_name(),
-        "threads": 2,
-        "torch": torch.__version__,
-        "fastres": fastres.__version__,
-        "python": platform.python_version(),
-        "commit": _commit(),
-    }
 
 
 def time_blocks(rounds: int, dtype: str) -> list[dict[str, Any]]:
@@ -96,13 +69,12 @@ def main() -> None:
     parser.add_argument("--readme", action="store_true", help="rewrite README.md's table")
     options = parser.parse_args()
     torch.set_num_threads(2)
-    conditions = _conditions()
+    found = conditions()
     kernels = [row for d in (torch.float32, torch.bfloat16) for row in kernel_rows(d)]
-    result = {**conditions, "blocks": time_blocks(options.rounds, options.dtype),
+    result = {**found, "blocks": time_blocks(options.rounds, options.dtype),
               "kernels": kernels}  # fmt: skip
     options.out.mkdir(parents=True, exist_ok=True)
-    stamp = conditions["date"][:19].replace(":", "")
-    path = options.out / f"{stamp}-cpu-{options.dtype}.json"
+    path = options.out / f"{stamp(found)}-cpu-{options.dtype}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     section = write_section(result, ROOT.parent / "README.md" if options.readme else None)
     Console().print(section, markup=False)
@@ -110,4 +82,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["kernels"]:
+        sys.exit(registry.main(sys.argv[2:]))
     main()

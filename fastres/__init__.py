@@ -2,7 +2,7 @@
 
 from fastres import functional, models, nn
 from fastres.convert import convert, explain, revert
-from fastres.engine import use_backend, use_memory
+from fastres.engine import use_backend, use_level, use_memory
 from fastres.nn import BasicBlock, Bottleneck
 
 __version__ = "0.1.0"
@@ -18,5 +18,6 @@ __all__ = [
     "nn",
     "revert",
     "use_backend",
+    "use_level",
     "use_memory",
 ]

@@ -1,4 +1,4 @@
-"""The stateless API: fused convolution + batch norm + ReLU, and whole residual blocks.
+"""The stateless API: fused convolution + batch norm + activation, and whole residual blocks.
 
 Activations are [N, C, H, W] in float32, bfloat16, float16 or float64, channels_last (fastest) or
 contiguous. Parameters of batch norm and its running statistics have the dtype of the activations
@@ -24,11 +24,53 @@ __all__ = [
     "ConvNorm",
     "PoolSpec",
     "add_relu",
+    "bn_act",
     "bn_add_relu",
     "bn_relu",
+    "conv_bn_act",
     "conv_bn_relu",
     "residual_block",
 ]
+
+
+def bn_act(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | Tensor = 0.1,
+    eps: float = 1e-5,
+    act: str = "relu",
+) -> Tensor:
+    """act(batch_norm(x)), in two passes over x instead of three.
+
+    Args:
+        x: [N, C, H, W].
+        running_mean: [C] or None; None means batch statistics even outside training.
+        running_var: [C] or None.
+        weight: [C] or None.
+        bias: [C] or None.
+        training: normalise with batch statistics, update the running ones.
+        momentum: factor of the running update; a 0-d tensor avoids a host synchronisation.
+        eps: added to the variance.
+        act: "relu", "none", or a name given to `fastres.primitives.register_activation`.
+
+    Returns:
+        [N, C, H, W], dtype and layout of x.
+
+    Raises:
+        ValueError: for one value per channel in training, as torch.nn.functional.batch_norm; for
+            an unknown activation.
+
+    Mirrors torch.nn.functional.batch_norm (Ioffe and Szegedy 2015) followed by the activation.
+    """
+    layer = ConvNorm(
+        None, running_mean, running_var, weight, bias,
+        training=training, momentum=momentum, eps=eps, act=act,
+    )  # fmt: skip
+    return run_layers(x, [layer], shortcut="none", act=act)
 
 
 def bn_relu(
@@ -41,31 +83,8 @@ def bn_relu(
     momentum: float | Tensor = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """relu(batch_norm(x)), in two passes over x instead of three.
-
-    Args:
-        x: [N, C, H, W].
-        running_mean: [C] or None; None means batch statistics even outside training.
-        running_var: [C] or None.
-        weight: [C] or None.
-        bias: [C] or None.
-        training: normalise with batch statistics, update the running ones.
-        momentum: factor of the running update; a 0-d tensor avoids a host synchronisation.
-        eps: added to the variance.
-
-    Returns:
-        [N, C, H, W], dtype and layout of x.
-
-    Raises:
-        ValueError: for one value per channel in training, as torch.nn.functional.batch_norm.
-
-    Mirrors torch.nn.functional.batch_norm (Ioffe and Szegedy 2015) followed by relu.
-    """
-    layer = ConvNorm(
-        None, running_mean, running_var, weight, bias,
-        training=training, momentum=momentum, eps=eps,
-    )  # fmt: skip
-    return run_layers(x, [layer], shortcut="none")
+    """relu(batch_norm(x)): `bn_act` with "relu", whose docstring has shapes, dtypes and errors."""
+    return bn_act(x, running_mean, running_var, weight, bias, training, momentum, eps)
 
 
 def bn_add_relu(
@@ -126,7 +145,7 @@ def add_relu(x: Tensor, residual: Tensor) -> Tensor:
     return ops.add_act(x, residual, "relu", save, current().backend)
 
 
-def conv_bn_relu(
+def conv_bn_act(
     x: Tensor,
     weight: Tensor,
     running_mean: Tensor | None,
@@ -160,13 +179,13 @@ def conv_bn_relu(
         training: normalise with batch statistics, update the running ones.
         momentum: factor of the running update.
         eps: added to the variance.
-        act: "relu" or "none".
+        act: as in `bn_act`.
 
     Returns:
         [N, K, H', W'], in the layout torch's conv2d gives.
 
     Raises:
-        ValueError: for one value per channel in training.
+        ValueError: for one value per channel in training; for an unknown activation.
         RuntimeError: torch's own, for shapes or dtypes that do not fit.
     """
     layer = ConvNorm(
@@ -174,6 +193,29 @@ def conv_bn_relu(
         dilation, groups, training, momentum, eps, act,
     )  # fmt: skip
     return run_layers(x, [layer], shortcut="none", act=act)
+
+
+def conv_bn_relu(
+    x: Tensor,
+    weight: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    bias: Tensor | None = None,
+    stride: Size = 1,
+    padding: Size = 0,
+    dilation: Size = 1,
+    groups: int = 1,
+    training: bool = False,
+    momentum: float | Tensor = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """relu(batch_norm(conv2d(x, weight, bias))): `conv_bn_act` with "relu"; see there."""
+    return conv_bn_act(
+        x, weight, running_mean, running_var, norm_weight, norm_bias, bias, stride, padding,
+        dilation, groups, training, momentum, eps,
+    )  # fmt: skip
 
 
 def residual_block(
@@ -192,13 +234,14 @@ def residual_block(
             one's `act` is not used: the block's own follows the addition.
         projection: convolution and batch norm of the shortcut; None is the identity.
         pool: average pooling in front of the projection (ResNet-D), or None.
-        act: "relu" or "none", after the addition.
+        act: after the addition, as in `bn_act`. One whose derivative is not 0 or 1 cannot be
+            fused behind a shortcut; torch's own functions run then.
 
     Returns:
         [N, K, H', W'].
 
     Raises:
-        ValueError: for no layers, or one value per channel in training.
+        ValueError: for no layers, one value per channel in training, or an unknown activation.
         RuntimeError: torch's own, for shapes or dtypes that do not fit.
 
     He et al. 2015, "Deep residual learning for image recognition".

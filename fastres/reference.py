@@ -10,8 +10,8 @@ stands in docs/design.md section 4 (Ioffe and Szegedy 2015; Chan, Golub and LeVe
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,24 +57,67 @@ def unpack_mask(mask: Tensor, shape: Sequence[int], channels_last: bool) -> Tens
 # ---------------------------------------------------------------- activation
 
 
+class Activation(NamedTuple):
+    """An elementwise activation by its formulas, each in the dtype that it is given.
+
+    Attributes:
+        forward: act(v); torch's autograd can differentiate it.
+        derivative: act'(v), from what stands in front of the activation.
+        gate: booleans, where act' is 1, from the output, for an activation whose derivative is 0
+            or 1 and can be read off there; None for every other one.
+        slope: an upper bound of |act'|.
+        curvature: an upper bound of |act''|; a gate needs none.
+    """
+
+    forward: Callable[[Tensor], Tensor]
+    derivative: Callable[[Tensor], Tensor]
+    gate: Callable[[Tensor], Tensor] | None = None
+    slope: float = 1.0
+    curvature: float = 0.0
+
+
+def _relu(v: Tensor) -> Tensor:
+    """ReLU lets NaN through and keeps -0.0, as torch's does."""
+    return torch.where(v < 0, torch.zeros((), dtype=v.dtype, device=v.device), v)
+
+
+#: Activations by name; `fastres.primitives.register_activation` adds to them.
+ACTIVATIONS = {
+    "none": Activation(
+        lambda v: v, torch.ones_like, lambda out: torch.ones_like(out, dtype=torch.bool)
+    ),
+    # Its gate is not (out <= 0), so NaN passes.
+    "relu": Activation(_relu, lambda v: (~(v <= 0)).to(v.dtype), lambda out: ~(out <= 0)),
+}
+
+
+def formulas_of(act: str) -> Activation:
+    """The activation of that name; ValueError for an unknown one."""
+    found = ACTIVATIONS.get(act)
+    if found is None:
+        raise ValueError(f"act must be one of {', '.join(ACTIVATIONS)}, got {act!r}")
+    return found
+
+
 def activate(v: Tensor, act: str) -> Tensor:
-    """act(v); ReLU lets NaN through and keeps -0.0, as torch's does."""
-    return (
-        torch.where(v < 0, torch.zeros((), dtype=v.dtype, device=v.device), v)
-        if (act == "relu")
-        else v
-    )
+    """act(v)."""
+    return formulas_of(act).forward(v)
 
 
 def _open(out: Tensor, act: str) -> Tensor:
-    """Where the gradient passes: ReLU's gate is not (out <= 0), so NaN passes."""
-    return ~(out <= 0) if act == "relu" else torch.ones_like(out, dtype=torch.bool)
+    """Where the gradient passes, by the activation's output."""
+    gate = formulas_of(act).gate
+    if gate is None:
+        raise ValueError(f"act must be one whose derivative is 0 or 1, got {act!r}")
+    return gate(out)
+
+
+def _affine(y: Tensor, stats: Tensor, acc: torch.dtype) -> Tensor:
+    return y.to(acc) * _per_channel(stats[3].to(acc)) + _per_channel(stats[4].to(acc))
 
 
 def _affine_stored(y: Tensor, stats: Tensor, act: str, acc: torch.dtype) -> Tensor:
-    scale, shift = stats[3].to(acc), stats[4].to(acc)
-    value = activate(y.to(acc) * _per_channel(scale) + _per_channel(shift), act)
-    return value.to(y.dtype)
+    return _store(activate(_affine(y, stats, acc), act), y)
 
 
 def gated(
@@ -89,6 +132,8 @@ def gated(
     g = grad_out.to(acc)
     if gate.kind == "none":
         return g
+    if formulas_of(gate.act).gate is None:
+        return g * _derivative(gate, branches, acc)
     if gate.kind == "mask":
         open_ = unpack_mask(gate.tensor, grad_out.shape, channels_last)
     elif gate.kind == "affine":
@@ -96,6 +141,13 @@ def gated(
     else:
         open_ = _open(gate.tensor, gate.act)
     return torch.where(open_, g, torch.zeros((), dtype=acc, device=g.device))
+
+
+def _derivative(gate: Any, branches: Sequence[Any], acc: torch.dtype) -> Tensor:
+    """act'(scale*y + shift) of the first branch, of an activation that is no gate."""
+    if gate.kind != "affine":
+        raise ValueError(f"gate must be affine for {gate.act!r}, got {gate.kind}")
+    return formulas_of(gate.act).derivative(_affine(branches[0].y, branches[0].stats, acc))
 
 
 # ---------------------------------------------------------------- batch norm
@@ -159,12 +211,11 @@ def scale_shift_act(
     acc: torch.dtype = F64,
 ) -> tuple[Tensor, Tensor | None]:
     """act(scale*y + shift [+ residual | + scale_r*residual + shift_r]), and its packed mask."""
-    v = y.to(acc) * _per_channel(stats[3].to(acc)) + _per_channel(stats[4].to(acc))
+    v = _affine(y, stats, acc)
     if residual is not None:
         r = residual.to(acc)
         if residual_stats is not None:
-            r = r * _per_channel(residual_stats[3].to(acc))
-            r = r + _per_channel(residual_stats[4].to(acc))
+            r = _affine(r, residual_stats, acc)
         v = v + r
     out = _store(activate(v, act), y, out)
     return out, (pack_mask(_open(out, act), channels_last) if want_mask else None)
@@ -337,7 +388,7 @@ def conv_bn_act(
     y = F.conv2d(
         x.to(acc), weight.to(acc), b, conv.stride, conv.padding, conv.dilation, conv.groups
     )
-    v = y * _per_channel(stats[3].to(acc)) + _per_channel(stats[4].to(acc))
+    v = _affine(y, stats, acc)
     if residual is not None:
         v = v + residual.to(acc)
     return activate(v, act).to(x.dtype)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fastres import cli
 from fastres.cli import doctor
@@ -231,7 +232,7 @@ def test_explain_refuses_a_missing_library(
     assert "pip install timm" in refused(capsys, "explain", "timm:resnet50")
 
 
-def test_explain_refuses_a_backend_that_cannot_run(
+def test_explain_notes_that_a_backend_cannot_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from dataclasses import replace
@@ -240,8 +241,22 @@ def test_explain_refuses_a_backend_that_cannot_run(
 
     absent = replace(BACKENDS["cpu"], why_not=lambda: "it is not there")
     monkeypatch.setitem(BACKENDS, "cpu", absent)
-    printed = refused(capsys, "explain", "resnet18", "--backend", "cpu")
-    assert "backend 'cpu' cannot run here: it is not there" in printed
+    assert cli.main(["explain", "resnet18", "--backend", "cpu"]) == 0
+    assert "backend 'cpu' cannot run here: it is not there" in capsys.readouterr().out
+
+
+def test_explain_shows_a_gpu_s_kernels_without_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["explain", "resnet50", "--backend", "triton", "--dtype", "bfloat16"]) == 0
+    printed = capsys.readouterr().out
+    for kernel in (
+        "conv_forward            triton:implicit_gemm",
+        "conv_backward           triton:grad_formed",
+        "bn_act_backward_reduce  triton:bn_act_backward_reduce",
+    ):
+        assert kernel in printed
+    assert "layer4.2  fastres.Bottleneck   yes    c'     triton" in printed
+    if not torch.cuda.is_available():
+        assert "note: this is what would run where it can: backend 'triton' cannot" in printed
 
 
 # ---------------------------------------------------------------- demo, its input only

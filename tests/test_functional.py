@@ -153,7 +153,7 @@ def test_add_relu_has_torchs_bits(backend: str) -> None:
 @pytest.mark.parametrize("act", ["none", "relu"])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("backend", BACKENDS_HERE)
-def test_conv_bn_relu(backend: str, training: bool, act: str) -> None:
+def test_conv_bn_act(backend: str, training: bool, act: str) -> None:
     x, w = torch.randn(4, 8, 6, 6), torch.randn(6, 4, 3, 3) / 6
     parameters, grad = _norm(), torch.randn(4, 6, 3, 3)
     bias = torch.rand(6)
@@ -163,7 +163,7 @@ def test_conv_bn_relu(backend: str, training: bool, act: str) -> None:
         mean, var, nw, nb = (t.detach().to(dtype).clone().requires_grad_(i > 1)
                              for i, t in enumerate(parameters))  # fmt: skip
         if fused:
-            out = functional.conv_bn_relu(
+            out = functional.conv_bn_act(
                 given, weight, mean, var, nw, nb, cb, 2, 1, 1, 2, training, act=act
             )
         else:

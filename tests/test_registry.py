@@ -81,7 +81,7 @@ def test_auto_ends_with_torch_and_a_named_backend_starts_with_itself() -> None:
 
 
 SPEC = BlockSpec((UnitSpec(ConvSpec(), 1e-5, True, "relu"),), backend="reference")
-SIGNATURE = Signature("cpu", torch.float32, True, ((1, 1),))
+SIGNATURE = Signature("cpu", torch.float32, True, ((8, 8, 1, 1),))
 
 
 def test_plan_prefers_the_fused_convolution() -> None:

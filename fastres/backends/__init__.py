@@ -5,6 +5,6 @@ with the reason where one is not available.
 """
 
 from fastres.backends import aten, cpu, reference, triton
-from fastres.backends.base import BACKENDS, Backend, preference
+from fastres.backends.base import BACKENDS, Backend, declare, preference
 
-__all__ = ["BACKENDS", "Backend", "aten", "cpu", "preference", "reference", "triton"]
+__all__ = ["BACKENDS", "Backend", "aten", "cpu", "declare", "preference", "reference", "triton"]

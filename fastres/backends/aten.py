@@ -110,4 +110,4 @@ def conv_bn_act(
     y = aten.convolution(x, *_fold(weight, bias, stats), *_geometry(conv))
     if residual is not None:
         y = y.add_(residual)
-    return y.relu_() if act == "relu" else y
+    return y.relu_() if act == "relu" else reference.activate(y, act)

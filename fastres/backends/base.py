@@ -15,12 +15,17 @@ class Backend:
         devices: torch device types it runs on.
         why_not: None where it can run on this machine, else the reason and the remedy.
         fallback: backends that fill in the primitives it does not implement at all.
+        levels: levels of fusion that its convolutions offer, docs/design.md section 6: the one
+            that is taken where nothing was measured comes first.
+        proven: whether "auto" takes its convolutions where nothing was measured.
     """
 
     name: str
     devices: tuple[str, ...]
     why_not: Callable[[], str | None]
     fallback: tuple[str, ...] = ()
+    levels: tuple[str, ...] = ("c",)
+    proven: bool = True
 
 
 BACKENDS: dict[str, Backend] = {}
@@ -31,14 +36,18 @@ def declare(backend: Backend) -> None:
     BACKENDS[backend.name] = backend
 
 
-def preference(name: str, device: str) -> tuple[str, ...]:
+def preference(name: str, device: str, here: bool = True) -> tuple[str, ...]:
     """Backends to ask, best first, for a user's choice `name` on a device type.
 
     "auto" takes what is available there and ends with aten, which runs everywhere torch does.
+    With `here` False, that is what would be available on a machine with such a device.
     """
     if name != "auto":
         chosen = BACKENDS[name]
         return (name, *chosen.fallback)
     order = {"cpu": ("cpu",), "cuda": ("triton",)}.get(device, ())
-    usable = [n for n in order if device in BACKENDS[n].devices and BACKENDS[n].why_not() is None]
+    usable = [
+        n for n in order
+        if device in BACKENDS[n].devices and (not here or BACKENDS[n].why_not() is None)
+    ]  # fmt: skip
     return (*usable, "aten")

@@ -55,7 +55,13 @@ def _parser() -> argparse.ArgumentParser:
         "transformers:PATH of a local model",
     )
     parser.add_argument("--backend", choices=("auto", *BACKENDS), default="auto")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default=_device())
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cuda" if torch.cuda.is_available() else None,
+        help="where the model is to run (default: a GPU where there is one, or what the backend "
+        "needs); without such a device, what would run on one",
+    )
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument(
         "--channels-last",
@@ -65,7 +71,3 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", action="store_true", help="one JSON object instead of text")
     return parser
-
-
-def _device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"

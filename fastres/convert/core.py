@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from fastres.convert.levels import Target, describe
 from fastres.convert.report import Report, Row
-from fastres.engine import current, use_backend
 from fastres.nn._children import Decline
 from fastres.nn._fused import explained, layers_of
 from fastres.nn.blocks import FusedModule
@@ -68,7 +67,7 @@ def convert(model: nn.Module) -> Report:
         if fused is not None and _lasting_obstacle(module, fused) is None:
             module.__class__ = fused
             changed += 1
-    return _report(model, swaps, Target(), changed)
+    return _report(model, swaps, Target.of(), changed)
 
 
 def revert(model: nn.Module) -> Report:
@@ -92,7 +91,7 @@ def revert(model: nn.Module) -> Report:
         if type(module) in stock:
             module.__class__ = stock[type(module)]
             changed += 1
-    return _report(model, swaps, Target(), changed)
+    return _report(model, swaps, Target.of(), changed)
 
 
 def explain(
@@ -121,14 +120,12 @@ def explain(
 
     Raises:
         TypeError: where model is no torch.nn.Module.
-        ValueError: for an unknown backend.
-        RuntimeError: where that backend cannot run on this machine.
+        ValueError: for an unknown backend. For one that cannot run on this machine the report says
+            what it would do on one where it can, and notes that.
     """
     _check(model)
     swaps = _swaps()
-    target = Target.of(x, device, dtype, channels_last)
-    with use_backend(current().backend if backend is None else backend):
-        return _report(model, swaps, target)
+    return _report(model, swaps, Target.of(x, device, dtype, channels_last, backend))
 
 
 def _check(model: object) -> None:
@@ -192,7 +189,10 @@ def _lasting_obstacle(module: nn.Module, fused: type) -> Decline | None:
 def _report(model: nn.Module, swaps: Swaps, target: Target, changed: int = 0) -> Report:
     rows = tuple(_row(name, module, swaps, target) for name, module in _blocks(model, swaps))
     name = type_name(type(model), swaps)
-    return Report(name, rows, changed, tuple(_notes(model, rows)))
+    notes = list(_notes(model, rows))
+    if target.why_not_here is not None:
+        notes.append(f"this is what would run where it can: {target.why_not_here}")
+    return Report(name, rows, changed, tuple(notes))
 
 
 def _row(name: str, module: nn.Module, swaps: Swaps, target: Target) -> Row:

@@ -8,27 +8,34 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastres.engine import BlockSpec, Plan, current, make_plan
-from fastres.engine.plan import Signature
+from fastres.backends import BACKENDS
+from fastres.engine import Plan, current, known_backend, make_plan
+from fastres.engine.plan import Signature, shapes_of
 from fastres.nn._fused import Layers
 from fastres.primitives import memory_format_of
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where a block is meant to run; None stands for how its parameters are."""
+    """Where a block is meant to run; None stands for how its parameters are.
+
+    `why_not_here` says what keeps this machine from it; then a machine like it is meant that can.
+    """
 
     device: str | None = None
     dtype: torch.dtype | None = None
     channels_last: bool | None = None
+    backend: str = "auto"
+    why_not_here: str | None = None
 
     @classmethod
     def of(
         cls,
-        x: Tensor | None,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
-        channels_last: bool | None,
+        x: Tensor | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        channels_last: bool | None = None,
+        backend: str | None = None,
     ) -> Target:
         """What is given by name, and else the properties of an example input."""
         kind = torch.device(device).type if device is not None else None
@@ -36,7 +43,20 @@ class Target:
             kind, dtype = kind or x.device.type, dtype or x.dtype
             if channels_last is None:
                 channels_last = memory_format_of(x) == torch.channels_last
-        return cls(kind, dtype, channels_last)
+        backend = current().backend if backend is None else known_backend(backend)
+        why_not = why_not_here(kind, backend)
+        if why_not is not None and kind is None:
+            kind = BACKENDS[backend].devices[0]
+        return cls(kind, dtype, channels_last, backend, why_not)
+
+
+def why_not_here(device: str | None, backend: str) -> str | None:
+    """Why a block cannot run on such a device, or by that backend, on this machine; or None."""
+    if backend != "auto" and (reason := BACKENDS[backend].why_not()) is not None:
+        return f"backend {backend!r} cannot run here: {reason}"
+    if device == "cuda" and not torch.cuda.is_available():
+        return "there is no GPU that torch can use"
+    return None
 
 
 def describe(layers: Layers, target: Target) -> tuple[str, dict[str, str]]:
@@ -48,7 +68,11 @@ def describe(layers: Layers, target: Target) -> tuple[str, dict[str, str]]:
     plan = _plan(layers, target)
     if not any(layer.batch_stats for layer in layers.everything):
         return plan.level, {"conv_bn_act": _joined([c.infer for c in plan.convs if c is not None])}
-    found = {name: str(entry) for name, entry in plan.pointwise.items()}
+    primitives = dict.fromkeys(name for name, _ in plan.pointwise)
+    found = {
+        name: _joined([entry for (which, _), entry in plan.pointwise.items() if which == name])
+        for name in primitives
+    }
     convs = [c for c in plan.convs if c is not None]
     found["conv_forward"] = _joined([c.prologue or c.forward for c in convs])
     joint = [c for c in convs if c.joint is not None]
@@ -69,15 +93,9 @@ def _plan(layers: Layers, target: Target) -> Plan:
     channels_last = target.channels_last
     if channels_last is None:
         channels_last = memory_format_of(some) == torch.channels_last
-    spec = BlockSpec(
-        units=tuple(layer.spec for layer in layers.units),
-        shortcut=layers.shortcut,
-        projection=None if layers.projection is None else layers.projection.spec,
-        pool=layers.pool,
-        act=layers.act,
-        save=True,
-        backend=current().backend,
-    )
-    kernels = tuple(None if w is None else (w.shape[2], w.shape[3]) for w in weights)
+    spec = layers.spec(save=True, backend=target.backend, level=current().level)
     device, dtype = target.device or some.device.type, target.dtype or some.dtype
-    return make_plan(spec, Signature(device, dtype, channels_last, kernels))
+    shapes = shapes_of(weights)
+    return make_plan(
+        spec, Signature(device, dtype, channels_last, shapes, target.why_not_here is None)
+    )

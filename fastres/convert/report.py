@@ -64,12 +64,12 @@ class Report:
         return {**asdict(self), "fused": self.fused, "unfused": self.unfused}
 
     def __str__(self) -> str:
-        """A plain table, a line per block."""
+        """A plain table with a line per block, and the implementation of each primitive."""
         head = f"{self.model}: {self.fused} of {len(self.rows)} blocks fused"
         if self.changed:
             head += f", {self.changed} modules changed"
-        lines = [head, *_table(self.rows), *(f"note: {note}" for note in self.notes)]
-        return "\n".join(lines)
+        notes = [f"note: {note}" for note in self.notes]
+        return "\n".join([head, *_table(self.rows), *_kernels(self.rows), *notes])
 
 
 def _table(rows: tuple[Row, ...]) -> list[str]:
@@ -86,3 +86,17 @@ def _table(rows: tuple[Row, ...]) -> list[str]:
         "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
         for line in lines
     ]
+
+
+def _kernels(rows: tuple[Row, ...]) -> list[str]:
+    """Which implementation runs each primitive, once for all blocks that are alike."""
+    alike: dict[tuple[tuple[str, str], ...], list[str]] = {}
+    for row in rows:
+        if row.backends:
+            alike.setdefault(tuple(row.backends.items()), []).append(row.name or "(model)")
+    lines = []
+    for backends, names in alike.items():
+        lines += ["", f"in {', '.join(names)}:"]
+        width = max(len(primitive) for primitive, _ in backends)
+        lines += [f"  {primitive:<{width}}  {which}" for primitive, which in backends]
+    return lines

@@ -3,9 +3,9 @@
 from fastres.engine.backward import run_backward
 from fastres.engine.forward import run_forward
 from fastres.engine.plan import Plan, make_plan, signature_of
-from fastres.engine.settings import current, use_backend, use_memory
+from fastres.engine.settings import current, known_backend, use_backend, use_level, use_memory
 from fastres.engine.spec import (
-    ACTIVATIONS,
+    LEVELS,
     SHORTCUTS,
     UNIT_TENSORS,
     BlockSpec,
@@ -16,7 +16,7 @@ from fastres.engine.spec import (
 from fastres.engine.tensors import UnitTensors, output_metas, split_tensors
 
 __all__ = [
-    "ACTIVATIONS",
+    "LEVELS",
     "SHORTCUTS",
     "UNIT_TENSORS",
     "BlockSpec",
@@ -26,6 +26,7 @@ __all__ = [
     "UnitTensors",
     "current",
     "decode",
+    "known_backend",
     "make_plan",
     "output_metas",
     "run_backward",
@@ -33,5 +34,6 @@ __all__ = [
     "signature_of",
     "split_tensors",
     "use_backend",
+    "use_level",
     "use_memory",
 ]

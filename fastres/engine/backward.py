@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastres.engine.compose import conv_backward
-from fastres.engine.forward import Pending, materialise, prepare
+from fastres.engine.compose import Pending, conv_backward, materialise
+from fastres.engine.forward import prepare
 from fastres.engine.plan import Plan
 from fastres.engine.spec import BlockSpec
 from fastres.engine.tensors import Saved, UnitNeeds, UnitTensors, pooled
@@ -78,7 +78,8 @@ class _Backward:
         side = self._branch(self.last + 1) if spec.shortcut == "projection" else None
         if self._wants_sums(self.last) or (side and self._wants_sums(self.last + 1)):
             branches = (main,) if side is None else (main, side)
-            sums = self.plan.run("bn_act_backward_reduce")(grad_out, gate, branches)
+            reduce = self.plan.run("bn_act_backward_reduce", gate.applied)
+            sums = reduce(grad_out, gate, branches)
         else:
             sums = grad_out.new_empty(0)
         self._shortcut(grad_out, gate, side, sums)
@@ -87,7 +88,7 @@ class _Backward:
 
     def _shortcut(self, grad_out: Tensor, gate: Gate, side: Branch | None, sums: Tensor) -> None:
         if self.spec.shortcut == "tensor" and self.needs.residual:
-            self.grad_residual = self.plan.run("act_backward")(grad_out, gate)
+            self.grad_residual = self.plan.run("act_backward", gate.applied)(grad_out, gate)
         if side is None:
             return
         index = self.last + 1
@@ -149,7 +150,7 @@ class _Backward:
         return grad_x, sums
 
     def _norm_alone(self, pending: PendingGrad) -> Tensor:
-        grads, _ = self.plan.run("bn_act_backward_apply")(
+        grads, _ = self.plan.run("bn_act_backward_apply", pending.gate.applied)(
             pending.grad_out,
             pending.gate,
             (pending.branch,),

@@ -7,22 +7,16 @@ convolution with a prologue takes it so; for any other it is formed first. Level
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastres.engine.plan import ConvPlan, Plan, make_plan, signature_of
+from fastres.engine.autotune import tuned_plan
+from fastres.engine.compose import Pending, convolve
+from fastres.engine.plan import Plan, make_plan, signature_of
 from fastres.engine.spec import BlockSpec, UnitSpec
 from fastres.engine.tensors import Saved, UnitTensors, keeps_raw, pooled
 from fastres.primitives import Prologue, acc_dtype, dense, memory_format_of
-
-
-class Pending(NamedTuple):
-    """An activation on its way: a raw tensor, and what is still to be applied to it."""
-
-    raw: Tensor
-    prologue: Prologue | None = None
 
 
 def prepare(
@@ -31,7 +25,10 @@ def prepare(
     """The plan and the layout that a block uses for these inputs."""
     weights = [u.weight for u in units]
     fmt = memory_format_of(x, weights)
-    plan = make_plan(spec, signature_of(x, weights, fmt == torch.channels_last))
+    signature = signature_of(x, weights, fmt == torch.channels_last)
+    plan = make_plan(spec, signature)
+    if x.device.type == "cuda" and spec.level == "auto" and x.numel() > 0:
+        plan = tuned_plan(spec, signature, plan, x)
     return plan, fmt
 
 
@@ -66,7 +63,7 @@ class _Forward:
             )
             residual_stats = prologue.stats
         assert end.prologue is not None
-        out, self.saved.mask = self.plan.run("scale_shift_act")(
+        out, self.saved.mask = self.plan.run("scale_shift_act", spec.act)(
             end.raw,
             end.prologue.stats,
             residual=residual,
@@ -90,7 +87,10 @@ class _Forward:
         if conv is None:
             raw, state = given.raw, None
         else:
-            raw, state = self._convolve(conv, unit, tensors, given)
+            keep = self.spec.keeps_activated
+            raw, state, z = convolve(self.plan, conv, unit, tensors[:2], given, keep)
+            if keep and z is not None:
+                self.saved.activated.append(z)
         if unit.batch_stats and state is None:
             state = self.plan.run("channel_stats")(raw)
         stats = finalize(self.plan, unit, tensors, raw, state)
@@ -98,34 +98,6 @@ class _Forward:
         keep = conv is not None and keeps_raw(self.spec, index)
         self.saved.raw.append(raw if keep else None)
         return raw, Prologue(stats, unit.act)
-
-    def _convolve(
-        self, conv: ConvPlan, unit: UnitSpec, tensors: UnitTensors, given: Pending
-    ) -> tuple[Tensor, Tensor | None]:
-        fused = given.prologue is not None and conv.prologue is not None
-        if given.prologue is not None and (not fused or self.spec.keeps_activated):
-            z = materialise(self.plan, given)
-            if self.spec.keeps_activated:
-                self.saved.activated.append(z)
-            given, fused = Pending(z), False
-        implementation = conv.prologue if fused and conv.prologue else conv.forward
-        raw, state = implementation.run(
-            given.raw,
-            tensors.weight,
-            tensors.bias,
-            unit.conv,
-            prologue=given.prologue,
-            want_state=unit.batch_stats and conv.stats,
-        )
-        return raw, state
-
-
-def materialise(plan: Plan, given: Pending) -> Tensor:
-    """The activation itself, act(scale*raw + shift)."""
-    if given.prologue is None:
-        return given.raw
-    z, _ = plan.run("scale_shift_act")(given.raw, given.prologue.stats, act=given.prologue.act)
-    return z
 
 
 def finalize(
@@ -194,7 +166,7 @@ def _infer_unit(
 ) -> Tensor:
     conv, tensors = plan.convs[index], units[index]
     if conv is None:
-        out, _ = plan.run("scale_shift_act")(x, stats[index], residual=residual, act=act)
+        out, _ = plan.run("scale_shift_act", act)(x, stats[index], residual=residual, act=act)
         return out
     return conv.infer.run(
         x,

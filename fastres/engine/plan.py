@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -11,37 +11,52 @@ import torch
 from torch import Tensor
 
 from fastres.backends import BACKENDS, preference
-from fastres.engine.spec import BlockSpec, UnitSpec
-from fastres.primitives import Implementation, Request, implementations, select
+from fastres.engine.spec import LEVELS, BlockSpec, UnitSpec
+from fastres.primitives import Implementation, Request, activation, implementations, select
 
-#: Primitives around the convolutions, one choice per block.
-_POINTWISE = (
-    "channel_stats",
-    "finalize_stats",
-    "scale_shift_act",
-    "bn_act_backward_reduce",
-    "bn_act_backward_apply",
-    "act_backward",
-)
+#: Primitives around the convolutions: those that know no activation, and those that apply one or
+#: its derivative.
+_PLAIN = ("channel_stats", "finalize_stats")
+_ACTING = ("scale_shift_act", "bn_act_backward_reduce", "bn_act_backward_apply")
+
+Weight = tuple[int, int, int, int]
 
 
 class Signature(NamedTuple):
-    """What a plan depends on, apart from the specification."""
+    """What a plan depends on, apart from the specification.
+
+    Attributes:
+        device: torch device type.
+        dtype: of the activations.
+        channels_last: layout of the activations.
+        weights: shape [K, C/groups, kh, kw] of each unit's weight, or None.
+        here: False for a plan that is only looked at, for a machine that has such a device.
+    """
 
     device: str
     dtype: torch.dtype
     channels_last: bool
-    kernels: tuple[tuple[int, int] | None, ...]
+    weights: tuple[Weight | None, ...]
+    here: bool = True
 
 
 @dataclass(frozen=True)
 class ConvPlan:
     """The implementations that one convolution of the block uses.
 
-    `joint` is a backend's own backward of a whole unit (data, weight and the sums for the
-    previous batch norm in one go), or None where the primitives are composed.
+    Attributes:
+        level: of fusion, docs/design.md section 6: what these implementations fuse.
+        forward: the convolution, with statistics where `stats`.
+        prologue: the convolution of what is still to be normalised, or None.
+        stats: whether the convolution delivers the statistics of its output.
+        data: gradient of the input.
+        weight: gradient of the weight.
+        joint: a backend's own backward of a whole unit (data, weight and the sums for the
+            previous batch norm in one go), or None where the primitives are composed.
+        infer: convolution with running statistics.
     """
 
+    level: str
     forward: Implementation
     prologue: Implementation | None
     stats: bool
@@ -50,57 +65,65 @@ class ConvPlan:
     joint: Implementation | None
     infer: Implementation
 
-    @property
-    def level(self) -> str:
-        """Fusion level, in the terms of docs/design.md section 6."""
-        if self.joint is not None:
-            return "c"
-        if self.prologue is not None:
-            return "c'"
-        return "b'" if self.stats else "b"
-
 
 @dataclass(frozen=True)
 class Plan:
-    """Implementations of a block's primitives; `convs` follows `BlockSpec.all_units`."""
+    """Implementations of a block's primitives.
 
-    pointwise: dict[str, Implementation]
+    Attributes:
+        pointwise: by primitive and activation.
+        convs: as `BlockSpec.all_units`.
+        declined: why others were passed over.
+    """
+
+    pointwise: dict[tuple[str, str], Implementation]
     convs: tuple[ConvPlan | None, ...]
     declined: tuple[str, ...]
 
-    def run(self, primitive: str) -> Callable[..., Any]:
-        """The function that computes a pointwise primitive."""
-        return self.pointwise[primitive].run
+    def run(self, primitive: str, act: str = "none") -> Callable[..., Any]:
+        """The function that computes a pointwise primitive with an activation of the block."""
+        return self.pointwise[primitive, act].run
 
     @property
     def level(self) -> str:
         """The lowest level among the block's convolutions; "b" for a batch norm alone."""
-        order = ("b", "b'", "c'", "c")
         levels = [c.level for c in self.convs if c is not None]
-        return min(levels, key=order.index, default="b")
+        return min(levels, key=LEVELS.index, default="b")
 
 
 def signature_of(x: Tensor, weights: Sequence[Tensor | None], channels_last: bool) -> Signature:
     """The part of the inputs that the choice of implementations depends on."""
-    kernels = tuple(None if w is None else (w.shape[2], w.shape[3]) for w in weights)
-    return Signature(x.device.type, x.dtype, channels_last, kernels)
+    return Signature(x.device.type, x.dtype, channels_last, shapes_of(weights))
+
+
+def shapes_of(weights: Sequence[Tensor | None]) -> tuple[Weight | None, ...]:
+    """The shapes of convolution weights."""
+    return tuple(None if w is None else (*w.shape,) for w in weights)  # type: ignore[misc]
 
 
 @lru_cache(maxsize=4096)
 def make_plan(spec: BlockSpec, signature: Signature) -> Plan:
-    """Choose implementations for a block.
+    """Choose implementations for a block, without measuring any.
 
     Raises:
         NotImplementedError: where a backend that was asked for by name cannot run the block,
             with its reason.
     """
     choose = _Chooser(spec.backend, signature)
-    pointwise = {p: choose(p, act=spec.act) for p in _POINTWISE}
-    convs = tuple(
-        None if kernel is None else _plan_conv(choose, unit, kernel, spec)
-        for unit, kernel in zip(spec.all_units, signature.kernels, strict=True)
-    )
+    pointwise = {(p, "none"): choose(p) for p in _PLAIN}
+    acts = ("none", *(unit.act for unit in spec.all_units), spec.act)
+    pointwise |= {(p, act): choose(p, act=act) for act in dict.fromkeys(acts) for p in _ACTING}
+    # What is not a gate has no backward by its output alone, and no block that would need one.
+    gates = [act for act in dict.fromkeys(("none", spec.act)) if activation(act).gate]
+    pointwise |= {("act_backward", act): choose("act_backward", act=act) for act in gates}
+    convs = tuple(found[0] if found else None for found in _options(choose, spec))
     return Plan(pointwise, convs, tuple(dict.fromkeys(choose.declined)))
+
+
+@lru_cache(maxsize=4096)
+def conv_options(spec: BlockSpec, signature: Signature) -> list[list[ConvPlan]]:
+    """For each convolution the ways to run it, that of `make_plan` first."""
+    return _options(_Chooser(spec.backend, signature), spec)
 
 
 class _Chooser:
@@ -108,13 +131,19 @@ class _Chooser:
 
     def __init__(self, backend: str, signature: Signature) -> None:
         self.backend, self.signature = backend, signature
-        self.order = preference(backend, signature.device)
+        self.order = preference(backend, signature.device, signature.here)
         self.declined: list[str] = []
 
-    def ask(self, primitive: str, **request: Any) -> Implementation | None:
+    def ask(
+        self, primitive: str, *, acts: Sequence[str] = (), act: str = "none", **request: Any
+    ) -> Implementation | None:
+        """The first that accepts the request, with `act` or with each of `acts`."""
         s = self.signature
-        asked = Request(s.device, s.dtype, s.channels_last, **request)
-        found, reasons = select(primitive, self.order, asked)
+        asked, *more = (
+            Request(s.device, s.dtype, s.channels_last, one, here=s.here, **request)
+            for one in dict.fromkeys(acts or (act,))
+        )
+        found, reasons = select(primitive, self.order, asked, *more)
         self.declined += reasons
         if self.backend != "auto" and (found is None or found.backend != self.backend):
             self._insist(primitive, asked, reasons)
@@ -123,8 +152,7 @@ class _Chooser:
     def _insist(self, primitive: str, asked: Request, reasons: list[str]) -> None:
         """A backend asked for by name may leave a primitive out, but not decline a plain one."""
         own = list(implementations(primitive, self.backend))
-        fused = asked.features or primitive in ("conv_backward", "conv_bn_act")
-        if own and not fused and not primitive.startswith("conv_"):
+        if own and not primitive.startswith("conv_"):
             raise NotImplementedError(
                 f"backend {self.backend!r} cannot run {primitive}: {'; '.join(reasons)}"
             )
@@ -143,18 +171,63 @@ class _Chooser:
         return found
 
 
-def _plan_conv(
-    choose: _Chooser, unit: UnitSpec, kernel: tuple[int, int], spec: BlockSpec
-) -> ConvPlan:
-    common: dict[str, Any] = {"conv": unit.conv, "kernel": kernel}
-    stats = choose.ask("conv_forward", features=frozenset({"stats"}), **common)
-    both = choose.ask("conv_forward", features=frozenset({"stats", "prologue"}), **common)
+class _Site(NamedTuple):
+    """A convolution in its block: its weight, and the activations in front of it and behind."""
+
+    unit: UnitSpec
+    weight: Weight
+    before: str
+    after: str
+
+
+def _options(choose: _Chooser, spec: BlockSpec) -> list[list[ConvPlan]]:
+    inner = [unit.act for unit in spec.units[:-1]]
+    before, after = ["none", *inner, "none"], [*inner, spec.act, spec.act]
+    return [
+        []
+        if weight is None
+        else list(_conv_plans(choose, spec, _Site(unit, weight, before[i], after[i])))
+        for i, (unit, weight) in enumerate(
+            zip(spec.all_units, choose.signature.weights, strict=True)
+        )
+    ]
+
+
+def _conv_plans(choose: _Chooser, spec: BlockSpec, site: _Site) -> Iterator[ConvPlan]:
+    """The ways to run a convolution; several where it is to be measured which is fastest."""
+    first = BACKENDS[choose.order[0]]
+    if spec.level != "auto":
+        levels: tuple[str, ...] = (spec.level,)
+    else:
+        levels = first.levels
+        if spec.backend == "auto" and not first.proven:
+            torchs = _Chooser("aten", choose.signature)
+            yield _plan_conv(torchs, site, "b")
+    for level in levels:
+        yield _plan_conv(choose, site, level)
+
+
+def _plan_conv(choose: _Chooser, site: _Site, most: str) -> ConvPlan:
+    """The implementations of a convolution at a level, or below where none goes so far."""
+    common: dict[str, Any] = {"conv": site.unit.conv, "weight": site.weight}
+    rank = LEVELS.index(most)
+    stats = prologue = joint = None
+    if rank >= LEVELS.index("b'"):
+        stats = choose.ask("conv_forward", features=frozenset({"stats"}), **common)
+    if rank >= LEVELS.index("c'"):
+        both = frozenset({"stats", "prologue"})
+        prologue = choose.ask("conv_forward", features=both, act=site.before, **common)
+        formed = frozenset() if most == "c" else frozenset({"grad_formed"})
+        acts = (site.after, site.before)
+        joint = choose.ask("conv_backward", features=formed, acts=acts, **common)
+    level = most if joint else "c'" if prologue else "b'" if stats else "b"
     return ConvPlan(
+        level=level,
         forward=stats or choose("conv_forward", **common),
-        prologue=both,
+        prologue=prologue,
         stats=stats is not None,
         data=choose("conv_backward_data", **common),
         weight=choose("conv_backward_weight", **common),
-        joint=choose.ask("conv_backward", act=unit.act, **common),
-        infer=choose("conv_bn_act", act=spec.act, **common),
+        joint=joint,
+        infer=choose("conv_bn_act", act=site.after, **common),
     )

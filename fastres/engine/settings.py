@@ -8,16 +8,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from fastres.backends import BACKENDS
+from fastres.engine.spec import LEVELS as FUSION_LEVELS
+from fastres.primitives import load_extensions
 
 MEMORY_MODES = ("auto", "speed", "balanced", "lean")
+LEVELS = ("auto", *FUSION_LEVELS)
 
 
 @dataclass
 class Settings:
-    """The current choices; set through `use_backend` and `use_memory`."""
+    """The current choices; set through `use_backend`, `use_memory` and `use_level`."""
 
     backend: str = "auto"
     memory: str = "auto"
+    level: str = "auto"
 
 
 def _check(kind: str, value: str, allowed: tuple[str, ...]) -> str:
@@ -26,8 +30,15 @@ def _check(kind: str, value: str, allowed: tuple[str, ...]) -> str:
     return value
 
 
+def known_backend(name: str) -> str:
+    """`name`, where there is such a backend, be it able to run here or not."""
+    if name not in ("auto", *BACKENDS):
+        load_extensions()  # one of them may declare it
+    return _check("backend", name, ("auto", *BACKENDS))
+
+
 def _check_backend(name: str) -> str:
-    _check("backend", name, ("auto", *BACKENDS))
+    known_backend(name)
     if name != "auto" and (reason := BACKENDS[name].why_not()) is not None:
         raise RuntimeError(f"backend {name!r} cannot run here: {reason}")
     return name
@@ -38,7 +49,7 @@ def _check_backend(name: str) -> str:
 _settings = Settings()
 _environment: dict[str, str] | None = {
     key: os.environ[f"FASTRES_{key.upper()}"]
-    for key in ("backend", "memory")
+    for key in ("backend", "memory", "level")
     if f"FASTRES_{key.upper()}" in os.environ
 }
 
@@ -51,6 +62,8 @@ def current() -> Settings:
             _settings.backend = _check_backend(_environment["backend"])
         if "memory" in _environment:
             _settings.memory = _check("memory", _environment["memory"], MEMORY_MODES)
+        if "level" in _environment:
+            _settings.level = _check("level", _environment["level"], LEVELS)
         _environment = None
     return _settings
 
@@ -91,3 +104,26 @@ def use_memory(mode: str) -> Iterator[None]:
         yield
     finally:
         _settings.memory = before
+
+
+@contextmanager
+def use_level(level: str) -> Iterator[None]:
+    """Limit what is fused into the convolutions inside a `with`; results keep their accuracy.
+
+    A backend that offers less does what it can. docs/design.md section 6 has the levels.
+
+    Args:
+        level: "b" fuses around the convolutions only, "b'" adds batch statistics to their
+            epilogues, "c'" normalisation to their prologues and the reductions of backward to
+            their epilogues, "c" the formation of gradients to their prologues; "auto" is the
+            fastest measured one.
+
+    Raises:
+        ValueError: for an unknown level.
+    """
+    before = current().level
+    _settings.level = _check("level", level, LEVELS)
+    try:
+        yield
+    finally:
+        _settings.level = before

@@ -11,13 +11,15 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastres.primitives import ConvSpec
+from fastres.primitives import ConvSpec, activation
 
 #: Tensors that one unit brings: weight, bias, norm_weight, norm_bias, running_mean, running_var.
 UNIT_TENSORS = 6
 
-ACTIVATIONS = ("none", "relu")
 SHORTCUTS = ("none", "identity", "tensor", "projection")
+
+#: Levels of fusion, docs/design.md section 6: what is fused into the convolutions.
+LEVELS = ("b", "b'", "c'", "c")
 
 
 class UnitSpec(NamedTuple):
@@ -57,6 +59,7 @@ class BlockSpec(NamedTuple):
         save: whether anything is kept for a backward.
         memory: "speed", "balanced" or "lean".
         backend: the user's choice, "auto" or a backend's name.
+        level: the level of fusion, of `LEVELS`, or "auto" for what is fastest.
     """
 
     units: tuple[UnitSpec, ...]
@@ -67,6 +70,7 @@ class BlockSpec(NamedTuple):
     save: bool = False
     memory: str = "speed"
     backend: str = "auto"
+    level: str = "auto"
 
     @property
     def all_units(self) -> tuple[UnitSpec, ...]:
@@ -76,7 +80,7 @@ class BlockSpec(NamedTuple):
     @property
     def keeps_mask(self) -> bool:
         """A sum with a shortcut cannot be recomputed from one branch: its gate is kept as bits."""
-        return self.save and self.act == "relu" and self.shortcut != "none"
+        return self.save and self.act != "none" and self.shortcut != "none"
 
     @property
     def keeps_activated(self) -> bool:
@@ -89,7 +93,11 @@ class BlockSpec(NamedTuple):
         return self.save and self.memory == "lean" and len(self.units) > 1
 
     def encode(self) -> str:
-        """The specification as one line, the inverse of `decode`."""
+        """The specification as one line, the inverse of `decode`.
+
+        Raises:
+            ValueError: for an unknown activation, with the known ones.
+        """
         units = ";".join([_encode_unit(u) for u in self.units])
         projection = "-" if self.projection is None else _encode_unit(self.projection)
         pool = "-"
@@ -97,9 +105,15 @@ class BlockSpec(NamedTuple):
             (kh, kw), (sh, sw), (ph, pw), ceil_mode, include = self.pool
             pool = f"{kh},{kw},{sh},{sw},{ph},{pw},{int(ceil_mode)},{int(include)}"
         return (
-            f"{units}/{self.shortcut}/{projection}/{pool}/{self.act}/"
-            f"{int(self.save)}/{self.memory}/{self.backend}"
+            f"{units}/{self.shortcut}/{projection}/{pool}/{_known(self.act)}/"
+            f"{int(self.save)}/{self.memory}/{self.backend}/{self.level}"
         )
+
+
+def _known(act: str) -> str:
+    """`act`, where there is such an activation."""
+    activation(act)
+    return act
 
 
 def _encode_unit(unit: UnitSpec) -> str:
@@ -107,7 +121,7 @@ def _encode_unit(unit: UnitSpec) -> str:
     if unit.conv is not None:
         (sh, sw), (ph, pw), (dh, dw), groups = unit.conv
         conv = f"{sh},{sw},{ph},{pw},{dh},{dw},{groups}"
-    return f"{conv}:{unit.eps!r}:{int(unit.batch_stats)}:{unit.act}"
+    return f"{conv}:{unit.eps!r}:{int(unit.batch_stats)}:{_known(unit.act)}"
 
 
 def _decode_unit(text: str) -> UnitSpec:
@@ -116,13 +130,17 @@ def _decode_unit(text: str) -> UnitSpec:
     if geometry != "-":
         sh, sw, ph, pw, dh, dw, groups = map(int, geometry.split(","))
         conv = ConvSpec((sh, sw), (ph, pw), (dh, dw), groups)
-    return UnitSpec(conv, float(eps), batch_stats == "1", act)
+    return UnitSpec(conv, float(eps), batch_stats == "1", _known(act))
 
 
 @lru_cache(maxsize=4096)
 def decode(text: str) -> BlockSpec:
-    """The specification that `BlockSpec.encode` wrote."""
-    units, shortcut, projection, pool, act, save, memory, backend = text.split("/")
+    """The specification that `BlockSpec.encode` wrote.
+
+    Raises:
+        ValueError: for an unknown activation, with the known ones.
+    """
+    units, shortcut, projection, pool, act, save, memory, backend, level = text.split("/")
     pool_spec = None
     if pool != "-":
         kh, kw, sh, sw, ph, pw, ceil_mode, include = map(int, pool.split(","))
@@ -132,8 +150,9 @@ def decode(text: str) -> BlockSpec:
         shortcut=shortcut,
         projection=None if projection == "-" else _decode_unit(projection),
         pool=pool_spec,
-        act=act,
+        act=_known(act),
         save=save == "1",
         memory=memory,
         backend=backend,
+        level=level,
     )

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastres.engine.spec import UNIT_TENSORS, BlockSpec
+from fastres.engine.spec import UNIT_TENSORS, BlockSpec, UnitSpec
 from fastres.primitives import acc_dtype, dense, mask_shape, memory_format_of
 
 
@@ -115,16 +115,33 @@ def output_metas(spec: BlockSpec, x: Tensor, units: Sequence[UnitTensors]) -> li
 
 
 def _raw_shapes(spec: BlockSpec, x: Tensor, units: Sequence[UnitTensors]) -> list[tuple[int, ...]]:
-    shapes: list[tuple[int, ...]] = []
-    for i, (unit, tensors) in enumerate(zip(spec.all_units, units, strict=True)):
-        on_projection = i >= len(spec.units)
-        if on_projection:
-            shape = tuple(pooled(spec, x, torch.contiguous_format).shape)
-        else:
-            shape = shapes[-1] if shapes else tuple(x.shape)
-        if unit.conv is not None and tensors.weight is not None:
-            k, _, kh, kw = tensors.weight.shape
-            h, w = unit.conv.output_size(shape[2:], (kh, kw))
-            shape = (shape[0], k, h, w)
+    """Shape of each unit's raw output."""
+    weights = [None if u.weight is None else (*u.weight.shape,) for u in units]
+    inputs = input_shapes(spec, x.shape, weights)
+    return [
+        _output_shape(unit, shape, weight)
+        for unit, shape, weight in zip(spec.all_units, inputs, weights, strict=True)
+    ]
+
+
+def input_shapes(
+    spec: BlockSpec, x_shape: Sequence[int], weights: Sequence[tuple[int, ...] | None]
+) -> list[tuple[int, ...]]:
+    """[N, C, H, W] that each unit is given; `weights` are the shapes of theirs."""
+    shape, shapes = tuple(x_shape), []
+    for unit, weight in zip(spec.units, weights, strict=False):
         shapes.append(shape)
+        shape = _output_shape(unit, shape, weight)
+    if spec.projection is not None:
+        # Shapes alone: a meta tensor lets torch itself say what its pooling makes of them.
+        meta = torch.empty(x_shape, device="meta")
+        shapes.append(tuple(pooled(spec, meta, torch.contiguous_format).shape))
     return shapes
+
+
+def _output_shape(
+    unit: UnitSpec, shape: tuple[int, ...], weight: tuple[int, ...] | None
+) -> tuple[int, ...]:
+    if unit.conv is None or weight is None:
+        return shape
+    return (shape[0], weight[0], *unit.conv.output_size(shape[2:], weight[2:]))

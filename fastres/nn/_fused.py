@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from fastres.engine import PoolSpec
+from fastres.engine import BlockSpec, PoolSpec
 from fastres.nn._children import (
     Decline,
     Parts,
@@ -36,6 +36,17 @@ class Layers(NamedTuple):
     def everything(self) -> list[ConvNorm]:
         """The main path and the projection."""
         return self.units if self.projection is None else [*self.units, self.projection]
+
+    def spec(self, **choices: Any) -> BlockSpec:
+        """The block's specification; `choices` are save, memory, backend and level."""
+        return BlockSpec(
+            units=tuple(layer.spec for layer in self.units),
+            shortcut=self.shortcut,
+            projection=None if self.projection is None else self.projection.spec,
+            pool=self.pool,
+            act=self.act,
+            **choices,
+        )
 
     @property
     def arguments(self) -> dict[str, Any]:

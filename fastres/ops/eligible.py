@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastres.engine import PoolSpec
 from fastres.ops.layers import ConvNorm
+from fastres.primitives import activation
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -47,10 +48,13 @@ def why_not_block(
     residual: Tensor | None,
     projection: ConvNorm | None,
     pool: PoolSpec | None,
+    act: str,
 ) -> str | None:
     """Why a block cannot be fused for these inputs, or None. Wrong inputs are among the reasons."""
     if (reason := why_not_tensor(x)) is not None:
         return reason
+    if shortcut != "none" and activation(act).gate is None:
+        return f"activation {act!r} behind a shortcut cannot be recomputed from one branch"
     shape: tuple[int, ...] = tuple(x.shape)
     for layer in layers:
         reason, shape = _follow(shape, x, layer)
@@ -74,8 +78,6 @@ def _follow(
     shape: tuple[int, ...], x: Tensor, layer: ConvNorm
 ) -> tuple[str | None, tuple[int, ...]]:
     """Why a layer cannot take an input of `shape`, and the shape it would give."""
-    if layer.act not in ("relu", "none"):
-        return f"activation {layer.act!r} is not fused", shape
     if layer.weight is not None and layer.conv is not None:
         k, c, kh, kw = layer.weight.shape
         if c * layer.groups != shape[1] or k % layer.groups:

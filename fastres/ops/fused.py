@@ -12,6 +12,7 @@ from fastres.ops.block import run_block
 from fastres.ops.eligible import why_not_block
 from fastres.ops.layers import ConvNorm, count_batch
 from fastres.ops.stock import run_stock
+from fastres.primitives import activation
 
 
 def run_layers(
@@ -33,8 +34,13 @@ def run_layers(
         residual: what is added for "tensor", of the output's shape.
         projection: convolution and batch norm of the shortcut.
         pool: average pooling in front of the projection.
-        act: "relu" or "none", after the sum.
+        act: after the sum, one of `fastres.primitives.activations()`.
+
+    Raises:
+        ValueError: for an unknown activation; the rest is torch's own.
     """
+    for name in (act, *[layer.act for layer in layers]):
+        activation(name)
     out = try_layers(
         x, layers, shortcut=shortcut, residual=residual, projection=projection, pool=pool, act=act
     )
@@ -58,7 +64,7 @@ def why_not_layers(
     """Why `run_layers` would take the stock path for these arguments, or None."""
     if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
         x, layers, projection = _autocast(x, layers, projection)
-    return why_not_block(x, layers, shortcut, residual, projection, pool)
+    return why_not_block(x, layers, shortcut, residual, projection, pool, act)
 
 
 def try_layers(
@@ -74,7 +80,7 @@ def try_layers(
     """`run_layers`, but None where it cannot be fused; then nothing was run or updated."""
     if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
         x, layers, projection = _autocast(x, layers, projection)
-    if why_not_block(x, layers, shortcut, residual, projection, pool) is not None:
+    if why_not_block(x, layers, shortcut, residual, projection, pool, act) is not None:
         return None
     everything = [*layers] if projection is None else [*layers, projection]
     spec = BlockSpec(
@@ -86,6 +92,7 @@ def try_layers(
         save=_wants_backward(x, residual, everything),
         memory=_memory_mode(x),
         backend=current().backend,
+        level=current().level,
     )
     tensors = [t for layer in everything for t in layer.tensors]
     size, main = x.shape, len(layers)
@@ -104,11 +111,14 @@ def _wants_backward(x: Tensor, residual: Tensor | None, layers: Sequence[ConvNor
 
 
 def _memory_mode(x: Tensor) -> str:
-    """Recomputing an activation costs no memory traffic on a CPU, where it stays in cache."""
+    """Where a prologue recomputes activations, keeping them would cost a pass over memory.
+
+    So it is on a CPU, where they stay in cache, and with Triton's own convolutions.
+    """
     mode = current().memory
     if mode != "auto":
         return mode
-    return "balanced" if x.device.type == "cpu" else "speed"
+    return "balanced" if x.device.type == "cpu" or current().backend == "triton" else "speed"
 
 
 def _autocast(

@@ -30,7 +30,8 @@ class ConvNorm(NamedTuple):
         momentum: factor of the running update; a 0-d tensor avoids a host synchronisation, None
             is the cumulative average, 1/counter.
         eps: added to the variance.
-        act: "relu" or "none"; ignored on the last layer in front of a shortcut.
+        act: one of `fastres.primitives.activations()`; ignored on the last layer in front of a
+            shortcut.
         counter: 0-d integer, nn.BatchNorm2d's num_batches_tracked, or None; incremented in place
             in training.
     """

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from fastres.engine import PoolSpec
 from fastres.ops.layers import ConvNorm, count_batch
+from fastres.primitives import activation
 
 
 def run_stock(
@@ -39,8 +40,8 @@ def run_stock(
 
 
 def activate(z: Tensor, act: str) -> Tensor:
-    """torch's activation of that name."""
-    return F.relu(z) if act == "relu" else z
+    """torch's ReLU, or the formula that an activation was registered with, in the dtype of z."""
+    return F.relu(z) if act == "relu" else activation(act).forward(z)
 
 
 def _conv_norm(x: Tensor, layer: ConvNorm) -> Tensor:

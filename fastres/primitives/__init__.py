@@ -4,11 +4,13 @@ Every layer that runs something speaks in these types; `docs/design.md` section 
 primitives, and the functions of `fastres.reference` are their definition.
 """
 
+from fastres.primitives.activation import activation, activations, register_activation
 from fastres.primitives.registry import (
     PRIMITIVES,
     Implementation,
     Request,
     implementations,
+    load_extensions,
     register,
     select,
 )
@@ -26,10 +28,12 @@ from fastres.primitives.types import (
     mask_shape,
     memory_format_of,
 )
+from fastres.reference import Activation
 
 __all__ = [
     "PRIMITIVES",
     "STATS_ROWS",
+    "Activation",
     "Branch",
     "ConvSpec",
     "Gate",
@@ -39,11 +43,15 @@ __all__ = [
     "Prologue",
     "Request",
     "acc_dtype",
+    "activation",
+    "activations",
     "dense",
     "implementations",
     "is_channels_last",
+    "load_extensions",
     "mask_shape",
     "memory_format_of",
     "register",
+    "register_activation",
     "select",
 ]

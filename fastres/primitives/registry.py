@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
+from fastres.primitives.extension import Discovery
 from fastres.primitives.types import ConvSpec
+from fastres.reference import ACTIVATIONS
 
 #: The primitives; `fastres.reference` defines each of them under the same name.
 PRIMITIVES = (
@@ -39,10 +41,13 @@ class Request:
         device: torch device type ("cpu", "cuda").
         dtype: dtype of the activations.
         channels_last: layout of the activations.
-        act: name of the activation involved, "none" or "relu".
+        act: name of the activation involved.
         conv: geometry, for the convolution primitives.
-        kernel: (kh, kw), for the convolution primitives.
-        features: what is fused in: "prologue", "stats", "residual", "grad_prologue".
+        weight: shape [K, C/groups, kh, kw] of the weight, for the convolution primitives.
+        features: what is fused in: "prologue", "stats"; "grad_formed" asks a `conv_backward` to
+            form grad_y in a pass of its own, and not in its prologues.
+        here: whether it has to be able to run on this machine; False asks what would run on one
+            that has such a device.
     """
 
     device: str
@@ -50,8 +55,16 @@ class Request:
     channels_last: bool
     act: str = "none"
     conv: ConvSpec | None = None
-    kernel: tuple[int, int] | None = None
+    weight: tuple[int, int, int, int] | None = None
     features: frozenset[str] = frozenset()
+    here: bool = True
+
+    @property
+    def group_width(self) -> int:
+        """The smaller of a group's input and output channels; 0 where there is no convolution."""
+        if self.conv is None or self.weight is None:
+            return 0
+        return min(self.weight[1], self.weight[0] // self.conv.groups)
 
 
 WhyNot = Callable[[Request], str | None]
@@ -72,6 +85,10 @@ class Implementation:
 
 
 _TABLE: dict[tuple[str, str], list[Implementation]] = {}
+
+#: Imports, once, the extensions that are installed: every question to the registry comes first
+#: through here. What one registered before it failed is taken back.
+load_extensions = Discovery((_TABLE, ACTIVATIONS))
 
 
 def _always(request: Request) -> str | None:
@@ -110,23 +127,32 @@ def implementations(
     primitive: str | None = None, backend: str | None = None
 ) -> Iterable[Implementation]:
     """All registered implementations, optionally of one primitive or one backend."""
-    for (p, b), entries in _TABLE.items():
+    load_extensions()
+    for (p, b), entries in list(_TABLE.items()):
         if primitive in (None, p) and backend in (None, b):
             yield from entries
 
 
 def select(
-    primitive: str, backends: Sequence[str], request: Request
+    primitive: str, backends: Sequence[str], request: Request, *more: Request
 ) -> tuple[Implementation | None, list[str]]:
     """The first implementation, by order of `backends`, that accepts `request`.
+
+    Args:
+        primitive: one of `PRIMITIVES`.
+        backends: names, the preferred one first.
+        request: what is asked.
+        more: what the same implementation is also asked, say with another activation.
 
     Returns:
         (implementation or None, the reasons of those that declined before it).
     """
+    load_extensions()
     reasons: list[str] = []
     for backend in backends:
         for entry in _TABLE.get((primitive, backend), ()):
-            reason = entry.why_not(request)
+            asked = map(entry.why_not, (request, *more))
+            reason = next((r for r in asked if r is not None), None)
             if reason is None:
                 return entry, reasons
             reasons.append(f"{entry}: {reason}")

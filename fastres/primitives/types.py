@@ -66,6 +66,11 @@ class Gate(NamedTuple):
     tensor: Tensor | None = None
     act: str = "relu"
 
+    @property
+    def applied(self) -> str:
+        """The activation whose derivative the gate applies; "none" for one that stands open."""
+        return "none" if self.kind == "none" else self.act
+
     def images(self, start: int, stop: int, per_image: int) -> Gate:
         """The gate of images start..stop; `per_image` is the number of mask rows per image."""
         if self.tensor is None:

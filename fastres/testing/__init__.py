@@ -4,6 +4,7 @@ For kernel developers: register an implementation, and `check_implementation` ho
 definition on every case. For users: `check_block` holds a fused module to a stock one.
 """
 
+from fastres.testing.activations import check_activation
 from fastres.testing.blocks import (
     BENCH_BLOCKS,
     BLOCK_CASES,
@@ -11,9 +12,10 @@ from fastres.testing.blocks import (
     FunctionalBlock,
     StockBlock,
 )
-from fastres.testing.calls import Call, calls
+from fastres.testing.calls import calls
 from fastres.testing.cases import BENCH_CASES, CASES, VALUES, Case
 from fastres.testing.compare import assert_parity, assert_same_bits
+from fastres.testing.maker import Call
 from fastres.testing.modules import check_block
 from fastres.testing.parity import Outcome, check_implementation
 from fastres.testing.poison import poisoned_allocations
@@ -33,6 +35,7 @@ __all__ = [
     "assert_parity",
     "assert_same_bits",
     "calls",
+    "check_activation",
     "check_block",
     "check_implementation",
     "poisoned_allocations",

@@ -7,7 +7,6 @@ those of the tensor they come with, masks have padding bits of zero.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,89 +22,10 @@ from fastres.primitives import (
     Request,
     acc_dtype,
     dense,
-    implementations,
     is_channels_last,
 )
 from fastres.testing.cases import Case
-
-F64 = torch.float64
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of a primitive.
-
-    Attributes:
-        label: the variant, for messages.
-        request: what the implementation's predicate is asked.
-        args: positional arguments.
-        kwargs: keyword arguments.
-        in_place: index of the positional argument that is also given as `out`, or None.
-    """
-
-    label: str
-    request: Request
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    in_place: int | None = None
-
-
-@dataclass(frozen=True)
-class Maker:
-    """Makes the tensors of a case, in the dtypes that a backend's own primitives use."""
-
-    case: Case
-    backend: str
-    device: str = "cpu"
-
-    def request(self, like: Tensor, **more: Any) -> Request:
-        """A request for activations like this one."""
-        return Request(self.device, like.dtype, is_channels_last(like), **more)
-
-    def x(self, salt: str = "x", shape: tuple[int, ...] | None = None) -> Tensor:
-        """An activation."""
-        return self.case.activation(salt, shape=shape, device=self.device)
-
-    def grad(self, salt: str = "grad", shape: tuple[int, ...] | None = None) -> Tensor:
-        """A gradient."""
-        return self.case.gradient(salt, shape=shape, device=self.device)
-
-    def vector(self, salt: str, size: int, near: float = 0.0) -> Tensor:
-        """A parameter of a batch norm: float32, or float64 beside float64 activations."""
-        dtype = acc_dtype(self.case.dtype)
-        return self.case.vector(salt, size, near=near, dtype=dtype, device=self.device)
-
-    def own(self, primitive: str, value: Tensor) -> Tensor:
-        """`value` (a state or sums) in the dtype in which the backend itself hands it over."""
-        name = "channel_stats" if primitive == "state" else "bn_act_backward_reduce"
-        probe = self.case.activation("probe", shape=(1, 1, 1, 2), device=self.device)
-        stats = torch.ones(5, 1, dtype=acc_dtype(probe.dtype), device=self.device)
-        for entry in implementations(name, self.backend):
-            if entry.why_not(self.request(probe)) is None:
-                args = () if primitive == "state" else (Gate("none"), (Branch(probe, stats),))
-                return value.to(entry.run(probe, *args).dtype)
-        return value.to(acc_dtype(self.case.dtype))
-
-    def stats(self, y: Tensor, salt: str = "stats") -> Tensor:
-        """`stats` [5, C] of y; in exact cases powers of two and integers, whatever y is."""
-        c, dtype = y.shape[1], acc_dtype(y.dtype)
-        weight, bias = self.vector(salt + "w", c, 1.0), self.vector(salt + "b", c, 0.2)
-        if self.case.exact:
-            mean, invstd = self.vector(salt + "m", c), self.vector(salt + "i", c, 1.0)
-            scale = weight * invstd
-            return torch.stack([mean, invstd.pow(-2), invstd, scale, bias - mean * scale])
-        count = y.numel() // max(c, 1)
-        state = reference.channel_stats(y.to(F64))
-        return reference.finalize_stats(state, count, None, weight, bias, 1e-5, acc=dtype)
-
-    def running(self, size: int) -> tuple[Tensor, Tensor]:
-        """(running_mean, running_var)."""
-        return self.vector("mean", size), self.vector("var", size, 1.0).abs()
-
-    def open_gate(self, like: Tensor) -> Tensor:
-        """A random boolean activation."""
-        bits = torch.rand(like.shape, generator=self.case.generator("gate")) < 0.6
-        return bits.to(self.device)
+from fastres.testing.maker import F64, Call, Maker, is_gate, tagged, unambiguous
 
 
 def calls(primitive: str, case: Case, backend: str, device: str = "cpu") -> Iterator[Call]:
@@ -142,22 +62,26 @@ def _finalize_stats(m: Maker) -> Iterator[Call]:
 def _scale_shift_act(m: Maker) -> Iterator[Call]:
     y, r = m.x(), m.x("residual")
     stats, other = m.stats(y), m.stats(r, "residual")
-    for act in ("none", "relu"):
+    for act in ("none", *m.acts):
         request = m.request(y, act=act)
-        for label, more in (
-            ("alone", {}),
-            ("residual", {"residual": r}),
-            ("projection", {"residual": r, "residual_stats": other}),
-        ):
+        ends: dict[str, dict[str, Any]] = {
+            "residual": {"residual": r},
+            "projection": {"residual": r, "residual_stats": other},
+        }
+        for label, more in {"alone": {}, **(ends if is_gate(act) else {})}.items():
             yield Call(f"{label}, {act}", request, (y, stats), {"act": act, **more})
-    masked = {"residual": r, "residual_stats": other, "act": "relu", "want_mask": True}
-    yield Call("mask", m.request(y, act="relu"), (y, stats), masked)
-    yield Call("in place", m.request(y), (y, stats), {"residual": r, "act": "relu"}, 0)
+        if act != "none":
+            more = {"residual": r} if is_gate(act) else {}
+            yield Call(tagged("in place", act), request, (y, stats), {"act": act, **more}, 0)
+        if act != "none" and is_gate(act):
+            masked = {**ends["projection"], "act": act, "want_mask": True}
+            yield Call(tagged("mask", act), request, (y, stats), masked)
 
 
 def _add_act(m: Maker) -> Iterator[Call]:
     x, r = m.x(), m.x("residual")
-    for act, want in (("none", False), ("relu", False), ("relu", True)):
+    gates = [act for act in m.acts if is_gate(act)]
+    for act, want in (("none", False), *((act, want) for act in gates for want in (False, True))):
         more = {"act": act, "want_mask": want}
         label = f"{act}, mask" if want else act
         yield Call(label, m.request(x, act=act), (x, r), more)
@@ -166,61 +90,56 @@ def _add_act(m: Maker) -> Iterator[Call]:
 # ---------------------------------------------------------------- batch norm, backward
 
 
-def _unambiguous(grad: Tensor, y: Tensor, stats: Tensor) -> Tensor:
-    """`grad` without the places where the sign of scale*y + shift is within rounding of zero.
-
-    A recomputed gate may go either way there, and the gradient with it: 4 roundings, of the
-    product, the sum, the scale and the shift.
-    """
-    scale, shift = (row.view(1, -1, 1, 1).to(F64) for row in stats[3:])
-    product = y.to(F64) * scale
-    band = 4 * torch.finfo(stats.dtype).eps * (product.abs() + shift.abs())
-    return grad.clone().masked_fill_((product + shift).abs() <= band, 0)
-
-
 def _gates(m: Maker, grad: Tensor, y: Tensor, stats: Tensor) -> Iterator[tuple[Tensor, Gate]]:
-    """(gradient, gate) for every kind of gate."""
+    """(gradient, gate) for every kind of gate that an activation has."""
     last = is_channels_last(y)
     yield grad, Gate("none", None, "none")
-    yield grad, Gate("mask", reference.pack_mask(m.open_gate(y), last))
-    exact = m.case.exact
-    yield grad if exact else _unambiguous(grad, y, stats), Gate("affine", None)
-    out, _ = reference.scale_shift_act(y, stats, act="relu", channels_last=last)
-    yield grad, Gate("out", out)
+    for act in m.acts:
+        if not is_gate(act):
+            yield grad, Gate("affine", None, act)
+            continue
+        yield grad, Gate("mask", reference.pack_mask(m.open_gate(y), last), act)
+        clear = grad if m.case.exact else unambiguous(grad, y, stats, act)
+        yield clear, Gate("affine", None, act)
+        out, _ = reference.scale_shift_act(y, stats, act=act, channels_last=last)
+        yield grad, Gate("out", out, act)
 
 
 def _bn_act_backward_reduce(m: Maker) -> Iterator[Call]:
     y, side, grad = m.x(), m.x("side"), m.grad()
     one, two = Branch(y, m.stats(y)), Branch(side, m.stats(side, "side"))
-    request = m.request(y, act="relu")
+    prior = m.own("sums", m.vector("prior", 3 * y.shape[1]).view(3, -1))
     for g, gate in _gates(m, grad, y, one.stats):
-        yield Call(f"{gate.kind}", request, (g, gate, (one,)))
+        request, args = m.request(y, act=gate.act), (g, gate, (one,))
+        yield Call(tagged(gate.kind, gate.act), request, args)
+        if not is_gate(gate.act):
+            yield Call(tagged("added", gate.act), request, args, {"sums": prior})
+    request = m.request(y, act="relu")
     mask = Gate("mask", reference.pack_mask(m.open_gate(y), is_channels_last(y)))
     yield Call("two branches", request, (grad, mask, (one, two)))
-    prior = m.own("sums", m.vector("prior", 3 * y.shape[1]).view(3, -1))
     yield Call("added", request, (grad, mask, (one, two)), {"sums": prior})
 
 
 def _bn_act_backward_apply(m: Maker) -> Iterator[Call]:
     y, side, grad = m.x(), m.x("side"), m.grad()
     one, two = Branch(y, m.stats(y)), Branch(side, m.stats(side, "side"))
-    request, count = m.request(y, act="relu"), m.case.count
+    count, more = m.case.count, {"want_grads": (True,)}
     for g, gate in _gates(m, grad, y, one.stats):
-        sums = _sums(m, g, gate, (one,))
-        yield Call(gate.kind, request, (g, gate, (one,), sums, count), {"want_grads": (True,)})
-        yield Call(
-            f"{gate.kind}, running statistics", request, (g, gate, (one,), sums, 0),
-            {"want_grads": (True,)},
-        )  # fmt: skip
+        request, label = m.request(y, act=gate.act), tagged(gate.kind, gate.act)
+        args = (g, gate, (one,), _sums(m, g, gate, (one,)))
+        yield Call(label, request, (*args, count), more)
+        yield Call(f"{label}, running statistics", request, (*args, 0), more)
+        if not is_gate(gate.act):
+            yield Call(tagged("in place", gate.act), request, (*args, count), more, 0)
+    request = m.request(y, act="relu")
     mask = Gate("mask", reference.pack_mask(m.open_gate(y), is_channels_last(y)))
     sums = _sums(m, grad, mask, (one, two))
     for want in ((True, True), (False, True), (True, False)):
-        more = {"want_grads": want, "want_residual": want[0]}
-        yield Call(f"two branches {want}", request, (grad, mask, (one, two), sums, count), more)
-    more = {"want_grads": (True,), "want_residual": True}
-    yield Call("residual", request, (grad, mask, (one,), sums, count), more)
-    args = (grad, mask, (one,), sums, count)
-    yield Call("in place", request, args, {"want_grads": (True,)}, 0)
+        wishes = {"want_grads": want, "want_residual": want[0]}
+        yield Call(f"two branches {want}", request, (grad, mask, (one, two), sums, count), wishes)
+    alone = (grad, mask, (one,), sums, count)
+    yield Call("residual", request, alone, {**more, "want_residual": True})
+    yield Call("in place", request, alone, more, 0)
 
 
 def _sums(m: Maker, grad: Tensor, gate: Gate, branches: tuple[Branch, ...]) -> Tensor:
@@ -234,7 +153,7 @@ def _act_backward(m: Maker) -> Iterator[Call]:
     grad, x = m.grad(), m.x()
     for g, gate in _gates(m, grad, x, m.stats(x)):
         if gate.kind != "affine":
-            yield Call(gate.kind, m.request(g, act=gate.act), (g, gate))
+            yield Call(tagged(gate.kind, gate.act), m.request(g, act=gate.act), (g, gate))
     yield Call("in place", m.request(grad, act="relu"), (grad, Gate("out", x)), {}, 0)
 
 
@@ -243,7 +162,7 @@ def _act_backward(m: Maker) -> Iterator[Call]:
 
 def _conv_request(m: Maker, x: Tensor, *features: str, act: str = "none") -> Request:
     return m.request(
-        x, act=act, conv=m.case.conv, kernel=m.case.kernel, features=frozenset(features)
+        x, act=act, conv=m.case.conv, weight=m.case.weight_shape, features=frozenset(features)
     )
 
 
@@ -257,14 +176,16 @@ def _output_shape(m: Maker) -> tuple[int, int, int, int]:
 def _conv_forward(m: Maker) -> Iterator[Call]:
     x, w, conv = m.x(), m.case.weight(device=m.device), m.case.conv
     bias = m.vector("bias", m.case.out_channels).to(x.dtype)
-    prologue = Prologue(m.stats(x), "relu")
+    stats = m.stats(x)
     yield Call("plain", _conv_request(m, x), (x, w, None, conv))
     yield Call("bias", _conv_request(m, x), (x, w, bias, conv))
     yield Call("stats", _conv_request(m, x, "stats"), (x, w, bias, conv), {"want_state": True})
-    yield Call("prologue", _conv_request(m, x, "prologue"), (x, w, None, conv),
-               {"prologue": prologue})  # fmt: skip
-    both = _conv_request(m, x, "stats", "prologue")
-    yield Call("both", both, (x, w, None, conv), {"prologue": prologue, "want_state": True})
+    for act in m.acts:
+        alone, both = (_conv_request(m, x, "prologue", *more, act=act) for more in ((), ("stats",)))
+        prologue = {"prologue": Prologue(stats, act)}
+        yield Call(tagged("prologue", act), alone, (x, w, None, conv), prologue)
+        more = {**prologue, "want_state": True}
+        yield Call(tagged("both", act), both, (x, w, None, conv), more)
 
 
 def _conv_backward_data(m: Maker) -> Iterator[Call]:
@@ -279,8 +200,10 @@ def _conv_backward_weight(m: Maker) -> Iterator[Call]:
     x, w, conv = m.x(), m.case.weight(device=m.device), m.case.conv
     grad_y = m.grad(shape=_output_shape(m))
     yield Call("plain", _conv_request(m, x), (grad_y, x, w, conv))
-    more = {"prologue": Prologue(m.stats(x), "relu")}
-    yield Call("prologue", _conv_request(m, x, "prologue"), (grad_y, x, w, conv), more)
+    for act in m.acts:
+        request = _conv_request(m, x, "prologue", act=act)
+        more = {"prologue": Prologue(m.stats(x), act)}
+        yield Call(tagged("prologue", act), request, (grad_y, x, w, conv), more)
 
 
 def _conv_bn_act(m: Maker) -> Iterator[Call]:
@@ -288,41 +211,51 @@ def _conv_bn_act(m: Maker) -> Iterator[Call]:
     shape = _output_shape(m)
     y = reference.conv_forward(x, w, None, conv)[0]
     bias = m.vector("bias", shape[1]).to(x.dtype)
-    for act in ("none", "relu"):
+    for act in ("none", *m.acts):
         request = _conv_request(m, x, act=act)
         yield Call(act, request, (x, w, None, conv, m.stats(y)), {"act": act})
+        if not is_gate(act):
+            continue
         more = {"act": act, "residual": m.x("residual", shape)}
         yield Call(f"{act}, residual", request, (x, w, bias, conv, m.stats(y)), more)
 
 
 def _conv_backward(m: Maker) -> Iterator[Call]:
     """The composite: gated gradient of this unit in, gradients and the previous unit's sums out."""
-    w, conv, below = m.case.weight(device=m.device), m.case.conv, _below(m)
-    raw = below.y
-    assert raw is not None
-    fmt = torch.channels_last if m.case.channels_last else torch.contiguous_format
-    y = dense(reference.conv_forward(raw, w, None, conv)[0], fmt)
-    branch = Branch(y, m.stats(y))
-    grad = m.grad(shape=tuple(y.shape))
-    request, last = _conv_request(m, raw, act="relu"), is_channels_last(y)
-    mask = Gate("mask", reference.pack_mask(m.open_gate(y), last))
-    reduce = (Gate("affine", None), below)
-    prologue = Prologue(below.stats, "relu")
-    for g, gate in ((grad, mask), (_unambiguous(grad, y, branch.stats), Gate("affine", None))):
+    for act in m.acts:
+        below = _below(m, act)
+        assert below.y is not None
+        wishes = _wishes(m, below.y, Prologue(below.stats, act), (Gate("affine", None, act), below))
+        for pending in _pending(m, below.y, act):
+            batch = "batch" if pending.values else "running"
+            for label, more in wishes.items():
+                kind = tagged(f"{pending.gate.kind}, {batch}, {label}", act)
+                request = _conv_request(m, below.y, act=act)
+                args = (pending, below.y, m.case.weight(device=m.device), m.case.conv)
+                yield Call(kind, request, args, more)
+
+
+def _pending(m: Maker, x: Tensor, act: str) -> Iterator[PendingGrad]:
+    """Gradients of the output of the unit that is given x, for both kinds of statistics."""
+    y, _ = reference.conv_forward(x, m.case.weight(device=m.device), None, m.case.conv)
+    y = dense(y, torch.channels_last if m.case.channels_last else torch.contiguous_format)
+    branch, grad = Branch(y, m.stats(y)), m.grad(shape=tuple(y.shape))
+    gates = [(grad, Gate("affine", None, act))]
+    if is_gate(act):
+        mask = Gate("mask", reference.pack_mask(m.open_gate(y), is_channels_last(y)), act)
+        gates = [(grad, mask), (unambiguous(grad, y, branch.stats, act), gates[0][1])]
+    for g, gate in gates:
         for count in (y.numel() // y.shape[1], 0):
-            pending = PendingGrad(g, gate, branch, _sums(m, g, gate, (branch,)), count)
-            for label, more in _wishes(m, raw, prologue, reduce).items():
-                kind = f"{gate.kind}, {'running' if count == 0 else 'batch'}, {label}"
-                yield Call(kind, request, (pending, raw, w, conv), more)
+            yield PendingGrad(g, gate, branch, _sums(m, g, gate, (branch,)), count)
 
 
-def _below(m: Maker) -> Branch:
+def _below(m: Maker, act: str) -> Branch:
     """The previous unit's raw output, moved off the places where its gate would be ambiguous."""
     raw = m.x()
     stats = m.stats(raw, "below")
-    if m.case.exact:
+    if m.case.exact or not is_gate(act):
         return Branch(raw, stats)
-    ambiguous = _unambiguous(torch.ones_like(raw), raw, stats) == 0
+    ambiguous = unambiguous(torch.ones_like(raw), raw, stats, act) == 0
     clear = ((1 - stats[4]) / stats[3]).view(1, -1, 1, 1).to(raw.dtype)
     return Branch(raw.copy_(torch.where(ambiguous, clear, raw)), stats)
 

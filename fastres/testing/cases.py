@@ -80,10 +80,15 @@ class Case:
         plain = replace(self, values="integers" if self.exact else "normal")
         return plain.activation(salt, shape=shape, device=device)
 
+    @property
+    def weight_shape(self) -> tuple[int, int, int, int]:
+        """[K, C/groups, kh, kw] of the convolution's weight."""
+        assert self.conv is not None
+        return self.out_channels, self.shape[1] // self.conv.groups, *self.kernel
+
     def weight(self, salt: str = "weight", *, device: str = "cpu") -> Tensor:
         """A convolution weight [K, C/groups, kh, kw], scaled to keep the output's variance."""
-        assert self.conv is not None
-        shape = (self.out_channels, self.shape[1] // self.conv.groups, *self.kernel)
+        shape = self.weight_shape
         fan_in = shape[1] * shape[2] * shape[3]
         g = self.generator(salt)
         if self.exact:
@@ -155,6 +160,12 @@ _GEOMETRIES = {
         "conv": ConvSpec((2, 1), (1, 1), (1, 1), 16),
         "kernel": (3, 3),
         "out_channels": 16,
+    },
+    "groups of 16": {
+        "conv": ConvSpec((2, 2), (1, 1), (1, 1), 2),
+        "kernel": (3, 3),
+        "shape": (2, 32, 6, 5),
+        "out_channels": 36,
     },
     "1x1": {"conv": _POINTWISE},
     "1x1stride2": {"conv": ConvSpec((2, 2))},

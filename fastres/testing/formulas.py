@@ -16,6 +16,7 @@ from fastres.primitives import (
     PendingGrad,
     Prologue,
     acc_dtype,
+    activation,
     is_channels_last,
 )
 
@@ -128,6 +129,28 @@ def _affine(y: Tensor, stats: Tensor) -> Tensor:
     return y.abs() * _column(stats[3]) + _column(stats[4])
 
 
+def _activated(size: Tensor, act: str) -> Tensor:
+    """What stands behind act(v), for a v with terms of `size`.
+
+    By the mean value theorem a rounding e of v moves act(v) by at most slope*e, and |act(v)| is
+    at most |act(0)| + slope*|v|.
+    """
+    origin = reference.activate(torch.zeros((), dtype=size.dtype, device=size.device), act)
+    return origin.abs() + activation(act).slope * size
+
+
+def _derived(gate: Gate, branches: Any) -> Tensor | float:
+    """What stands behind the factor act'(v) that a gate applies; 1 where it is 0 or 1.
+
+    It is at most slope, and by the mean value theorem a rounding e of v moves it by at most
+    curvature*e.
+    """
+    found = activation(gate.act)
+    if gate.kind == "none" or found.gate is not None:
+        return 1.0
+    return found.slope + found.curvature * _affine(branches[0].y, branches[0].stats)
+
+
 def _of_stats(y: Tensor, state: Tensor | None = None, prior_count: int = 0) -> dict[str, Tensor]:
     """The mean's own rounding error e enters M2 as M*e^2, and as M*e*delta in a merge."""
     mean, m2 = reference.channel_stats(y, state, prior_count)
@@ -152,7 +175,7 @@ def _of_scale_shift_act(y: Tensor, stats: Tensor, **more: Any) -> dict[str, Tens
     residual, other = more.get("residual"), more.get("residual_stats")
     if residual is not None:
         size = size + (residual.abs() if other is None else _affine(residual, other))
-    return {"out": size}
+    return {"out": _activated(size, more.get("act", "none"))}
 
 
 def _of_add(x: Tensor, residual: Tensor, **_: Any) -> dict[str, Tensor]:
@@ -162,7 +185,12 @@ def _of_add(x: Tensor, residual: Tensor, **_: Any) -> dict[str, Tensor]:
 def _of_reduce(
     grad_out: Tensor, gate: Gate, branches: Any, *, sums: Tensor | None = None
 ) -> dict[str, Tensor]:
-    g = reference.gated(grad_out, gate, branches, channels_last=is_channels_last(grad_out)).abs()
+    factor = _derived(gate, branches)
+    if isinstance(factor, Tensor):
+        g = grad_out.abs() * factor
+    else:
+        last = is_channels_last(grad_out)
+        g = reference.gated(grad_out, gate, branches, channels_last=last).abs()
     found = {"sum_g": g.sum((0, 2, 3))}
     for row, branch in enumerate(branches, start=1):
         size = (branch.y - branch.stats[0].view(1, -1, 1, 1)).abs()
@@ -178,7 +206,7 @@ def _of_apply(
     found = {}
     for row, branch in enumerate(branches, start=1):
         mean, _, invstd, scale, _ = branch.stats.abs()
-        size = grad_out.abs() * _column(scale)
+        size = grad_out.abs() * _derived(gate, branches) * _column(scale)
         if count:
             b = scale * invstd * sums[row].abs() / count
             c = scale * sums[0].abs() / count + b * mean
@@ -187,13 +215,16 @@ def _of_apply(
     return found
 
 
+def _input(x: Tensor, prologue: Prologue | None) -> Tensor:
+    return x.abs() if prologue is None else _activated(_affine(x, prologue.stats), prologue.act)
+
+
 def _of_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, conv: ConvSpec,
     *, prologue: Prologue | None = None, **_: Any,
 ) -> dict[str, Tensor]:  # fmt: skip
-    z = x.abs() if prologue is None else _affine(x, prologue.stats)
     b = None if bias is None else bias.abs()
-    return {"y": reference.conv_forward(z, weight.abs(), b, conv)[0]}
+    return {"y": reference.conv_forward(_input(x, prologue), weight.abs(), b, conv)[0]}
 
 
 def _of_data(
@@ -209,16 +240,16 @@ def _of_weight(
     grad_y: Tensor, x: Tensor, weight: Tensor, conv: ConvSpec,
     *, prologue: Prologue | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
-    z = x.abs() if prologue is None else _affine(x, prologue.stats)
+    z = _input(x, prologue)
     return {"grad_weight": reference.conv_backward_weight(grad_y.abs(), z, weight, conv)}
 
 
 def _of_inference(
     x: Tensor, weight: Tensor, bias: Tensor | None, conv: ConvSpec, stats: Tensor,
-    *, residual: Tensor | None = None, **_: Any,
+    *, residual: Tensor | None = None, act: str = "none",
 ) -> dict[str, Tensor]:  # fmt: skip
     size = _affine(_of_conv(x, weight, bias, conv)["y"], stats)
-    return {"out": size if residual is None else size + residual.abs()}
+    return {"out": _activated(size if residual is None else size + residual.abs(), act)}
 
 
 def _of_unit(
@@ -231,7 +262,9 @@ def _of_unit(
     found = _of_weight(size, x, weight, conv, prologue=prologue)
     found |= _of_data(size, weight, x, conv, accumulate=accumulate)
     if reduce is not None:
-        found |= _of_reduce(found["grad_x"], Gate("none"), (reduce[1],))
+        gate, branch = reduce
+        g = found["grad_x"] * _derived(gate, (branch,))
+        found |= _of_reduce(g, Gate("none"), (branch,))
     return found
 
 

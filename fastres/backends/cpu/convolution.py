@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastres.backends.aten import conv_backward_data as aten_data
 from fastres.backends.aten import conv_backward_weight as aten_weight
-from fastres.backends.cpu.module import empty
+from fastres.backends.cpu.module import ACT_CODES, empty
 from fastres.backends.cpu.pointwise import (
     act_backward,
     bn_act_backward_apply,
@@ -49,6 +49,8 @@ def _why_not(request: Request) -> str | None:
     """Where oneDNN does not take the tensors as they lie, torch's own convolution is used."""
     if request.device != "cpu" or not request.channels_last:
         return "it takes channels_last tensors on the CPU"
+    if request.act not in ACT_CODES:
+        return f"activation {request.act!r} has no CPU kernel"
     if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
         return "oneDNN is not available"
     if request.dtype == torch.float32:

@@ -1,0 +1,57 @@
+"""What a result has to carry to be read later: machine, versions, commit."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fastres
+
+ROOT = Path(__file__).resolve().parent
+
+
+def conditions(device: str = "cpu") -> dict[str, Any]:
+    """Date, machine, versions and commit of a run on a torch device."""
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "cpu": _cpu_name(),
+        **({} if device == "cpu" else {"gpu": torch.cuda.get_device_name(device)}),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        **({} if device == "cpu" else {"triton": _triton()}),
+        "fastres": fastres.__version__,
+        "python": platform.python_version(),
+        "commit": _commit(),
+    }
+
+
+def stamp(found: dict[str, Any]) -> str:
+    """The date of a run as the start of a file's name."""
+    return str(found["date"])[:19].replace(":", "")
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def _triton() -> str:
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, check=False
+    ).stdout.strip()

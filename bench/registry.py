@@ -1,0 +1,304 @@
+"""`python -m bench kernels`: every registered implementation of a primitive, whoever registered it.
+
+Timed are the calls that the parity harness makes (`fastres.testing.calls`), on ResNet-50's shapes,
+each beside a copy of as many bytes in the same rounds. An implementation that fails the harness on
+a small case is refused. Without --quick, results go to a new file under bench/results/.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.conditions import ROOT, conditions, stamp
+from bench.race import Timing
+from bench.traffic import bytes_of, flops_of
+from fastres.backends import BACKENDS
+from fastres.primitives import (
+    PRIMITIVES,
+    Implementation,
+    dense,
+    implementations,
+    load_extensions,
+)
+from fastres.testing import BENCH_CASES, CASES, Call, Case, calls, check_implementation
+from fastres.tuning.measure import Timer, gpu_timer
+
+#: Channels and pixels per side of the activations of ResNet-50 at 224 pixels (He et al. 2015).
+SIZES = ((64, 112), (64, 56), (256, 56), (128, 28), (512, 28), (256, 14), (1024, 14), (512, 7),
+         (2048, 7))  # fmt: skip
+
+#: Batch and dtype to measure with, by device.
+SCALE = {"cuda": (256, torch.bfloat16), "cpu": (16, torch.float32)}
+
+#: Rounds and warm-ups of a measurement, and of a smoke test.
+ROUNDS, QUICK_ROUNDS, WARM_UPS = 25, 2, 2
+
+#: What a CPU's caches hold at most: overwritten before each timed call.
+FLUSH_BYTES = 128 << 20
+
+QUICK = (
+    Case("quick-f32", (2, 16, 6, 5)),
+    Case("quick-bf16", (2, 24, 5, 4), torch.bfloat16),
+)
+
+
+@dataclass(frozen=True)
+class MadeThere(Case):
+    """A case whose activations are made on the device: the CPU would take minutes for them."""
+
+    def activation(
+        self, salt: str, *, shape: Sequence[int] | None = None, device: str = "cpu"
+    ) -> Tensor:
+        """A standard normal activation of the case's shape (or `shape`), dtype and layout."""
+        n, c, h, w = shape or self.shape
+        seed = self.generator(salt).initial_seed()
+        g = torch.Generator(device).manual_seed(seed)
+        if self.channels_last:
+            t = torch.randn(n, h, w, c, dtype=self.dtype, device=device, generator=g)
+            return dense(t.permute(0, 3, 1, 2), torch.channels_last)
+        return torch.randn(n, c, h, w, dtype=self.dtype, device=device, generator=g)
+
+
+def cases_of(primitive: str, device: str, quick: bool) -> list[Case]:
+    """What a primitive is timed on."""
+    batch, dtype = SCALE[device]
+    if primitive.startswith("conv_"):
+        found = [case for case in BENCH_CASES if case.dtype == dtype]
+        if quick:
+            geometry = found[0].conv
+            return [replace(case, conv=geometry) for case in QUICK]
+        return [_moved(case, batch) for case in found]
+    if quick:
+        return list(QUICK)
+    return [
+        MadeThere(f"resnet50-{c}x{size}", (batch, c, size, size), dtype, bench=True)
+        for c, size in SIZES
+    ]
+
+
+def _moved(case: Case, batch: int) -> MadeThere:
+    fields = {name: getattr(case, name) for name in case.__dataclass_fields__}
+    return MadeThere(**{**fields, "shape": (batch, *case.shape[1:])})
+
+
+# ---------------------------------------------------------------- timing
+
+
+@contextmanager
+def cpu_timer() -> Iterator[Timer]:
+    """Milliseconds of a call, with cold caches."""
+    buffer = torch.empty(FLUSH_BYTES, dtype=torch.uint8)
+
+    def milliseconds(thunk: Callable[[], object]) -> float:
+        buffer.zero_()
+        start = time.perf_counter()
+        thunk()
+        return (time.perf_counter() - start) * 1e3
+
+    yield milliseconds
+
+
+def timer_for(device: str) -> AbstractContextManager[Timer]:
+    """GPU events with the L2 cache emptied between launches, or the clock."""
+    return cpu_timer() if device == "cpu" else gpu_timer(torch.device(device))
+
+
+def race(
+    contenders: dict[str, Callable[[], object]], timer: Timer, rounds: int
+) -> dict[str, Timing]:
+    """Every contender once per round, after warming up."""
+    for thunk in contenders.values():
+        for _ in range(WARM_UPS):
+            timer(thunk)
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, thunk in contenders.items():
+            samples[name].append(timer(thunk))
+    return {name: Timing.of(values) for name, values in samples.items()}
+
+
+# ---------------------------------------------------------------- the run
+
+
+@dataclass
+class Run:
+    """One run over primitives and cases: its rows, and who was left out and why."""
+
+    device: str
+    quick: bool
+    timer: Timer
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    declined: dict[str, list[str]] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    _passed: set[str] = field(default_factory=set)
+
+    def primitive(self, primitive: str, entries: Sequence[Implementation]) -> None:
+        """Time every call of a primitive; all backends' implementations of it take turns."""
+        backends = list(dict.fromkeys(entry.backend for entry in entries))
+        for case in cases_of(primitive, self.device, self.quick):
+            made = [calls(primitive, case, backend, self.device) for backend in backends]
+            # The same calls for each, but for the dtypes that a backend hands itself.
+            for alike in zip(*made, strict=True):
+                # One in place changes what the next round is given.
+                if alike[0].in_place is None:
+                    self._calls(case, dict(zip(backends, alike, strict=True)), entries)
+
+    def _calls(
+        self, case: Case, by_backend: dict[str, Call], entries: Sequence[Implementation]
+    ) -> None:
+        able = [e for e in entries if self._able(e, by_backend[e.backend], case)]
+        if not able:
+            return
+        thunks = {str(entry): _thunk(entry, by_backend[entry.backend]) for entry in able}
+        moved = {
+            str(entry): bytes_of(entry.primitive, by_backend[entry.backend], thunks[str(entry)]())
+            for entry in able
+        }
+        source = torch.empty(max(moved.values()) // 2 + 1, dtype=torch.uint8, device=self.device)
+        target = torch.empty_like(source)
+        contenders = {**thunks, "copy": lambda: target.copy_(source)}
+        found = race(contenders, self.timer, QUICK_ROUNDS if self.quick else ROUNDS)
+        copied = 2 * source.numel() / found["copy"].median / 1e6
+        for entry in able:
+            name = str(entry)
+            self._row(entry, by_backend[entry.backend], case, found[name], moved[name], copied)
+
+    def _row(
+        self, entry: Implementation, call: Call, case: Case, timing: Timing, moved: int,
+        copied: float,
+    ) -> None:  # fmt: skip
+        """Keep and print one row; `copied` is the copy's GB/s."""
+        speed = moved / timing.median / 1e6
+        row: dict[str, Any] = {
+            "primitive": entry.primitive,
+            "implementation": str(entry),
+            "variant": call.label,
+            "shape": "x".join(map(str, case.shape)),
+            "dtype": str(case.dtype).removeprefix("torch."),
+            "layout": _layout(case),
+            "ms": round(timing.median, 5),
+            "low": round(timing.low, 5),
+            "high": round(timing.high, 5),
+            "bytes": moved,
+            "gb_per_s": round(speed, 2),
+            "share_of_copy": round(speed / copied, 4),
+        }
+        if flops := flops_of(entry.primitive, call, case):
+            row |= {"flops": flops, "tflop_per_s": round(flops / timing.median / 1e9, 3)}
+        self.rows.append(row)
+        print(_line(row), flush=True)
+
+    def _able(self, entry: Implementation, call: Call, case: Case) -> bool:
+        """Whether an implementation takes a call and is right on small ones like it."""
+        reason = entry.why_not(call.request)
+        if reason is not None:
+            reasons = self.declined.setdefault(f"{entry.primitive} {entry}", [])
+            reasons += [] if reason in reasons else [reason]
+            return False
+        key = f"{entry.primitive} {entry} {case.dtype} {_layout(case)}"
+        if key not in self._passed and key not in self.refused:
+            wrong = why_wrong(entry, case, self.device)
+            if wrong is None:
+                self._passed.add(key)
+            else:
+                self.refused[key] = wrong
+                print(f"refused: {key}: {wrong}", flush=True)
+        return key in self._passed
+
+
+def _layout(case: Case) -> str:
+    return "nhwc" if case.channels_last else "nchw"
+
+
+def _thunk(entry: Implementation, call: Call) -> Callable[[], object]:
+    return lambda: entry.run(*call.args, **call.kwargs)
+
+
+def _line(row: dict[str, Any]) -> str:
+    return (
+        f"{row['primitive']:<23} {row['implementation']:<22} {row['variant']:<28} "
+        f"{row['shape']:>15} {row['dtype']:<8} {row['ms']:>10.4f} ms {row['gb_per_s']:>8.1f} GB/s "
+        f"{row['share_of_copy']:>6.1%} of copy"
+        + (f" {row['tflop_per_s']:>7.1f} TFLOP/s" if "flops" in row else "")
+    )
+
+
+def why_wrong(entry: Implementation, like: Case, device: str) -> str | None:
+    """What is wrong with an implementation on small cases of that dtype and layout, or None."""
+    kind = (like.dtype, like.channels_last, "normal")
+    small = [c for c in CASES if (c.dtype, c.channels_last, c.values) == kind and c.conv][:2]
+    try:
+        for case in small:
+            check_implementation(entry, case, device=device)
+    except Exception as error:  # one that crashes is as wrong as one that is off
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def entries_of(primitive: str, backend: str | None) -> list[Implementation]:
+    """Who is timed; the truth, which nobody runs for its speed, only where it is asked for."""
+    found = implementations(primitive, backend)
+    return [entry for entry in found if backend or entry.backend != "reference"]
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Time what is asked for; 1 where something was refused, or nothing could be timed."""
+    options = _options(arguments)
+    chosen = [options.primitive] if options.primitive else [
+        name for name in PRIMITIVES if not name.startswith("conv_")
+    ]  # fmt: skip
+    if options.quick:
+        print("quick: two tiny cases, a smoke test and not a measurement; nothing is written")
+    with timer_for(options.device) as timer:
+        run = Run(options.device, options.quick, timer)
+        for primitive in chosen:
+            run.primitive(primitive, entries_of(primitive, options.backend))
+    for what, reasons in run.declined.items():
+        print(f"declined: {what}: {'; '.join(reasons)}")
+    if not run.rows:
+        print("nothing was timed")
+    elif not options.quick:
+        print(f"written to {_write(run)}")
+    return int(bool(run.refused) or not run.rows)
+
+
+def _options(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench kernels", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    load_extensions()  # one may bring a backend
+    parser.add_argument("--backend", choices=sorted(BACKENDS), help="of one backend only")
+    parser.add_argument("--primitive", choices=PRIMITIVES,
+                        help="one only; by default all that are bound by memory")  # fmt: skip
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=("cuda", "cpu"), default=default)
+    parser.add_argument("--quick", action="store_true", help="a smoke test, not a measurement")
+    return parser.parse_args(arguments)
+
+
+def _write(run: Run) -> str:
+    found = conditions(run.device)
+    name = found["cpu"] if run.device == "cpu" else found["gpu"]
+    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    path = ROOT / "results" / f"{stamp(found)}-{slug}-kernels.json"
+    path.parent.mkdir(exist_ok=True)
+    result = {**found, "rows": run.rows, "refused": run.refused, "declined": run.declined}
+    with path.open("x") as file:  # never over another run's
+        file.write(json.dumps(result, indent=1) + "\n")
+    return str(path.relative_to(ROOT.parent))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,132 @@
+"""`python -m bench resources`: what the Triton kernels of ResNet-50 take, compiled ahead of time.
+
+Every kernel, dtype and flag that ResNet-50 at 224 pixels and batch 256 launches is compiled for
+three generations of NVIDIA GPUs, with the launch shapes that stand where nothing was measured.
+No GPU is needed. Writes docs/kernels.md.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import fastres
+from fastres.backends.triton.launch import Launch
+from fastres.testing.ahead import DEVICES, Resources, compiled, resnet_launches
+
+PATH = Path(__file__).resolve().parent.parent / "docs" / "kernels.md"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+#: (level of fusion, training): between them all kernels and flags are launched.
+RUNS = (("b'", True), ("c'", True), ("c", True), ("c'", False))
+IMAGES = (256, 224)
+
+#: Flags that select code; the rest of the constants are sizes.
+_GEOMETRY = ("TAPS_H", "TAPS_W", "STRIDE_H")
+
+
+class Row(NamedTuple):
+    """A compiled kernel: which, in which variant, and what it takes."""
+
+    kernel: str
+    variant: str
+    tile: str
+    capability: int
+    dtype: str
+    resources: Resources
+
+
+def launches(dtype: torch.dtype, capability: int) -> list[Launch]:
+    """One launch for each binary that ResNet-50 needs."""
+    found: dict[object, Launch] = {}
+    for level, training in RUNS:
+        model = fastres.models.resnet50()
+        for launch in resnet_launches(model, IMAGES, dtype, capability, level, training):
+            key = (launch.kernel, launch.dtypes, launch.constants, launch.num_warps)
+            found.setdefault(key, launch)
+    return list(found.values())
+
+
+def variant(launch: Launch) -> str:
+    """The flags of a launch that are set, and its convolution's geometry, in words."""
+    constants = dict(launch.constants)
+    words = []
+    if "TAPS_H" in constants:
+        taps_h, taps_w, stride = (constants[name] for name in _GEOMETRY)
+        words.append(f"{taps_h}x{taps_w}" + (f" stride {stride}" if stride > 1 else ""))
+    for name, value in constants.items():
+        if value is True and name != "CHANNELS_LAST":
+            words.append(name.removeprefix("HAS_").lower())
+        elif name in ("GATE", "BELOW_GATE") and value:
+            words.append(f"{name.lower()} {('none', 'mask', 'affine', 'out')[value]}")
+        elif name == "RESIDUAL" and value:
+            words.append(("residual", "gated residual")[value - 1])
+    return ", ".join(words)
+
+
+def tile(launch: Launch) -> str:
+    """The block sizes of a launch."""
+    sizes = [v for k, v in launch.constants if k.startswith("BLOCK") or k in ("ROWS", "COLUMNS")]
+    return "x".join(map(str, sizes))
+
+
+def rows(dtype: str, capability: int) -> list[Row]:
+    """Compile everything in one dtype for one capability."""
+    return [
+        Row(
+            launch.kernel.__name__, variant(launch), tile(launch), capability, dtype,
+            compiled(launch, capability),
+        )
+        for launch in launches(DTYPES[dtype], capability)
+    ]  # fmt: skip
+
+
+def everything() -> list[Row]:
+    """All dtypes and capabilities, two compilers at a time."""
+    pairs = [(dtype, capability) for dtype in DTYPES for capability in DEVICES]
+    with ProcessPoolExecutor(2) as pool:
+        found = pool.map(rows, *zip(*pairs, strict=True))
+        return [row for part in found for row in part]
+
+
+def write(path: Path = PATH) -> None:
+    """Compile everything, and write the tables."""
+    path.write_text("\n".join(_document(everything())) + "\n")
+
+
+def _document(found: list[Row]) -> Iterator[str]:
+    yield "# Triton kernels, compiled ahead of time"
+    yield ""
+    yield "Written by `python -m bench resources`; nothing here was run on a GPU. Every kernel, dtype"
+    yield "and flag that ResNet-50 at 224 pixels and batch 256 launches at the levels b', c' and c"
+    yield "and in inference, with the launch shapes that stand where nothing was measured."
+    yield ""
+    yield "Registers per thread / shared memory per program in KiB, for compute capability 8.0, 9.0"
+    yield f"and 10.0. Stack and local memory are 0 throughout: nothing spills ({len(found)} binaries)."
+    bad = [r for r in found if r.resources.stack or r.resources.local]
+    if bad:
+        raise RuntimeError(f"{len(bad)} binaries spill, the first: {bad[0][:5]}")
+    by_dtype: dict[str, dict[tuple[str, str], dict[int, list[Row]]]] = defaultdict(
+        lambda: defaultdict(lambda: defaultdict(list))
+    )
+    for row in found:
+        by_dtype[row.dtype][row.kernel, row.variant][row.capability].append(row)
+    for dtype, kernels in by_dtype.items():
+        yield from ("", f"## {dtype}", "", "| kernel | variant | 8.0 | 9.0 | 10.0 |")
+        yield "|---|---|---|---|---|"
+        for (kernel, words), per_device in kernels.items():
+            cells = [_cell(per_device[capability]) for capability in DEVICES]
+            yield f"| `{kernel}` | {words} | {' | '.join(cells)} |"
+
+
+def _cell(same: list[Row]) -> str:
+    """The largest figures of a kernel over its tiles."""
+    if not same:
+        return "-"
+    registers = max(r.resources.registers for r in same)
+    shared = max(r.resources.shared for r in same)
+    return f"{registers} / {shared / 1024:g}"

@@ -1,0 +1,183 @@
+"""Launching Triton kernels: on the right device, and without paying twice for the same launch.
+
+A `kernel[grid](...)` of Triton looks at every argument to find the right binary, tens of
+microseconds each time. What it finds depends on the kernel, its constants, the dtypes, the
+alignment of the pointers and the sizes, so the launch is bound to the binary and kept by these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from hashlib import sha256
+from importlib import import_module
+from inspect import getsource
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastres import tuning
+from fastres.backends.triton.support import interpreted
+
+Grid = tuple[int, ...]
+
+#: Binaries by everything that a launch's binary depends on. Sizes of a model are few; a service
+#: that sees ever new ones starts over now and then.
+_bound: dict[tuple[Any, ...], Callable[..., None]] = {}
+_MOST_BOUND = 16384
+
+#: What fuses a multiplication and an addition is said here, not left to a version's default. And
+#: ptxas, left to itself, spills a few registers to fit one more program on a multiprocessor.
+OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
+if torch.version.hip is None:
+    OPTIONS["maxnreg"] = 255
+
+
+def _module(name: str) -> ModuleType:
+    """A file of `fastres.triton_kernels`, or any module by its full name; this imports Triton."""
+    return import_module(name if "." in name else f"fastres.triton_kernels.{name}")
+
+
+@lru_cache(maxsize=256)
+def kernel_of(module: str, name: str) -> Any:
+    """A kernel, or a function about launch shapes, of a file of kernels."""
+    return getattr(_module(module), name)
+
+
+@lru_cache(maxsize=256)
+def source_hash(module: str) -> str:
+    """Identifies the text of a file of kernels and of what all of them share."""
+    files = {_module(name) for name in (module, "arithmetic", "walk")}
+    text = "".join(sorted(getsource(file) for file in files))
+    return sha256(text.encode()).hexdigest()[:16]
+
+
+class Launch(NamedTuple):
+    """A launch that was recorded: all that its binary depends on, and its grid."""
+
+    kernel: Any
+    grid: Grid
+    dtypes: tuple[torch.dtype | None, ...]
+    sizes: tuple[int | float, ...]
+    constants: tuple[tuple[str, Any], ...]
+    num_warps: int
+    num_stages: int
+
+    @classmethod
+    def of(
+        cls,
+        kernel: Any,
+        grid: Grid,
+        tensors: Sequence[Tensor | None],
+        sizes: Sequence[int | float],
+        constants: dict[str, Any],
+        num_warps: int,
+        num_stages: int,
+    ) -> Launch:
+        """The record of a call of `launch`."""
+        dtypes = tuple(None if t is None else t.dtype for t in tensors)
+        return cls(
+            kernel, grid, dtypes, tuple(sizes), tuple(constants.items()), num_warps, num_stages
+        )
+
+
+_recorded: list[Launch] | None = None
+
+
+@contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Collect launches inside a `with` instead of running them; results stay unwritten."""
+    global _recorded
+    before, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = before
+
+
+def launch(
+    kernel: Any,
+    grid: Grid,
+    tensors: Sequence[Tensor | None],
+    sizes: Sequence[int | float],
+    constants: dict[str, Any],
+    *,
+    num_warps: int = 4,
+    num_stages: int = 2,
+) -> None:
+    """Run a kernel on the device of its first tensor, on torch's current stream.
+
+    Args:
+        kernel: a `triton.jit` function whose parameters are tensors, then numbers, then constants.
+        grid: programs; an empty grid is not launched.
+        tensors: inputs and outputs; None for one that is absent.
+        sizes: the numbers.
+        constants: the constexpr parameters, in their order.
+        num_warps: warps per program.
+        num_stages: depth of software pipelining.
+    """
+    if 0 in grid:
+        return
+    first = next(t for t in tensors if t is not None)
+    if _recorded is not None:
+        _recorded.append(Launch.of(kernel, grid, tensors, sizes, constants, num_warps, num_stages))
+        return
+    if first.device.type != "cuda":
+        kernel[grid](*tensors, *sizes, **constants)
+        return
+    # Triton launches on the current device.
+    with torch.cuda.device_of(first):
+        _launch_bound(kernel, grid, tensors, sizes, constants, num_warps, num_stages, first.device)
+
+
+def _launch_bound(
+    kernel: Any,
+    grid: Grid,
+    tensors: Sequence[Tensor | None],
+    sizes: Sequence[int | float],
+    constants: dict[str, Any],
+    num_warps: int,
+    num_stages: int,
+    device: torch.device,
+) -> None:
+    values = tuple(constants.values())
+    kinds = tuple([None if t is None else (t.dtype, t.data_ptr() % 16) for t in tensors])
+    key = (kernel, grid, kinds, *sizes, values, num_warps, num_stages, device.index)
+    bound = _bound.get(key)
+    if bound is not None:
+        bound(*tensors, *sizes, *values)
+        return
+    compiled = kernel[grid](
+        *tensors, *sizes, **constants, num_warps=num_warps, num_stages=num_stages, **OPTIONS
+    )
+    if len(_bound) >= _MOST_BOUND:
+        _bound.clear()
+    full = (*grid, 1, 1)[:3]
+    _bound[key] = compiled[full]
+
+
+def tuned(
+    name: str,
+    module: str,
+    sizes: tuple[int | str | bool, ...],
+    candidates: Sequence[Any],
+    run: Callable[[Any], object],
+    device: torch.device,
+) -> Any:
+    """The launch shape to use: the autotuner's choice among `candidates`.
+
+    Args:
+        name: of the kernel.
+        module: the file of kernels it stands in, as for `kernel_of`.
+        sizes: what the choice depends on, apart from device and source.
+        candidates: launch shapes, the heuristic's first.
+        run: computes into fresh memory with one candidate, so that tuning changes nothing.
+        device: where it is to run.
+    """
+    if interpreted() or len(candidates) == 1:
+        return candidates[0]
+    problem = tuning.Problem(name, sizes, source_hash(module))
+    return tuning.choose(problem, candidates, lambda c: lambda: run(c), device=device)

@@ -1,0 +1,70 @@
+"""Holds an activation's formulas to each other: no kernel can be better than its definition."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastres.primitives import Activation, activation
+
+#: Where an activation is looked at: beyond, the usual ones are straight lines within rounding.
+_WIDEST = 30.0
+_POINTS = 60_001
+
+
+def check_activation(name: str) -> None:
+    """Check that an activation's derivative, gate and bounds are those of its `forward`.
+
+    At 60,001 points of [-30, 30] in float64, without zero, where a kink may be: the derivative
+    against torch's autograd, the gate against the derivative, slope against |act'|, curvature
+    against the quotients of differences of act'. Also that the formulas keep dtype and shape.
+
+    Args:
+        name: of a registered activation.
+
+    Raises:
+        AssertionError: saying what disagrees, and where.
+        ValueError: for an unknown name.
+    """
+    found = activation(name)
+    v = torch.linspace(-_WIDEST, _WIDEST, _POINTS, dtype=torch.float64)
+    v = v[v != 0].requires_grad_()
+    out = found.forward(v)
+    (expected,) = torch.autograd.grad(out.sum(), v)
+    v, out = v.detach(), out.detach()
+    derivative = found.derivative(v)
+    # Both round a handful of operations on terms of about |act'| and |v|.
+    allowed = 64 * torch.finfo(v.dtype).eps * (1 + v.abs())
+    _hold(name, "derivative must be that of forward", (derivative - expected).abs(), allowed, v)
+    _hold(name, "slope must bound |act'|", derivative.abs(), allowed + found.slope, v)
+    if found.gate is not None:
+        opened = found.gate(out).to(v.dtype)
+        _hold(name, "gate must be the derivative", (opened - derivative).abs(), 0 * v, v)
+    else:
+        steps = derivative.diff().abs() / v.diff()
+        # A quotient divides the rounding of both its ends by the step.
+        room = found.curvature + 2 * allowed[1:] / v.diff()
+        _hold(name, "curvature must bound |act''|", steps, room, v[1:])
+    _check_dtypes(name, found)
+
+
+def _hold(name: str, what: str, value: Tensor, allowed: Tensor, v: Tensor) -> None:
+    excess = torch.where(value <= allowed, torch.zeros_like(v), value - allowed)
+    worst = int(excess.nan_to_num(nan=float("inf")).argmax())
+    if not bool((value <= allowed).all()):
+        raise AssertionError(
+            f"activation {name!r}: {what}, got {value[worst].item():.6g} at {v[worst].item():.6g}, "
+            f"allowed {allowed[worst].item():.6g}"
+        )
+
+
+def _check_dtypes(name: str, found: Activation) -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        v = torch.ones(2, 3, dtype=dtype)
+        for formula in (found.forward, found.derivative):
+            made = formula(v)
+            if (made.dtype, made.shape) != (dtype, v.shape):
+                raise AssertionError(
+                    f"activation {name!r}: formulas must keep {dtype} [2, 3], got {made.dtype} "
+                    f"{list(made.shape)}"
+                )

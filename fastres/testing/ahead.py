@@ -1,0 +1,162 @@
+"""Kernels compiled ahead of time, for GPUs that need not be there: registers, spills, memory.
+
+Launches are recorded on meta tensors, exactly as a GPU of that size would get them, and compiled
+by Triton for a compute capability; ptxas then says what the binary takes.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastres import use_backend, use_level
+from fastres.backends.triton.launch import OPTIONS, Launch, recording
+from fastres.backends.triton.support import Device, pretending
+from fastres.engine import current, run_backward, run_forward, split_tensors
+from fastres.nn.blocks import FusedModule
+from fastres.nn.stem import FusedStem
+
+#: Multiprocessors and shared memory of one program (CUDA C++ Programming Guide, table of compute
+#: capabilities; product data sheets).
+DEVICES = {
+    80: Device(108, 163 << 10),  # A100
+    90: Device(132, 227 << 10),  # H100, H200
+    100: Device(148, 227 << 10),  # B200
+}
+
+_TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.uint8: "*u8",
+}
+
+
+class Resources(NamedTuple):
+    """What a compiled kernel takes, and what its machine code holds.
+
+    Attributes:
+        registers: per thread.
+        stack: bytes per thread; spilled registers lie there.
+        local: bytes of local memory per thread.
+        shared: bytes of shared memory per program.
+        warps: warps per program.
+        ptx: the assembly it was made from.
+    """
+
+    registers: int
+    stack: int
+    local: int
+    shared: int
+    warps: int
+    ptx: str
+
+
+def resnet_launches(
+    model: nn.Module,
+    images: tuple[int, int],
+    dtype: torch.dtype,
+    capability: int,
+    level: str,
+    training: bool,
+) -> list[Launch]:
+    """The distinct launches of a ResNet of `fastres.models`, forward and in training backward.
+
+    Args:
+        model: the network; it is moved to the device "meta".
+        images: batch size, and pixels per side.
+        dtype: of activations and convolution weights; batch norms stay float32.
+        capability: of the GPU, a key of `DEVICES`.
+        level: of fusion, as for `fastres.use_level`.
+        training: with batch statistics and a backward; else inference.
+    """
+    model = model.to(device="meta", dtype=dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.float()
+    model.train(training)
+    number, size = images
+    x = torch.empty(number, 3, size, size, dtype=dtype, device="meta")
+    x = x.contiguous(memory_format=torch.channels_last)
+    with (
+        pretending(DEVICES[capability]),
+        use_backend("triton"),
+        use_level(level),
+        recording() as launches,
+    ):
+        for module in model.modules():
+            if isinstance(module, FusedModule | FusedStem):
+                x = _run(module, x, training)
+    return list(dict.fromkeys(launches))
+
+
+def _run(module: FusedModule | FusedStem, x: Tensor, training: bool) -> Tensor:
+    block = module.layers()
+    if block is None:
+        raise ValueError(f"model must be fused throughout, got one that is not: {module.why_not()}")
+    chosen = current()
+    spec = block.spec(save=training, memory="balanced", backend=chosen.backend, level=chosen.level)
+    units = split_tensors([t for layer in block.everything for t in layer.tensors])
+    out, *saved = run_forward(spec, x, None, units)
+    if training:
+        parameters = [p is not None for layer in block.everything for p in layer.parameters]
+        # Images want no gradient.
+        wants_x = not isinstance(module, FusedStem)
+        run_backward(spec, out, x, units, saved, [wants_x, False, *parameters])
+    return nn.functional.max_pool2d(out, 3, 2, 1) if isinstance(module, FusedStem) else out
+
+
+def compiled(launch: Launch, capability: int) -> Resources:
+    """Compile what a launch needs for an NVIDIA GPU of a capability, and ask what it takes.
+
+    Raises:
+        Exception: of Triton's own classes, where it cannot be compiled.
+    """
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    names = list(launch.kernel.arg_names)
+    constants = dict(launch.constants)
+    signature: dict[str, str] = {}
+    attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+    for index, (name, value) in enumerate(
+        zip(names, (*launch.dtypes, *launch.sizes), strict=False)
+    ):
+        if value is None or (value == 1 and isinstance(value, int)):
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, torch.dtype):
+            signature[name] = _TYPES[value]
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32" if isinstance(value, float) else _integer(value)
+            if isinstance(value, int) and value % 16 == 0:
+                attributes[(index,)] = [["tt.divisibility", 16]]
+    signature |= dict.fromkeys(constants, "constexpr")
+    signature = {name: signature[name] for name in names}
+    source = ASTSource(launch.kernel, signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, **OPTIONS}
+    binary = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return _resources(binary, launch.num_warps)
+
+
+def _integer(value: int) -> str:
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+def _resources(binary: Any, warps: int) -> Resources:
+    """What cuobjdump, which comes with Triton, reads off a binary."""
+    from triton import knobs
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    shared = binary.metadata.shared
+    return Resources(found["REG"], found["STACK"], found["LOCAL"], shared, warps, binary.asm["ptx"])

@@ -1,0 +1,138 @@
+"""What calls of primitives are made of: the tensors of a case, and what is asked about them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastres import reference
+from fastres.primitives import (
+    Branch,
+    Gate,
+    Request,
+    acc_dtype,
+    activation,
+    activations,
+    implementations,
+    is_channels_last,
+)
+from fastres.testing.cases import Case
+
+F64 = torch.float64
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a primitive.
+
+    Attributes:
+        label: the variant, for messages.
+        request: what the implementation's predicate is asked.
+        args: positional arguments.
+        kwargs: keyword arguments.
+        in_place: index of the positional argument that is also given as `out`, or None.
+    """
+
+    label: str
+    request: Request
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    in_place: int | None = None
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Makes the tensors of a case, in the dtypes that a backend's own primitives use."""
+
+    case: Case
+    backend: str
+    device: str = "cpu"
+
+    def request(self, like: Tensor, **more: Any) -> Request:
+        """A request for activations like this one."""
+        return Request(self.device, like.dtype, is_channels_last(like), **more)
+
+    def x(self, salt: str = "x", shape: tuple[int, ...] | None = None) -> Tensor:
+        """An activation."""
+        return self.case.activation(salt, shape=shape, device=self.device)
+
+    def grad(self, salt: str = "grad", shape: tuple[int, ...] | None = None) -> Tensor:
+        """A gradient."""
+        return self.case.gradient(salt, shape=shape, device=self.device)
+
+    def vector(self, salt: str, size: int, near: float = 0.0) -> Tensor:
+        """A parameter of a batch norm: float32, or float64 beside float64 activations."""
+        dtype = acc_dtype(self.case.dtype)
+        return self.case.vector(salt, size, near=near, dtype=dtype, device=self.device)
+
+    def own(self, primitive: str, value: Tensor) -> Tensor:
+        """`value` (a state or sums) in the dtype in which the backend itself hands it over."""
+        name = "channel_stats" if primitive == "state" else "bn_act_backward_reduce"
+        probe = self.case.activation("probe", shape=(1, 1, 1, 2), device=self.device)
+        stats = torch.ones(5, 1, dtype=acc_dtype(probe.dtype), device=self.device)
+        for entry in implementations(name, self.backend):
+            if entry.why_not(self.request(probe)) is None:
+                args = () if primitive == "state" else (Gate("none"), (Branch(probe, stats),))
+                return value.to(entry.run(probe, *args).dtype)
+        return value.to(acc_dtype(self.case.dtype))
+
+    def stats(self, y: Tensor, salt: str = "stats") -> Tensor:
+        """`stats` [5, C] of y; in exact cases powers of two and integers, whatever y is."""
+        c, dtype = y.shape[1], acc_dtype(y.dtype)
+        weight, bias = self.vector(salt + "w", c, 1.0), self.vector(salt + "b", c, 0.2)
+        if self.case.exact:
+            mean, invstd = self.vector(salt + "m", c), self.vector(salt + "i", c, 1.0)
+            scale = weight * invstd
+            return torch.stack([mean, invstd.pow(-2), invstd, scale, bias - mean * scale])
+        count = y.numel() // max(c, 1)
+        state = reference.channel_stats(y.to(F64))
+        return reference.finalize_stats(state, count, None, weight, bias, 1e-5, acc=dtype)
+
+    def running(self, size: int) -> tuple[Tensor, Tensor]:
+        """(running_mean, running_var)."""
+        return self.vector("mean", size), self.vector("var", size, 1.0).abs()
+
+    def open_gate(self, like: Tensor) -> Tensor:
+        """A random boolean activation, true for about 6 of 10."""
+        return self.grad("gate", tuple(like.shape)) < 0.25
+
+    @property
+    def acts(self) -> list[str]:
+        """Every registered activation but "none"; in exact cases those that round nothing."""
+        names = [name for name in activations() if name != "none"]
+        return [name for name in names if is_gate(name) or not self.case.exact]
+
+
+def is_gate(act: str) -> bool:
+    """Whether the derivative is 0 or 1 and can be read off the output.
+
+    Only then may the activation follow a shortcut: the gate is kept as bits. Any other is formed
+    again from the one branch in front of it, so it is called with one branch and no residual.
+    """
+    return activation(act).gate is not None
+
+
+def tagged(label: str, act: str) -> str:
+    """A label that says which activation, where it is none of fastres' own."""
+    return label if act in ("none", "relu") else f"{label}, {act}"
+
+
+def unambiguous(grad: Tensor, y: Tensor, stats: Tensor, act: str) -> Tensor:
+    """`grad` without the places where a rounding of scale*y + shift opens or closes the gate.
+
+    A recomputed gate may go either way there, and the gradient with it: 4 roundings, of the
+    product, the sum, the scale and the shift.
+    """
+    gate = activation(act).gate
+    assert gate is not None
+    scale, shift = (row.view(1, -1, 1, 1).to(F64) for row in stats[3:])
+    product = y.to(F64) * scale
+    band = 4 * torch.finfo(stats.dtype).eps * (product.abs() + shift.abs())
+    low, high = (
+        gate(reference.activate(product + shift + moved, act).to(y.dtype))
+        for moved in (-band, band)
+    )
+    return grad.clone().masked_fill_(low != high, 0)

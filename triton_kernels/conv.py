@@ -1,0 +1,182 @@
+"""What the convolution kernels share: pixels, taps, prologues, and launch shapes.
+
+A convolution is an implicit matrix product over channels_last tensors: rows are pixels, columns
+channels, and the filter's taps are walked in the same loop as the channels that are summed over.
+Groups lie side by side in the columns. The derivations stand in README.md.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from .arithmetic import (
+    GATE_AFFINE,
+    GATE_MASK,
+    SCALE,
+    SHIFT,
+    affine,
+    bn_gradient,
+    relu,
+    to_storage,
+)
+from .bn_act import gate_gradient, load_bn
+from .walk import load_values
+
+
+@triton.jit
+def split_pixel(pixel, height, width):
+    """(image, row, column) of a pixel's index."""
+    return pixel // (height * width), pixel // width % height, pixel % width
+
+
+@triton.jit
+def normalised(b_x, p_stats, channel, m_channel, channels, m, RELU: tl.constexpr):
+    """act(scale*x + shift) of a tile [pixels, channels], rounded as if it had been stored.
+
+    Where `m` is False, so in the padding, it is zero: padding comes after the prologue.
+    """
+    b_scale = load_values(p_stats + SCALE * channels, channel, m_channel)
+    b_shift = load_values(p_stats + SHIFT * channels, channel, m_channel)
+    b_z = affine(b_x.to(tl.float32), b_scale[None, :], b_shift[None, :])
+    if RELU:
+        b_z = relu(b_z)
+    return to_storage(tl.where(m, b_z, 0.0), b_x.dtype)
+
+
+@triton.jit
+def open_bits(p_mask, row, channel, channels, m):
+    """Bits of a mask for a tile [pixels, channels]."""
+    o_byte = row[:, None] * ((channels + 7) // 8) + (channel // 8)[None, :]
+    b_byte = tl.load(p_mask + o_byte, mask=m, other=0).to(tl.int32)
+    return ((b_byte >> (channel % 8).to(tl.int32)[None, :]) & 1) != 0
+
+
+@triton.jit
+def load_gradient(
+    p_grad,
+    p_gate,
+    p_y,
+    p_stats,
+    p_sums,
+    row,
+    channel,
+    m_channel,
+    m,
+    channels,
+    inverse_count,
+    PENDING: tl.constexpr,
+    GATE: tl.constexpr,
+    HAS_SUMS: tl.constexpr,
+):
+    """A tile [pixels, channels] of grad_y: as it lies, or formed from what is pending on it."""
+    o = row[:, None] * channels + channel[None, :]
+    b_grad = tl.load(p_grad + o, mask=m, other=0.0)
+    if PENDING:
+        dtype: tl.constexpr = b_grad.dtype
+        b_g = b_grad.to(tl.float32)
+        b_y = b_g
+        if HAS_SUMS or GATE == GATE_AFFINE:
+            b_y = load_values(p_y, o, m)
+        b_scale, b_mean, b_slope, b_mean_g = load_bn(
+            p_stats, p_sums, 1, channel, m_channel, channels, inverse_count, HAS_SUMS
+        )
+        if GATE == GATE_MASK:
+            b_g = tl.where(open_bits(p_gate, row, channel, channels, m), b_g, 0.0)
+        elif GATE == GATE_AFFINE:
+            b_shift = load_values(p_stats + SHIFT * channels, channel, m_channel)
+            b_g = gate_gradient(b_g, b_y, b_scale[None, :], b_shift[None, :], dtype)
+        b_value = b_g * b_scale[None, :]
+        if HAS_SUMS:
+            b_value = bn_gradient(
+                b_g, b_y, b_mean[None, :], b_scale[None, :], b_slope[None, :], b_mean_g[None, :]
+            )
+        b_grad = to_storage(tl.where(m, b_value, 0.0), dtype)
+    return b_grad
+
+
+# ---------------------------------------------------------------- launch shapes
+
+
+class Tile(NamedTuple):
+    """What one program of a matrix product computes: [m, n] results, `k` terms at a time."""
+
+    m: int
+    n: int
+    k: int
+    num_warps: int
+    num_stages: int
+
+    def shared_bytes(self, itemsize: int) -> int:
+        """Shared memory of the pipelined operand tiles."""
+        return self.num_stages * (self.m + self.n) * self.k * itemsize
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """The constexpr parameters."""
+        return {"BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_K": self.k}
+
+
+#: Best first for a problem that fills the device with them; see README.md.
+_TILES = (
+    Tile(128, 128, 64, 8, 3),
+    Tile(128, 64, 64, 4, 3),
+    Tile(128, 64, 32, 4, 4),
+    Tile(64, 64, 64, 4, 3),
+    Tile(128, 256, 64, 8, 3),
+    Tile(256, 64, 64, 8, 3),
+    Tile(256, 128, 64, 8, 3),
+    Tile(64, 128, 64, 4, 3),
+    Tile(64, 32, 64, 4, 4),
+    Tile(128, 32, 32, 4, 4),
+    Tile(32, 32, 32, 4, 4),
+    Tile(64, 256, 32, 4, 4),
+)
+
+
+def tiles(
+    rows: int,
+    columns: int,
+    depth: int,
+    itemsize: int,
+    processors: int,
+    shared: int,
+    formed: bool = True,
+) -> list[Tile]:
+    """Candidate tiles for a [rows, depth] x [depth, columns] product; the heuristic's first.
+
+    Tiles are narrowed to the problem; left out are those whose operands do not fit `shared`
+    bytes. The heuristic takes the first that still makes a program for every
+    multiprocessor, and else the smallest.
+
+    Args:
+        rows: of the result.
+        columns: of the result, of one group.
+        depth: terms of one tap and group.
+        itemsize: bytes of an operand's element.
+        processors: multiprocessors of the device.
+        shared: bytes of shared memory that a program may have.
+        formed: whether grad_y lies in memory, or is formed from three tensors on the way in.
+    """
+    # Bytes of a row of an operand's tile: more of them would not fit the registers.
+    widest = (128 if formed else 64) // itemsize
+    limits = (_padded(rows), _padded(columns), min(_padded(depth), widest))
+    narrowed = [_narrowed(tile, limits) for tile in _TILES]
+    found = list(dict.fromkeys(t for t in narrowed if t.shared_bytes(itemsize) <= shared))
+    smallest = min(found, key=lambda tile: tile.m * tile.n)
+
+    def fills(tile: Tile) -> bool:
+        return triton.cdiv(rows, tile.m) * triton.cdiv(columns, tile.n) >= processors
+
+    best = next(filter(fills, found), smallest)
+    return [best, *(t for t in found if t != best)]
+
+
+def _padded(size: int) -> int:
+    """The next power of two, at least 16: what the matrix units take."""
+    return max(16, triton.next_power_of_2(size))
+
+
+def _narrowed(tile: Tile, limits: tuple[int, int, int]) -> Tile:
+    m, n, k = (min(have, limit) for have, limit in zip(tile[:3], limits, strict=True))
+    return Tile(m, n, k, tile.num_warps, tile.num_stages)

@@ -1,0 +1,190 @@
+"""Gradient of a convolution's input, with grad_y formed on the way in and more on the way out.
+
+With a stride, an input pixel meets only every STRIDE-th tap; pixels are walked in STRIDE_H*STRIDE_W
+classes, each a dense problem with its own taps, so that no product with a zero is computed.
+"""
+
+import triton
+import triton.language as tl
+
+from .arithmetic import GATE_AFFINE, INVSTD, MEAN, SCALE, SHIFT, dot, to_storage, total
+from .bn_act import gate_gradient
+from .conv import load_gradient, open_bits, split_pixel
+from .walk import load_values
+
+
+@triton.jit
+def _taps_of(class_index, TAPS: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.constexpr):
+    """First tap of a class along one axis, and how many there are.
+
+    Input position i meets tap t where (i + PAD - t) is a multiple of STRIDE; the class is
+    i mod STRIDE.
+    """
+    tap = (class_index + PAD) % STRIDE
+    return tap, (TAPS - tap + STRIDE - 1) // STRIDE
+
+
+@triton.jit
+def _add_residual(
+    acc, p_residual, p_residual_gate, pixel, c, o_x, m_x, in_channels, RESIDUAL: tl.constexpr
+):
+    """acc + the residual's gradient: 1 as it lies, 2 gated by a mask's bits."""
+    if RESIDUAL > 0:
+        b_residual = load_values(p_residual, o_x, m_x)
+        if RESIDUAL == 2:
+            b_open = open_bits(p_residual_gate, pixel, c, in_channels, m_x)
+            b_residual = tl.where(b_open, b_residual, 0.0)
+        acc += b_residual
+    return acc
+
+
+@triton.jit
+def _store_sums(
+    p_partials,
+    p_below,
+    p_below_stats,
+    b_g,
+    tile,
+    c,
+    m_c,
+    o_x,
+    m_x,
+    in_channels,
+    BELOW_GATE: tl.constexpr,
+    dtype: tl.constexpr,
+):
+    """sum_g and sum_gx of the batch norm below, for this tile of its gradient."""
+    b_y = load_values(p_below, o_x, m_x)
+    b_mean = load_values(p_below_stats + MEAN * in_channels, c, m_c)
+    b_invstd = load_values(p_below_stats + INVSTD * in_channels, c, m_c)
+    if BELOW_GATE == GATE_AFFINE:
+        b_scale = load_values(p_below_stats + SCALE * in_channels, c, m_c)
+        b_shift = load_values(p_below_stats + SHIFT * in_channels, c, m_c)
+        b_g = gate_gradient(b_g, b_y, b_scale[None, :], b_shift[None, :], dtype)
+    b_g = tl.where(m_x, b_g, 0.0)
+    b_gx = tl.where(m_x, b_g * (b_y - b_mean[None, :]), 0.0)
+    p_partials += (tile * 3 * in_channels + c)[None, :]
+    m_c = m_c[None, :]
+    tl.store(p_partials, total(b_g, 0), mask=m_c)
+    tl.store(p_partials + in_channels, total(b_gx, 0) * b_invstd[None, :], mask=m_c)
+
+
+@triton.jit
+def conv_bwd_data_kernel(
+    p_grad,
+    p_gate,
+    p_y,
+    p_stats,
+    p_sums,
+    p_weight,
+    p_residual,
+    p_residual_gate,
+    p_below,
+    p_below_stats,
+    p_grad_x,
+    p_partials,
+    images,
+    height,
+    width,
+    out_height,
+    out_width,
+    in_channels,
+    out_channels,
+    inverse_count,
+    TAPS_H: tl.constexpr,
+    TAPS_W: tl.constexpr,
+    STRIDE_H: tl.constexpr,
+    STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr,
+    DILATION_H: tl.constexpr,
+    DILATION_W: tl.constexpr,
+    GROUPS: tl.constexpr,
+    PENDING: tl.constexpr,
+    GATE: tl.constexpr,
+    HAS_SUMS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    HAS_BELOW: tl.constexpr,
+    BELOW_GATE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """grad_x [pixels, C] = grad_y [pixels, taps*K] @ weight [taps*K, C], plus the residual's.
+
+    A dilation comes with a stride of 1 only. p_partials [tiles, 3, C] takes the sums of the batch
+    norm below; its third row stays unwritten.
+    """
+    group_in, group_out = in_channels // GROUPS, out_channels // GROUPS
+    blocks = tl.cdiv(group_in, BLOCK_N)
+    pid = tl.program_id(0).to(tl.int64)
+    tile, column = pid // (blocks * GROUPS), pid % (blocks * GROUPS)
+    group = column // blocks
+    # A class holds at most this many rows and columns of each image.
+    class_height, class_width = tl.cdiv(height, STRIDE_H), tl.cdiv(width, STRIDE_W)
+    tiles = tl.cdiv(images.to(tl.int64) * class_height * class_width, BLOCK_M)
+    class_index = tile // tiles
+    class_h = (class_index // STRIDE_W).to(tl.int32)
+    class_w = (class_index % STRIDE_W).to(tl.int32)
+    index = (tile % tiles) * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
+    image, row, col = split_pixel(index, class_height, class_width)
+    row, col = row * STRIDE_H + class_h, col * STRIDE_W + class_w
+    m_pixel = (image < images) & (row < height) & (col < width)
+    pixel = (image * height + row) * width + col
+    c = (column % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_c = c < group_in
+    first_h, taps_h = _taps_of(class_h, TAPS_H, STRIDE_H, PAD_H)
+    first_w, taps_w = _taps_of(class_w, TAPS_W, STRIDE_W, PAD_W)
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    steps = tl.cdiv(group_out, BLOCK_K)
+    for step in range(taps_h * taps_w * steps):
+        tap_h = first_h + (step // steps // taps_w) * STRIDE_H
+        tap_w = first_w + (step // steps % taps_w) * STRIDE_W
+        k = (step % steps) * BLOCK_K + tl.arange(0, BLOCK_K)
+        m_k = k < group_out
+        out_row = (row + PAD_H - tap_h * DILATION_H) // STRIDE_H
+        out_col = (col + PAD_W - tap_w * DILATION_W) // STRIDE_W
+        m_out = m_pixel & (row + PAD_H >= tap_h * DILATION_H) & (out_row < out_height)
+        m_out &= (col + PAD_W >= tap_w * DILATION_W) & (out_col < out_width)
+        o_k = group * group_out + k
+        b_grad = load_gradient(
+            p_grad,
+            p_gate,
+            p_y,
+            p_stats,
+            p_sums,
+            (image * out_height + out_row) * out_width + out_col,
+            o_k,
+            m_k,
+            m_out[:, None] & m_k[None, :],
+            out_channels,
+            inverse_count,
+            PENDING,
+            GATE,
+            HAS_SUMS,
+        )
+        o_weight = (o_k[:, None] * (TAPS_H * TAPS_W) + tap_h * TAPS_W + tap_w) * group_in + c
+        b_weight = tl.load(p_weight + o_weight, mask=m_k[:, None] & m_c[None, :], other=0.0)
+        acc = dot(b_grad, b_weight, acc, PRECISION)
+    c += group * group_in
+    o_x, m_x = pixel[:, None] * in_channels + c[None, :], m_pixel[:, None] & m_c[None, :]
+    acc = _add_residual(acc, p_residual, p_residual_gate, pixel, c, o_x, m_x, in_channels, RESIDUAL)
+    dtype: tl.constexpr = p_grad_x.dtype.element_ty
+    b_grad_x = to_storage(acc, dtype)
+    tl.store(p_grad_x + o_x, b_grad_x, mask=m_x)
+    if HAS_BELOW:
+        _store_sums(
+            p_partials,
+            p_below,
+            p_below_stats,
+            b_grad_x.to(tl.float32),
+            tile,
+            c,
+            m_c,
+            o_x,
+            m_x,
+            in_channels,
+            BELOW_GATE,
+            dtype,
+        )
