@@ -18,8 +18,13 @@ help:  ## list the verbs
 demo: $(INSTALLED)  ## train a ResNet on handwritten digits, stock and fused; writes report.html
 	$(BIN)/fastres demo --out report.html
 
+# Triton's kernels are compiled, and then run in Triton's interpreter, which is a choice of the whole
+# process. Neither uses threads: two processes share the work.
+TRITON_TESTS := tests/triton_backend -n 2 --dist loadgroup
 test: $(INSTALLED)  ## run the tests
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --ignore=tests/triton_backend $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(TRITON_TESTS) $(PYTEST_ARGS)
+	TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest $(TRITON_TESTS) $(PYTEST_ARGS)
 
 lint: $(INSTALLED)  ## check style, types, layers and C++ formatting
 	$(BIN)/ruff check .

@@ -227,7 +227,7 @@ def _thunk(entry: Implementation, call: Call) -> Callable[[], object]:
 
 def _line(row: dict[str, Any]) -> str:
     return (
-        f"{row['primitive']:<23} {row['implementation']:<22} {row['variant']:<28} "
+        f"{row['primitive']:<23} {row['implementation']:<29} {row['variant']:<34} "
         f"{row['shape']:>15} {row['dtype']:<8} {row['ms']:>10.4f} ms {row['gb_per_s']:>8.1f} GB/s "
         f"{row['share_of_copy']:>6.1%} of copy"
         + (f" {row['tflop_per_s']:>7.1f} TFLOP/s" if "flops" in row else "")

@@ -17,7 +17,13 @@ import torch
 
 import fastres
 from fastres.backends.triton.launch import Launch
-from fastres.testing.ahead import DEVICES, Resources, compiled, resnet_launches
+from fastres.testing.ahead import (
+    DEVICES,
+    Resources,
+    compiled,
+    described_launches,
+    resnet_launches,
+)
 
 PATH = Path(__file__).resolve().parent.parent / "docs" / "kernels.md"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -48,6 +54,9 @@ def launches(dtype: torch.dtype, capability: int) -> list[Launch]:
         for launch in resnet_launches(model, IMAGES, dtype, capability, level, training):
             key = (launch.kernel, launch.dtypes, launch.constants, launch.num_warps)
             found.setdefault(key, launch)
+    if DEVICES[capability].copy_engine:
+        for launch in described_launches(dtype, capability):
+            found[launch.kernel, launch.dtypes, launch.constants, launch.num_warps] = launch
     return list(found.values())
 
 
@@ -101,12 +110,13 @@ def write(path: Path = PATH) -> None:
 def _document(found: list[Row]) -> Iterator[str]:
     yield "# Triton kernels, compiled ahead of time"
     yield ""
-    yield "Written by `python -m bench resources`; nothing here was run on a GPU. Every kernel, dtype"
+    yield "Written by `python -m bench resources`; nothing here ran on a GPU. Every kernel, dtype"
     yield "and flag that ResNet-50 at 224 pixels and batch 256 launches at the levels b', c' and c"
-    yield "and in inference, with the launch shapes that stand where nothing was measured."
+    yield "and in inference, with the launch shapes that stand where nothing was measured; and"
+    yield "`conv1x1_fwd_kernel` (tensor descriptors), which the autotuner may choose."
     yield ""
-    yield "Registers per thread / shared memory per program in KiB, for compute capability 8.0, 9.0"
-    yield f"and 10.0. Stack and local memory are 0 throughout: nothing spills ({len(found)} binaries)."
+    yield "Registers per thread / shared memory per program in KiB, for compute capability 8.0,"
+    yield f"9.0 and 10.0. Stack and local memory are 0: of {len(found)} binaries none spills."
     bad = [r for r in found if r.resources.stack or r.resources.local]
     if bad:
         raise RuntimeError(f"{len(bad)} binaries spill, the first: {bad[0][:5]}")
@@ -129,4 +139,4 @@ def _cell(same: list[Row]) -> str:
         return "-"
     registers = max(r.resources.registers for r in same)
     shared = max(r.resources.shared for r in same)
-    return f"{registers} / {shared / 1024:g}"
+    return f"{registers} / {round(shared / 1024, 1):g}"

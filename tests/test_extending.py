@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -10,9 +10,10 @@ import shutil
 import subprocess
 import sys
 import threading
+import tomllib
 import warnings
 from collections.abc import Callable, Iterator
-from importlib.metadata import EntryPoint
+from importlib.metadata import EntryPoint, PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,15 @@ def test_formulas_agree(name: str, silu: None, relu6: None) -> None:
         ({"derivative": lambda v: v * torch.nan}, "derivative must be that of forward, got nan"),
         ({"slope": 1.05}, "slope must bound"),
         ({"curvature": 0.4}, "curvature must bound"),
-        ({"gate": lambda out: out > 0}, "gate must be the derivative"),
+        ({"gate": lambda out: out > 0}, "slope must bound"),
+        (
+            {
+                "forward": F.relu,
+                "derivative": lambda v: (v > 0).to(v.dtype),
+                "gate": lambda out: out >= 0,
+            },
+            "gate must be the derivative",
+        ),
         ({"forward": lambda v: F.silu(v.float()).double()}, "derivative must be that of forward"),
         (
             {"derivative": lambda v: silu_derivative(v.double())},
@@ -195,7 +204,7 @@ def test_a_wrong_one_is_found(primitive: str, silu: None) -> None:
     register(primitive, "aten", why_not=only, name="near")(near)
     (entry,) = (e for e in implementations(primitive, "aten") if e.name == "near")
     case = next(c for c in CASES if c.values == "normal" and c.dtype == torch.float32)
-    with pytest.raises(AssertionError, match="aten:near .* is off by"):
+    with pytest.raises(AssertionError, match=r"aten:near .* is off by"):
         check_implementation(entry, case)
 
 
@@ -430,13 +439,18 @@ def test_a_backend_of_its_own_can_be_asked_for() -> None:
 # ---------------------------------------------------------------- installed packages
 
 
-def install(site: Path, name: str, code: str) -> None:
-    """A package whose entry point names its only module, as pip would leave it."""
-    (site / f"{name}.py").write_text(code)
-    info = site / f"{name}-1.0.dist-info"
+def describe(site: Path, project: str, name: str, module: str) -> None:
+    """What pip would leave beside a package that names one module."""
+    info = site / f"{project.replace('-', '_')}-1.0.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(f"[fastres.extensions]\n{name} = {name}\n")
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[fastres.extensions]\n{name} = {module}\n")
+
+
+def install(site: Path, name: str, code: str) -> None:
+    """A package of one module."""
+    (site / f"{name}.py").write_text(code)
+    describe(site, name, name, name)
 
 
 def python(*arguments: str, site: Path, limit: float = 300, **variables: str) -> Any:
@@ -531,40 +545,57 @@ def test_doctor_lists_extensions(site: Path) -> None:
 # ---------------------------------------------------------------- the example
 
 
+def _can_build() -> bool:
+    """Whether pip and a setuptools that knows today's pyproject.toml are here.
+
+    Not looked for as modules: setuptools' import hooks would take pip for running, and nothing in
+    this process could import setuptools any more.
+    """
+    try:
+        distribution("pip")
+        return int(distribution("setuptools").version.partition(".")[0]) >= 77
+    except PackageNotFoundError:
+        return False
+
+
 @pytest.fixture(scope="session")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The example, built and installed into a folder of its own."""
-    pytest.importorskip("triton")
-    pytest.importorskip("pip")
-    folder = tmp_path_factory.mktemp("example")
-    shutil.copytree(EXAMPLE, folder / "source", ignore=shutil.ignore_patterns("__pycache__"))
+    """The example, built and installed into a folder of its own; laid out there without pip."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    source = tmp_path_factory.mktemp("source") / "fastres-silu"
+    site = tmp_path_factory.mktemp("site")
+    shutil.copytree(EXAMPLE, source, ignore=shutil.ignore_patterns("__pycache__"))
+    if not _can_build():
+        shutil.copytree(source / "fastres_silu", site / "fastres_silu")
+        entries = tomllib.loads((source / "pyproject.toml").read_text())["project"]["entry-points"]
+        ((name, module),) = entries["fastres.extensions"].items()
+        describe(site, "fastres-silu", name, module)
+        return site
     command = ["-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index",
-               "--disable-pip-version-check", "--target", str(folder / "site")]  # fmt: skip
+               "--disable-pip-version-check", "--target", str(site), str(source)]  # fmt: skip
     done = subprocess.run(
-        [sys.executable, *command, str(folder / "source")], capture_output=True, text=True,
-        check=False, timeout=300,
-    )  # fmt: skip
-    if done.returncode and "setuptools" in done.stderr:
-        pytest.skip(f"the example cannot be built here: {done.stderr.splitlines()[-1]}")
+        [sys.executable, *command], capture_output=True, text=True, check=False, timeout=300
+    )
     assert done.returncode == 0, done.stderr
-    return folder / "site"
+    return site
+
+
+def own_tests(installed: Path, *options: str, **variables: str) -> int:
+    """How many of the example's tests pass, with the package where it was installed."""
+    common = ["-o", "addopts=", "-p", "no:cacheprovider", "--rootdir", str(installed)]
+    done = python("-m", "pytest", *common, *options, str(EXAMPLE / "tests"), site=installed,
+                  limit=500, **variables)  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:]
+    return int(re.findall(r"(\d+) passed", done.stdout)[0])
 
 
 def test_its_own_tests_pass_in_the_interpreter(installed: Path) -> None:
-    tests = EXAMPLE / "tests"
-    options = ["-q", "-p", "no:cacheprovider", "--rootdir", str(installed), "-rs"]
-    done = python("-m", "pytest", *options, str(tests), site=installed, limit=500,
-                  TRITON_INTERPRET="1")  # fmt: skip
-    assert done.returncode == 0, done.stdout[-4000:]
-    passed = int(re.findall(r"(\d+) passed", done.stdout)[0])
-    assert passed >= 24, done.stdout
+    assert own_tests(installed, TRITON_INTERPRET="1") >= 24
 
 
 def test_its_kernels_compile_without_spills(installed: Path) -> None:
-    options = ["-q", "-p", "no:cacheprovider", "--rootdir", str(installed), "-k", "spills"]
-    done = python("-m", "pytest", *options, str(EXAMPLE / "tests"), site=installed)
-    assert done.returncode == 0, done.stdout[-4000:]
-    assert "6 passed" in done.stdout
+    assert own_tests(installed, "-k", "spills") == 6
 
 
 def test_its_rows_are_in_the_benchmark(installed: Path) -> None:
@@ -577,7 +608,8 @@ def test_its_rows_are_in_the_benchmark(installed: Path) -> None:
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
         rows = [line.split() for line in done.stdout.splitlines() if " triton:silu " in line]
-        assert {(row[0], row[3]) for row in rows} == {(primitive, "silu")}, done.stdout
+        assert rows, done.stdout
+        assert all(row[0] == primitive and "silu" in " ".join(row[2:5]) for row in rows)
         assert "a smoke test and not a measurement" in done.stdout.splitlines()[0]
     assert sorted(results.iterdir()) == before
 
@@ -684,7 +716,8 @@ def test_only_what_is_needed_counts_as_read(bench: Any) -> None:
     from fastres.testing import BENCH_CASES, Case, calls
 
     case = Case("bytes", (2, 8, 4, 4))
-    one, stats, sums = 2 * 8 * 4 * 4 * 4, 5 * 8 * 4, 3 * 8 * 4
+    # This backend hands its sums over in float64.
+    one, stats, sums = 2 * 8 * 4 * 4 * 4, 5 * 8 * 4, 3 * 8 * 8
     (entry,) = implementations("bn_act_backward_apply", "aten")
     found = {
         call.label: bytes_of("bn_act_backward_apply", call, entry.run(*call.args, **call.kwargs))
@@ -721,7 +754,7 @@ def test_what_declines_says_why(bench: Any, capsys: pytest.CaptureFixture[str]) 
     assert bench.main(arguments) == 1
     out = capsys.readouterr().out.splitlines()
     assert out[1:] == ["declined: add_act mine:shy: not today", "nothing was timed"]
-    with contextlib.suppress(SystemExit), pytest.raises(ValueError, match="never"):
+    with pytest.raises(SystemExit):
         bench.main(["--backend", "nobody"])
     assert "invalid choice: 'nobody'" in capsys.readouterr().err
 

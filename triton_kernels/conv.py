@@ -99,13 +99,19 @@ def load_gradient(
 
 
 class Tile(NamedTuple):
-    """What one program of a matrix product computes: [m, n] results, `k` terms at a time."""
+    """What one program of a matrix product computes: [m, n] results, `k` terms at a time.
+
+    With `descriptors` by the copy engine and a persistent grid, with `specialised` by warps that
+    load beside warps that multiply.
+    """
 
     m: int
     n: int
     k: int
     num_warps: int
     num_stages: int
+    descriptors: bool = False
+    specialised: bool = False
 
     def shared_bytes(self, itemsize: int) -> int:
         """Shared memory of the pipelined operand tiles."""
@@ -130,7 +136,7 @@ _TILES = (
     Tile(64, 32, 64, 4, 4),
     Tile(128, 32, 32, 4, 4),
     Tile(32, 32, 32, 4, 4),
-    Tile(64, 256, 32, 4, 4),
+    Tile(64, 256, 32, 8, 4),
 )
 
 
@@ -160,7 +166,8 @@ def tiles(
     """
     # Bytes of a row of an operand's tile: more of them would not fit the registers.
     widest = (128 if formed else 64) // itemsize
-    limits = (_padded(rows), _padded(columns), min(_padded(depth), widest))
+    columns_most = _padded(columns) if itemsize < 4 else min(64, _padded(columns))
+    limits = (_padded(rows), columns_most, min(_padded(depth), widest))
     narrowed = [_narrowed(tile, limits) for tile in _TILES]
     found = list(dict.fromkeys(t for t in narrowed if t.shared_bytes(itemsize) <= shared))
     smallest = min(found, key=lambda tile: tile.m * tile.n)

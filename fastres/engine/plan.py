@@ -82,7 +82,10 @@ class Plan:
 
     def run(self, primitive: str, act: str = "none") -> Callable[..., Any]:
         """The function that computes a pointwise primitive with an activation of the block."""
-        return self.pointwise[primitive, act].run
+        found = self.pointwise.get((primitive, act))
+        if found is None:  # an open gate: whoever knows an activation can leave it out
+            found = next(entry for (which, _), entry in self.pointwise.items() if which == primitive)
+        return found.run
 
     @property
     def level(self) -> str:
@@ -111,11 +114,11 @@ def make_plan(spec: BlockSpec, signature: Signature) -> Plan:
     """
     choose = _Chooser(spec.backend, signature)
     pointwise = {(p, "none"): choose(p) for p in _PLAIN}
-    acts = ("none", *(unit.act for unit in spec.all_units), spec.act)
-    pointwise |= {(p, act): choose(p, act=act) for act in dict.fromkeys(acts) for p in _ACTING}
+    acts = dict.fromkeys((*(unit.act for unit in spec.units[:-1]), spec.act))
+    pointwise |= {(p, act): choose(p, act=act) for act in acts for p in _ACTING}
     # What is not a gate has no backward by its output alone, and no block that would need one.
-    gates = [act for act in dict.fromkeys(("none", spec.act)) if activation(act).gate]
-    pointwise |= {("act_backward", act): choose("act_backward", act=act) for act in gates}
+    if activation(spec.act).gate:
+        pointwise["act_backward", spec.act] = choose("act_backward", act=spec.act)
     convs = tuple(found[0] if found else None for found in _options(choose, spec))
     return Plan(pointwise, convs, tuple(dict.fromkeys(choose.declined)))
 

@@ -10,23 +10,26 @@ import re
 import subprocess
 import tempfile
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 from fastres import use_backend, use_level
+from fastres.backends.triton import convolution
 from fastres.backends.triton.launch import OPTIONS, Launch, recording
 from fastres.backends.triton.support import Device, pretending
 from fastres.engine import current, run_backward, run_forward, split_tensors
 from fastres.nn.blocks import FusedModule
 from fastres.nn.stem import FusedStem
+from fastres.primitives import ConvSpec, Prologue
 
 #: Multiprocessors and shared memory of one program (CUDA C++ Programming Guide, table of compute
 #: capabilities; product data sheets).
 DEVICES = {
     80: Device(108, 163 << 10),  # A100
-    90: Device(132, 227 << 10),  # H100, H200
-    100: Device(148, 227 << 10),  # B200
+    90: Device(132, 227 << 10, True),  # H100, H200
+    100: Device(148, 227 << 10, True, True),  # B200
 }
 
 _TYPES = {
@@ -95,6 +98,34 @@ def resnet_launches(
     return list(dict.fromkeys(launches))
 
 
+def described_launches(dtype: torch.dtype, capability: int) -> list[Launch]:
+    """The 1x1 convolutions of ResNet-50's first stage by tensor descriptors, in every form.
+
+    The autotuner may take them; where nothing was measured nobody does.
+    """
+    with (
+        pretending(DEVICES[capability]),
+        recording() as launches,
+        mock.patch.object(convolution, "tuned", _first_described),
+    ):
+        for channels, out_channels in ((64, 256), (256, 64)):
+            x = torch.empty(256, channels, 56, 56, dtype=dtype, device="meta")
+            x = x.contiguous(memory_format=torch.channels_last)
+            weight = torch.empty(out_channels, channels, 1, 1, dtype=dtype, device="meta")
+            stats = torch.empty(5, channels, device="meta")
+            for prologue in (None, Prologue(stats, "relu")):
+                convolution.conv_forward(
+                    x, weight, None, ConvSpec(), prologue=prologue, want_state=True
+                )
+    return [one for one in dict.fromkeys(launches) if one.kernel.__name__ == "conv1x1_fwd_kernel"]
+
+
+def _first_described(
+    name: str, module: str, sizes: object, candidates: list[Any], *_: object
+) -> Any:
+    return next((tile for tile in candidates if getattr(tile, "descriptors", False)), candidates[0])
+
+
 def _run(module: FusedModule | FusedStem, x: Tensor, training: bool) -> Tensor:
     block = module.layers()
     if block is None:
@@ -129,6 +160,9 @@ def compiled(launch: Launch, capability: int) -> Resources:
     ):
         if value is None or (value == 1 and isinstance(value, int)):
             signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, tuple):
+            dtype, block = value
+            signature[name] = f"tensordesc<{_TYPES[dtype].removeprefix('*')}{list(block)}>"
         elif isinstance(value, torch.dtype):
             signature[name] = _TYPES[value]
             attributes[(index,)] = [["tt.divisibility", 16]]

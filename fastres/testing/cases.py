@@ -167,9 +167,14 @@ _GEOMETRIES = {
         "shape": (2, 32, 6, 5),
         "out_channels": 36,
     },
-    "1x1": {"conv": _POINTWISE},
-    "1x1stride2": {"conv": ConvSpec((2, 2))},
-    "1x1wide": {"conv": _POINTWISE, "out_channels": 96, "shape": (2, 32, 4, 4)},
+    "1x1": {"conv": _POINTWISE, "kernel": (1, 1)},
+    "1x1stride2": {"conv": ConvSpec((2, 2)), "kernel": (1, 1)},
+    "1x1wide": {
+        "conv": _POINTWISE,
+        "kernel": (1, 1),
+        "out_channels": 96,
+        "shape": (2, 32, 4, 4),
+    },
     "5x3": {"conv": ConvSpec((1, 2), (2, 1)), "kernel": (5, 3), "out_channels": 3},
     "unpadded": {"conv": ConvSpec(), "kernel": (3, 3)},
 }

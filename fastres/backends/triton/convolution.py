@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastres.backends.triton.batch_norm import bn_act_backward_apply
-from fastres.backends.triton.launch import kernel_of, launch, tuned
+from fastres.backends.triton.launch import Described, kernel_of, launch, tuned
 from fastres.backends.triton.residual import act_backward
 from fastres.backends.triton.support import device_of, gate_code, why_not
 from fastres.backends.triton.walk import merge_stats, sum_partials
@@ -117,13 +117,21 @@ def _choose(
     flags: dict[str, Any],
     run: Callable[[Any], object],
     like: Tensor,
+    described: bool = False,
 ) -> Any:
-    """The tile for a product of `shape` (rows, columns, depth)."""
+    """The tile for a product of `shape` (rows, columns, depth).
+
+    `described` adds the same tiles by tensor descriptors: to be measured, never taken unmeasured.
+    """
     device = device_of(like)
     # A weight gradient fills the device by splitting its sum, whatever the tile.
     processors = 1 if module == "conv_bwd_weight" else device.processors
     formed = not flags.get("PENDING", False)
     candidates = _tiles(*shape, like.element_size(), processors, device.shared_bytes, formed)
+    if described:
+        candidates = [*candidates, *(t._replace(descriptors=True) for t in candidates)]
+        if device.specialises:
+            candidates += [t._replace(specialised=True) for t in candidates if t.descriptors]
     sizes = (*p.sizes, *p.kernel, str(p.conv), str(like.dtype), *flags.values())
     return tuned(f"{module}_kernel", module, sizes, candidates, run, like.device)
 
@@ -175,6 +183,9 @@ def _forward(
         if epilogue.want_state:
             partials = torch.empty(tiles, 3, p.out_channels, device=x.device)
             counts = torch.empty(tiles, device=x.device)
+        if tile.descriptors:
+            _launch_described(tile, flags, x, x_stats, weight, y, partials, counts)
+            return y, partials, counts
         given = (epilogue.bias, epilogue.stats, epilogue.residual)
         launch(
             kernel_of("conv_fwd", "conv_fwd_kernel"),
@@ -188,12 +199,63 @@ def _forward(
         return y, partials, counts
 
     shape = (p.out_pixels, group_out, p.channels // conv.groups)
-    y, partials, counts = run(_choose("conv_fwd", p, shape, flags, run, x))
+    described = _describable(p, x, weight, epilogue)
+    y, partials, counts = run(_choose("conv_fwd", p, shape, flags, run, x, described))
     if partials is None or counts is None:
         return y, None
     if p.out_pixels == 0:
         return y, torch.zeros(2, p.out_channels, device=x.device)
     return y, merge_stats(partials, counts)
+
+
+def _describable(p: _Problem, x: Tensor, weight: Tensor, epilogue: _Epilogue) -> bool:
+    """Whether the kernel with tensor descriptors does this, and such tensors can be described."""
+    plain = epilogue.bias is None and epilogue.stats is None and p.conv.is_pointwise(p.kernel)
+    if not plain or not device_of(x).copy_engine or p.out_pixels == 0:
+        return False
+    # Rows are multiples of 16 bytes, and so is where they start.
+    row = 16 // x.element_size()
+    aligned = x.device.type == "meta" or (x.data_ptr() | weight.data_ptr()) % 16 == 0
+    return p.channels % row == 0 and p.out_channels % row == 0 and aligned
+
+
+def _launch_described(
+    tile: Any,
+    flags: dict[str, Any],
+    x: Tensor,
+    x_stats: Tensor | None,
+    weight: Tensor,
+    y: Tensor,
+    partials: Tensor | None,
+    counts: Tensor | None,
+) -> None:
+    """The 1x1 convolution on a persistent grid: as many programs as the device holds at a time."""
+    (k, c), pixels, device = weight.shape[:2], y.numel() // y.shape[1], device_of(x)
+    programs = -(-pixels // tile.m) * -(-k // tile.n)
+    at_a_time = max(1, device.shared_bytes // tile.shared_bytes(x.element_size()))
+    names = ("HAS_PROLOGUE", "RELU_X", "HAS_STATE", "PRECISION")
+    launch(
+        kernel_of("conv1x1_fwd", "conv1x1_fwd_kernel"),
+        (min(programs, device.processors * min(2, at_a_time)),),
+        (
+            Described(_matrix(x), (tile.m, tile.k)), x_stats,
+            Described(_matrix(weight), (tile.n, tile.k)),
+            Described(_matrix(y), (tile.m, tile.n)), partials, counts,
+        ),
+        (pixels, c, k),
+        {
+            **{name: flags[name] for name in names},
+            "WARP_SPECIALIZE": tile.specialised,
+            **tile.constants,
+        },
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )  # fmt: skip
+
+
+def _matrix(t: Tensor) -> Tensor:
+    """[N, C, H, W] in channels_last as [pixels, channels]."""
+    return t.permute(0, 2, 3, 1).reshape(-1, t.shape[1])
 
 
 @register("conv_forward", "triton", why_not=_why_not, name="implicit_gemm")

@@ -55,12 +55,45 @@ def source_hash(module: str) -> str:
     return sha256(text.encode()).hexdigest()[:16]
 
 
+class Described(NamedTuple):
+    """A dense matrix [rows, cols] that a kernel takes as a tensor descriptor of a block's shape."""
+
+    matrix: Tensor
+    block: tuple[int, int]
+
+    @property
+    def argument(self) -> Any:
+        """What Triton takes."""
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        return TensorDescriptor.from_tensor(self.matrix, list(self.block))
+
+
+Argument = Tensor | Described | None
+
+
+def _kind(t: Argument) -> Any:
+    """What a binary depends on, of a pointer or a descriptor."""
+    if t is None:
+        return None
+    if isinstance(t, Described):
+        return t.matrix.dtype, t.block
+    return t.dtype, t.data_ptr() % 16
+
+
+def _passed(tensors: Sequence[Argument]) -> list[Any]:
+    return [t.argument if isinstance(t, Described) else t for t in tensors]
+
+
 class Launch(NamedTuple):
-    """A launch that was recorded: all that its binary depends on, and its grid."""
+    """A launch that was recorded: all that its binary depends on, and its grid.
+
+    `dtypes` has the dtype of a pointer, (dtype, block) of a tensor descriptor, None for none.
+    """
 
     kernel: Any
     grid: Grid
-    dtypes: tuple[torch.dtype | None, ...]
+    dtypes: tuple[Any, ...]
     sizes: tuple[int | float, ...]
     constants: tuple[tuple[str, Any], ...]
     num_warps: int
@@ -71,14 +104,21 @@ class Launch(NamedTuple):
         cls,
         kernel: Any,
         grid: Grid,
-        tensors: Sequence[Tensor | None],
+        tensors: Sequence[Argument],
         sizes: Sequence[int | float],
         constants: dict[str, Any],
         num_warps: int,
         num_stages: int,
     ) -> Launch:
         """The record of a call of `launch`."""
-        dtypes = tuple(None if t is None else t.dtype for t in tensors)
+        dtypes = tuple(
+            (t.matrix.dtype, t.block)
+            if isinstance(t, Described)
+            else None
+            if t is None
+            else t.dtype
+            for t in tensors
+        )
         return cls(
             kernel, grid, dtypes, tuple(sizes), tuple(constants.items()), num_warps, num_stages
         )
@@ -101,7 +141,7 @@ def recording() -> Iterator[list[Launch]]:
 def launch(
     kernel: Any,
     grid: Grid,
-    tensors: Sequence[Tensor | None],
+    tensors: Sequence[Argument],
     sizes: Sequence[int | float],
     constants: dict[str, Any],
     *,
@@ -121,12 +161,13 @@ def launch(
     """
     if 0 in grid:
         return
-    first = next(t for t in tensors if t is not None)
+    given = next(t for t in tensors if t is not None)
+    first = given.matrix if isinstance(given, Described) else given
     if _recorded is not None:
         _recorded.append(Launch.of(kernel, grid, tensors, sizes, constants, num_warps, num_stages))
         return
     if first.device.type != "cuda":
-        kernel[grid](*tensors, *sizes, **constants)
+        kernel[grid](*_passed(tensors), *sizes, **constants)
         return
     # Triton launches on the current device.
     with torch.cuda.device_of(first):
@@ -136,7 +177,7 @@ def launch(
 def _launch_bound(
     kernel: Any,
     grid: Grid,
-    tensors: Sequence[Tensor | None],
+    tensors: Sequence[Argument],
     sizes: Sequence[int | float],
     constants: dict[str, Any],
     num_warps: int,
@@ -144,14 +185,19 @@ def _launch_bound(
     device: torch.device,
 ) -> None:
     values = tuple(constants.values())
-    kinds = tuple([None if t is None else (t.dtype, t.data_ptr() % 16) for t in tensors])
+    kinds = tuple([_kind(t) for t in tensors])
     key = (kernel, grid, kinds, *sizes, values, num_warps, num_stages, device.index)
     bound = _bound.get(key)
     if bound is not None:
-        bound(*tensors, *sizes, *values)
+        bound(*_passed(tensors), *sizes, *values)
         return
     compiled = kernel[grid](
-        *tensors, *sizes, **constants, num_warps=num_warps, num_stages=num_stages, **OPTIONS
+        *_passed(tensors),
+        *sizes,
+        **constants,
+        num_warps=num_warps,
+        num_stages=num_stages,
+        **OPTIONS,
     )
     if len(_bound) >= _MOST_BOUND:
         _bound.clear()

@@ -63,10 +63,19 @@ def _why_not_gpu(index: int) -> str | None:
 
 
 class Device(NamedTuple):
-    """What launch shapes depend on: multiprocessors, and shared memory of one program."""
+    """What launch shapes depend on.
+
+    Attributes:
+        processors: multiprocessors.
+        shared_bytes: shared memory of one program.
+        copy_engine: whether tensor descriptors have hardware behind them (Hopper and newer).
+        specialises: whether Triton gives warps of a loop different work (Blackwell and newer).
+    """
 
     processors: int
     shared_bytes: int
+    copy_engine: bool = False
+    specialises: bool = False
 
 
 #: A device to act as if there were, with tensors on "meta": launches can then be recorded.
@@ -136,11 +145,15 @@ def _device(index: int | None) -> Device:
     properties = torch.cuda.get_device_properties(index)  # type: ignore[arg-type]
     # ROCm's properties have no opt-in limit; 64 KiB is what its GPUs give a work group.
     shared = int(getattr(properties, "shared_memory_per_block_optin", 64 << 10))
-    return Device(properties.multi_processor_count, shared)
+    capability = (0, 0) if torch.version.hip is not None else (properties.major, properties.minor)
+    described = capability >= (9, 0) and find_spec("triton.tools.tensor_descriptor") is not None
+    return Device(
+        properties.multi_processor_count, shared, described, described and capability >= (10, 0)
+    )
 
 
 #: One multiprocessor, so that programs walk in the interpreter too.
-INTERPRETER = Device(1, 227 << 10)
+INTERPRETER = Device(1, 227 << 10, copy_engine=True)
 
 
 def new_mask(t: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ def device() -> str:
         _patch_once()
         return "cpu"
     if not torch.cuda.is_available():
-        pytest.skip("no GPU: run with TRITON_INTERPRET=1, as `make test` does")
+        pytest.skip("no GPU: run with TRITON_INTERPRET=1. as `make test` does")
     return "cuda"
 
 

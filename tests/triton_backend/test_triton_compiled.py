@@ -26,7 +26,14 @@ from bench import resources  # noqa: E402
 COMBINATIONS = [("bf16", 80), ("bf16", 90), ("bf16", 100), ("fp16", 90), ("fp32", 90)]
 
 
-@pytest.fixture(scope="module", params=COMBINATIONS, ids=lambda c: f"{c[0]}-sm_{c[1]}")
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(pair, id=name, marks=pytest.mark.xdist_group(name))
+        for pair in COMBINATIONS
+        for name in [f"{pair[0]}-sm_{pair[1]}"]
+    ],
+)
 def compiled(request: pytest.FixtureRequest) -> tuple[int, str, list[resources.Row]]:
     dtype, capability = request.param
     return capability, dtype, resources.rows(dtype, capability)

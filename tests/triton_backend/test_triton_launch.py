@@ -89,6 +89,28 @@ def test_every_kind_of_tiling_is_right(
                 assert check_implementation(entry, case, device=device).ran
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["1x1wide-f32-nhwc", "1x1wide-bf16-nhwc", "1x1-f32-nhwc"])
+def test_the_kernel_with_tensor_descriptors_is_right(
+    name: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is a candidate that nothing unmeasured takes: here the last one is taken."""
+    ran = []
+
+    def last(*args: object) -> object:
+        candidates = args[3]
+        ran.append(candidates[-1].descriptors)
+        return candidates[-1]
+
+    if device == "cuda" and not support.device_of(torch.zeros(1, device=device)).copy_engine:
+        pytest.skip("no copy engine before Hopper")
+    monkeypatch.setattr(convolution, "tuned", last)
+    case = next(c for c in CASES if c.name == name)
+    (entry,) = implementations("conv_forward", "triton")
+    assert {"plain", "stats", "both"} <= {*check_implementation(entry, case, device=device).ran}
+    assert any(ran)
+
+
 # ---------------------------------------------------------------- bound launches
 
 
@@ -192,7 +214,7 @@ def test_asking_for_it_by_name_raises_with_the_reason() -> None:
 
 def test_a_pretended_device_is_asked_for_shapes() -> None:
     with support.pretending(Device(7, 1234)):
-        assert support.device_of(torch.zeros(1)) == (7, 1234)
+        assert support.device_of(torch.zeros(1)) == Device(7, 1234)
         assert support.why_not_here() is None
 
 

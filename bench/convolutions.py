@@ -1,0 +1,223 @@
+"""`python -m bench convolutions`: Triton's fused convolutions beside cuDNN's and separate passes.
+
+The convolutions of ResNet-50's stages at batch 256 in bfloat16, forward and backward, each against
+the unfused way to the same results; contenders alternate, medians. --quick runs two tiny shapes,
+in Triton's interpreter where there is no GPU: a smoke test, not a measurement.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.conditions import ROOT, conditions, stamp
+from bench.registry import QUICK_ROUNDS, ROUNDS, race, timer_for, why_wrong
+from fastres.backends import BACKENDS, aten
+from fastres.backends.triton import batch_norm, convolution
+from fastres.primitives import Branch, ConvSpec, Gate, PendingGrad, Prologue, implementations
+from fastres.testing import CASES
+
+Step = Callable[[], object]
+
+BATCH = 256
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A convolution: channels in and out, pixels per side of its input, kernel, stride."""
+
+    channels: int
+    out_channels: int
+    size: int
+    kernel: int = 1
+    stride: int = 1
+    batch: int = BATCH
+
+    def __str__(self) -> str:
+        stride = f" stride {self.stride}" if self.stride > 1 else ""
+        what = f"{self.kernel}x{self.kernel}{stride}"
+        return f"{what} {self.channels}-{self.out_channels} {self.size}x{self.size}"
+
+    @property
+    def conv(self) -> ConvSpec:
+        """Its geometry."""
+        return ConvSpec((self.stride,) * 2, (self.kernel // 2,) * 2)
+
+
+#: He et al. 2015, table 1: reduce, 3x3 and expand of each stage, and what strides.
+SHAPES = tuple(
+    shape
+    for width, size in ((64, 56), (128, 28), (256, 14), (512, 7))
+    for shape in (
+        Shape(4 * width, width, size),
+        Shape(width, width, size, 3),
+        Shape(width, 4 * width, size),
+        *((Shape(width, width, 2 * size, 3, 2), Shape(2 * width, 4 * width, 2 * size, 1, 2))
+          if width > 64 else (Shape(64, 64, 56), Shape(64, 256, 56))),
+    )
+)  # fmt: skip
+QUICK = (Shape(32, 64, 4, batch=2), Shape(32, 32, 4, 3, 2, batch=2))
+
+
+class Tensors:
+    """A convolution's tensors, random; the input raw, with its normalisation pending."""
+
+    def __init__(self, shape: Shape, device: str) -> None:
+        h, w = shape.conv.output_size((shape.size,) * 2, (shape.kernel,) * 2)
+        self.conv = shape.conv
+        self.x = self._random((shape.batch, shape.channels, shape.size, shape.size), device)
+        self.weight = self._random(
+            (shape.out_channels, shape.channels, shape.kernel, shape.kernel), device
+        )
+        self.y = self._random((shape.batch, shape.out_channels, h, w), device)
+        self.grad = torch.randn_like(self.y)
+        self.prologue = Prologue(_stats(self.x), "relu")
+        self.branch = Branch(self.y, _stats(self.y))
+        self.gate = Gate("affine", None, "relu")
+        sums = torch.randn(3, shape.out_channels, device=device)
+        count = shape.batch * h * w
+        self.pending = PendingGrad(self.grad, self.gate, self.branch, sums, count)
+
+    @staticmethod
+    def _random(shape: tuple[int, ...], device: str) -> Tensor:
+        t = torch.randn(shape, device=device, dtype=torch.bfloat16)
+        return t.contiguous(memory_format=torch.channels_last)
+
+
+def _stats(y: Tensor) -> Tensor:
+    state = batch_norm.channel_stats(y)
+    count = y.numel() // y.shape[1]
+    return batch_norm.finalize_stats(state, count, None, None, None, 1e-5, acc=torch.float32)
+
+
+def forward_steps(t: Tensors) -> dict[str, Step]:
+    """Ways to a convolution's output and its statistics, and the bare convolution."""
+
+    def normalised() -> Tensor:
+        return batch_norm.scale_shift_act(t.x, t.prologue.stats, act="relu")[0]
+
+    def separate(x: Tensor) -> object:
+        return batch_norm.channel_stats(aten.conv_forward(x, t.weight, None, t.conv)[0])
+
+    return {
+        "cuDNN alone": lambda: aten.conv_forward(t.x, t.weight, None, t.conv),
+        "cuDNN, then statistics": lambda: separate(t.x),
+        "fused statistics": lambda: convolution.conv_forward(
+            t.x, t.weight, None, t.conv, want_state=True
+        ),
+        "normalise, cuDNN, statistics": lambda: separate(normalised()),
+        "fused prologue and statistics": lambda: convolution.conv_forward(
+            t.x, t.weight, None, t.conv, prologue=t.prologue, want_state=True
+        ),
+    }
+
+
+def backward_steps(t: Tensors) -> dict[str, Step]:
+    """Ways from a gradient to those of input and weight, and the sums of the norm below."""
+    below = (t.gate, Branch(t.x, t.prologue.stats))
+    wanted: dict[str, Any] = {
+        "prologue": t.prologue, "want_x": True, "want_weight": True, "accumulate": None,
+        "reduce": below,
+    }  # fmt: skip
+
+    def separate() -> object:
+        (grad_y,), _ = batch_norm.bn_act_backward_apply(
+            t.grad, t.gate, (t.branch,), t.pending.sums, t.pending.values, want_grads=(True,)
+        )
+        assert grad_y is not None
+        z, _ = batch_norm.scale_shift_act(t.x, t.prologue.stats, act="relu")
+        grad_weight = aten.conv_backward_weight(grad_y, z, t.weight, t.conv)
+        grad_x = aten.conv_backward_data(grad_y, t.weight, t.x, t.conv)
+        return grad_weight, batch_norm.bn_act_backward_reduce(grad_x, *_single(below))
+
+    def bare() -> object:
+        return (
+            aten.conv_backward_weight(t.grad, t.x, t.weight, t.conv),
+            aten.conv_backward_data(t.grad, t.weight, t.x, t.conv),
+        )
+
+    run = {"c'": convolution.conv_backward_formed, "c": convolution.conv_backward_pending}
+    return {
+        "cuDNN alone": bare,
+        "separate passes, cuDNN": separate,
+        **{
+            f"fused, level {level}": lambda f=f: f(t.pending, t.x, t.weight, t.conv, **wanted)
+            for level, f in run.items()
+        },
+    }
+
+
+def _single(below: tuple[Gate, Branch]) -> tuple[Gate, tuple[Branch]]:
+    return below[0], (below[1],)
+
+
+def rows(shapes: Sequence[Shape], device: str, rounds: int) -> Iterator[dict[str, Any]]:
+    """One row per shape, direction and contender."""
+    with timer_for(device) as timer:
+        for shape in shapes:
+            tensors = Tensors(shape, device)
+            for direction, steps in (("forward", forward_steps), ("backward", backward_steps)):
+                found = race(steps(tensors), timer, rounds)
+                for name, timing in found.items():
+                    yield {
+                        "shape": str(shape), "batch": shape.batch, "direction": direction,
+                        "contender": name, "ms": round(timing.median, 5),
+                        "low": round(timing.low, 5), "high": round(timing.high, 5),
+                        "over_cudnn": round(timing.median / found["cuDNN alone"].median, 3),
+                    }  # fmt: skip
+
+
+def _why_wrong(device: str) -> str | None:
+    """What fails the parity harness in bfloat16, channels_last; nothing is timed then."""
+    like = next(c for c in CASES if c.dtype == torch.bfloat16 and c.channels_last)
+    for primitive in ("conv_forward", "conv_backward", "channel_stats", "scale_shift_act"):
+        for entry in implementations(primitive, "triton"):
+            if (reason := why_wrong(entry, like, device)) is not None:
+                return f"{entry} {primitive}: {reason}"
+    return None
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measure, print, and keep the result; 1 where nothing can run."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench convolutions", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("--quick", action="store_true", help="a smoke test, not a measurement")
+    quick = parser.parse_args(arguments).quick
+    reason = BACKENDS["triton"].why_not()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if reason is not None or (device == "cpu" and not quick):
+        print(f"nothing can be measured here: {reason or 'there is no GPU that torch can use'}")
+        return 1
+    if wrong := _why_wrong(device):
+        print(f"refused: {wrong}")
+        return 1
+    kept = []
+    for row in rows(QUICK if quick else SHAPES, device, QUICK_ROUNDS if quick else ROUNDS):
+        kept.append(row)
+        print(
+            f"{row['shape']:<26} {row['direction']:<9} {row['contender']:<30} "
+            f"{row['ms']:>9.4f} ms  {row['over_cudnn']:>6.2f} of cuDNN alone",
+            flush=True,
+        )
+    if quick:
+        print("quick: a smoke test and not a measurement; nothing is written")
+        return 0
+    found = conditions(device)
+    path = ROOT / "results" / f"{stamp(found)}-convolutions.json"
+    with path.open("x") as file:
+        file.write(json.dumps({**found, "rows": kept}, indent=1) + "\n")
+    print(f"written to {path.relative_to(ROOT.parent)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""Batch norm with SiLU for fastres, in Triton: `silu.py` holds all of it."""

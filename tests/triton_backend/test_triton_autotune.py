@@ -1,0 +1,112 @@
+"""The engine's choice among ways to run a convolution: every way runs, and the fastest is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from fastres import tuning
+from fastres.backends import BACKENDS
+from fastres.engine import BlockSpec, autotune, make_plan
+from fastres.engine.plan import ConvPlan, Plan, Signature, conv_options
+from fastres.testing import BlockCase, FunctionalBlock
+
+pytestmark = pytest.mark.gpu
+
+
+def _block(backend: str, device: str, **changes: Any) -> tuple[BlockSpec, Signature, torch.Tensor]:
+    case = BlockCase("tuned", shortcut="projection", stride=2)
+    module = FunctionalBlock.of(case.stock(device))
+    specs = [module.layer(i).spec for i in range(4)]
+    spec = BlockSpec(
+        tuple(specs[:3]), "projection", specs[3], backend=backend, save=True, memory="balanced"
+    )
+    weights = tuple((*conv.weight.shape,) for conv in module.convs)
+    signature = Signature(device, torch.float32, True, weights)
+    return spec._replace(**changes), signature, case.input(device=device)
+
+
+@pytest.fixture
+def problems(monkeypatch: pytest.MonkeyPatch) -> list[tuning.Problem]:
+    """Stands for the tuner: runs every candidate once and takes the last."""
+    seen: list[tuning.Problem] = []
+
+    def choose(
+        problem: tuning.Problem, candidates: Sequence[Any],
+        run: Callable[[Any], Callable[[], object]], *, device: torch.device,
+        name: Callable[[Any], str] = str,
+    ) -> Any:  # fmt: skip
+        assert len({name(c) for c in candidates}) == len(candidates), "names tell them apart"
+        for candidate in candidates:
+            run(candidate)()
+        seen.append(problem)
+        return candidates[-1]
+
+    monkeypatch.setattr(tuning, "choose", choose)
+    monkeypatch.setattr(autotune, "_tuned", {})
+    return seen
+
+
+def _tuned(spec: BlockSpec, signature: Signature, x: torch.Tensor) -> Plan:
+    return autotune.tuned_plan(spec, signature, make_plan(spec, signature), x)
+
+
+@pytest.mark.parametrize("changes", [{}, {"memory": "speed"}], ids=str)
+def test_every_way_runs_and_the_chosen_is_taken(
+    changes: dict[str, Any], problems: list[tuning.Problem], device: str
+) -> None:
+    spec, signature, x = _block("triton", device, **changes)
+    options = conv_options(spec, signature)
+    assert [[o.level for o in found] for found in options] == [["c'", "b'", "b", "c"]] * 4
+    plan = _tuned(spec, signature, x)
+    assert plan.level == "c"
+    kinds = [p.kernel for p in problems if p.kernel.startswith("unit/")]
+    assert kinds == ["unit/forward", "unit/backward"] * 4
+    count = len(problems)
+    assert _tuned(spec, signature, x) is plan, "chosen once"
+    assert len(problems) == count
+    assert _tuned(spec, signature, x[:2]) is not plan, "another size is another problem"
+
+
+def test_forward_and_backward_are_chosen_apart(device: str) -> None:
+    spec, signature, x = _block("triton", device)
+    options = conv_options(spec, signature)[0]
+    by_kind = {"unit/forward": options[1], "unit/backward": options[3]}
+    found: list[ConvPlan] = []
+
+    def choose(problem: tuning.Problem, candidates: Any, run: Any, **_: Any) -> ConvPlan:
+        return by_kind[problem.kernel]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tuning, "choose", choose)
+        site = autotune._sites(spec, signature, x)[0]
+        assert site is not None
+        found.append(autotune._best(make_plan(spec, signature), options, site, x.device))
+    (best,) = found
+    assert best.stats and best.prologue is None, "forward of b'"
+    assert best.joint is options[3].joint, "backward of c"
+    assert best.level == "b'"
+
+
+def test_auto_takes_no_unproven_convolution_unmeasured(device: str) -> None:
+    """On a GPU cuDNN's convolutions stand until the autotuner has measured something faster."""
+    assert not BACKENDS["triton"].proven
+    spec, signature, _ = _block("auto", device)
+    found = make_plan(spec, signature._replace(device="cuda", here=False))
+    assert found.level == "b"
+    assert all(c is not None and c.forward.backend == "aten" for c in found.convs)
+    assert {e.backend for e in found.pointwise.values()} == {"triton"}
+    options = conv_options(spec, signature._replace(device="cuda", here=False))
+    assert [o.level for o in options[0]] == ["b", "c'", "b'", "b", "c"]
+
+
+def test_a_level_that_was_asked_for_is_not_tuned(
+    problems: list[tuning.Problem], device: str
+) -> None:
+    spec, signature, x = _block("triton", device, level="b'")
+    plan = make_plan(spec, signature)
+    assert autotune.tuned_plan(spec, signature, plan, x) is plan
+    assert not problems
