@@ -1,6 +1,8 @@
 """`python -m bench`: the CPU block benchmark, its results, and README's table.
 
-`python -m bench kernels` times single implementations instead, see `bench.registry`.
+`python -m bench kernels` times single implementations instead, `convolutions` Triton's fused
+convolutions beside cuDNN's, `launches` what a launch costs on the host; `resources` compiles the
+Triton kernels ahead of time and writes docs/kernels.md.
 
 Writes bench/results/<date>-<cpu>-blocks.json (append-only: a new file each run) and, with
 --readme, the section of README.md between the markers `bench:begin` and `bench:end`.
@@ -18,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from bench import registry
+from bench import convolutions, launches, registry, resources
 from bench.conditions import ROOT, conditions, stamp
 from bench.kernels import kernel_rows
 from bench.race import Worker, race
@@ -81,7 +83,16 @@ def main() -> None:
     print(f"written to {path}")
 
 
+#: What else can be run: `python -m bench NAME`.
+COMMANDS = {
+    "kernels": registry.main,
+    "convolutions": convolutions.main,
+    "launches": launches.main,
+    "resources": resources.main,
+}
+
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["kernels"]:
-        sys.exit(registry.main(sys.argv[2:]))
+    command = COMMANDS.get(sys.argv[1]) if len(sys.argv) > 1 else None
+    if command is not None:
+        sys.exit(command(sys.argv[2:]))
     main()

@@ -6,9 +6,10 @@ which is the part that binding saves.
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -89,8 +90,11 @@ def _microseconds(call: Callable[[], object]) -> float:
     return (time.perf_counter() - start) / CALLS * 1e6
 
 
-def main() -> None:
+def main(arguments: Sequence[str]) -> int:
     """Measure both kinds of launch, alternating, and print their medians."""
+    argparse.ArgumentParser(prog="python -m bench launches", description=__doc__).parse_args(
+        arguments
+    )
     from triton.runtime import driver
 
     if not torch.cuda.is_available():
@@ -108,3 +112,4 @@ def main() -> None:
     for name, values in samples.items():
         low, high = min(values), max(values)
         console.print(f"  {name:14} {statistics.median(values):6.1f}  ({low:.1f} to {high:.1f})")
+    return 0

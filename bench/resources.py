@@ -7,8 +7,9 @@ No GPU is needed. Writes docs/kernels.md.
 
 from __future__ import annotations
 
+import argparse
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -140,3 +141,13 @@ def _cell(same: list[Row]) -> str:
     registers = max(r.resources.registers for r in same)
     shared = max(r.resources.shared for r in same)
     return f"{registers} / {round(shared / 1024, 1):g}"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Compile, and write docs/kernels.md."""
+    parser = argparse.ArgumentParser(prog="python -m bench resources", description=__doc__)
+    parser.add_argument("--out", type=Path, default=PATH, help="the file to write")
+    path = parser.parse_args(arguments).out
+    write(path)
+    print(f"written to {path}")
+    return 0

@@ -84,7 +84,9 @@ class Plan:
         """The function that computes a pointwise primitive with an activation of the block."""
         found = self.pointwise.get((primitive, act))
         if found is None:  # an open gate: whoever knows an activation can leave it out
-            found = next(entry for (which, _), entry in self.pointwise.items() if which == primitive)
+            found = next(
+                entry for (which, _), entry in self.pointwise.items() if which == primitive
+            )
         return found.run
 
     @property
