@@ -73,11 +73,20 @@ def _calls() -> tuple[Callable[[], object], Callable[[], object]]:
     (kernel, grid, tensors, sizes, constants), options = captured[0]
 
     def jit() -> object:
-        return kernel[grid](*tensors, *sizes, **constants, **options, **launch.OPTIONS)
+        return kernel[grid](
+            *tensors, *sizes, **constants, **options, **launch.options_of(launch.MAX_REGISTERS)
+        )
 
     def bound() -> object:
         return launch._launch_bound(
-            kernel, grid, tensors, sizes, constants, *options.values(), tensors[0].device
+            kernel,
+            grid,
+            tensors,
+            sizes,
+            constants,
+            *options.values(),
+            launch.MAX_REGISTERS,
+            tensors[0].device,
         )
 
     return jit, bound

@@ -307,7 +307,7 @@ class OutOfResourcesError(Exception):
 
 @pytest.mark.parametrize(
     "error",
-    [OutOfResourcesError("shared memory"), RuntimeError("no"), torch.OutOfMemoryError("full")],
+    [OutOfResourcesError("shared memory"), RuntimeError("no")],
 )
 def test_a_candidate_that_fails_is_skipped(
     gpu: FakeGpu, error: Exception, caplog: pytest.LogCaptureFixture
@@ -321,7 +321,8 @@ def test_a_candidate_that_fails_is_skipped(
     gpu.times = {"a": 2.0, "b": error, "d": 1.0}
     assert tuning.choose(PROBLEM, list("abcd"), run, device=GPU) == "d"
     assert set(tuning.kept(GPU)[PROBLEM].milliseconds) == {"a", "d"}
-    skipped = [r.getMessage() for r in caplog.records if r.levelno == logging.DEBUG]
+    level = logging.DEBUG if "OutOfResources" in type(error).__name__ else logging.WARNING
+    skipped = [r.getMessage() for r in caplog.records if r.levelno == level]
     assert [
         f"candidate {name} is skipped" in line for name, line in zip("bc", skipped, strict=True)
     ]
@@ -353,6 +354,13 @@ def test_without_memory_to_measure_the_first_is_taken(
         yield
 
     monkeypatch.setattr(measure, "gpu_timer", full)
+    assert gpu.choose() == "a"
+    assert not tuning.cache_file(GPU).exists()
+
+
+def test_a_candidate_without_memory_says_nothing_about_the_others(gpu: FakeGpu) -> None:
+    """In the middle of a training step memory is short for all of them: nobody is kept."""
+    gpu.times = {"a": 2.0, "b": 1.0, "c": torch.OutOfMemoryError("full")}
     assert gpu.choose() == "a"
     assert not tuning.cache_file(GPU).exists()
 

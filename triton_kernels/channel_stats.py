@@ -36,20 +36,14 @@ def merge(b_count, b_base, b_mean, b_m2, AXIS: tl.constexpr):
 def spread(b_v, m, count):
     """Partial statistics over the rows of [A, B] values, `count` of which exist: two passes."""
     base = total(tl.where(m, b_v, 0.0), 0) / count
-    b_rest, b_lost = _difference(b_v, base)
-    b_rest, b_lost = tl.where(m, b_rest, 0.0), tl.where(m, b_lost, 0.0)
-    mean = (total(b_rest, 0) + total(b_lost, 0)) / count
-    b_delta = tl.where(m, b_rest - mean, 0.0)
-    return base, mean, total(b_delta * b_delta + 2.0 * b_delta * b_lost, 0)
-
-
-@triton.jit
-def _difference(a, b):
-    """a - b, and what rounding lost of it (Knuth's TwoSum)."""
-    rest = a - b
-    taken = a - rest
-    lost = (a - (rest + taken)) + (taken - b)
-    return rest, lost
+    # Cut to the grid of the largest value, the difference to that value is exact: an outlier would
+    # else bring its own rounding into a variance that it makes up alone.
+    grid = 2.0 * tl.max(tl.where(m, tl.abs(b_v), 0.0), axis=0)[None, :]
+    base = (base + grid) - grid
+    b_v = tl.where(m, b_v - base, 0.0)
+    mean = total(b_v, 0) / count
+    b_v = tl.where(m, b_v - mean, 0.0)
+    return base, mean, total(b_v * b_v, 0)
 
 
 @triton.jit

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from .arithmetic import GATE_AFFINE, INVSTD, MEAN, SCALE, SHIFT, dot, to_storage, total
 from .bn_act import gate_gradient
-from .conv import load_gradient, open_bits, split_pixel
+from .conv import load_gradient, open_bits, pixels_of, split_pixel
 from .walk import load_values
 
 
@@ -123,7 +123,7 @@ def conv_bwd_data_kernel(
     group = column // blocks
     # A class holds at most this many rows and columns of each image.
     class_height, class_width = tl.cdiv(height, STRIDE_H), tl.cdiv(width, STRIDE_W)
-    tiles = tl.cdiv(images.to(tl.int64) * class_height * class_width, BLOCK_M)
+    tiles = tl.cdiv(pixels_of(images, class_height, class_width), BLOCK_M)
     class_index = tile // tiles
     class_h = (class_index // STRIDE_W).to(tl.int32)
     class_w = (class_index % STRIDE_W).to(tl.int32)
@@ -139,8 +139,9 @@ def conv_bwd_data_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     steps = tl.cdiv(group_out, BLOCK_K)
     for step in range(taps_h * taps_w * steps):
-        tap_h = first_h + (step // steps // taps_w) * STRIDE_H
-        tap_w = first_w + (step // steps % taps_w) * STRIDE_W
+        # A class without taps divides by none of them, not even ahead of its turn in a pipeline.
+        tap_h = first_h + (step // steps // tl.maximum(taps_w, 1)) * STRIDE_H
+        tap_w = first_w + (step // steps % tl.maximum(taps_w, 1)) * STRIDE_W
         k = (step % steps) * BLOCK_K + tl.arange(0, BLOCK_K)
         m_k = k < group_out
         out_row = (row + PAD_H - tap_h * DILATION_H) // STRIDE_H

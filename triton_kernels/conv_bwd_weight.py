@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import dot
-from .conv import load_gradient, normalised, split_pixel
+from .conv import load_gradient, normalised, pixels_of, split_pixel
 
 
 @triton.jit
@@ -66,7 +66,7 @@ def conv_bwd_weight_kernel(
     m_k, m_c = k < group_out, c < group_in
     o_k, o_c = group * group_out + k, group * group_in + c
     tap_h, tap_w = (tap // TAPS_W) * DILATION_H - PAD_H, (tap % TAPS_W) * DILATION_W - PAD_W
-    pixels = images.to(tl.int64) * out_height * out_width
+    pixels = pixels_of(images, out_height, out_width)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for step in range(steps):
         pixel = (split * steps + step) * BLOCK_K + tl.arange(0, BLOCK_K).to(tl.int64)

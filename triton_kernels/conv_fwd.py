@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .arithmetic import SCALE, SHIFT, affine, dot, relu, to_storage
 from .channel_stats import spread, store_partial
-from .conv import normalised, split_pixel
+from .conv import normalised, pixels_of, split_pixel
 from .walk import load_values
 
 
@@ -58,7 +58,7 @@ def conv_fwd_kernel(
     pid = tl.program_id(0).to(tl.int64)
     tile, column = pid // (blocks * GROUPS), pid % (blocks * GROUPS)
     group = column // blocks
-    pixels = images.to(tl.int64) * out_height * out_width
+    pixels = pixels_of(images, out_height, out_width)
     pixel = tile * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
     k = (column % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_pixel, m_k = pixel < pixels, k < group_out

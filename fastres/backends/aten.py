@@ -13,7 +13,15 @@ from torch import Tensor
 from fastres import reference
 from fastres.backends.base import Backend, declare
 from fastres.backends.formulas import POINTWISE, bind, register_formulas
-from fastres.primitives import ConvSpec, Prologue, Request, acc_dtype, register
+from fastres.primitives import (
+    ConvSpec,
+    Prologue,
+    Request,
+    acc_dtype,
+    dense,
+    memory_format_of,
+    register,
+)
 
 declare(Backend("aten", ("cpu", "cuda"), why_not=lambda: None))
 register_formulas("aten", POINTWISE, acc=acc_dtype)
@@ -43,8 +51,9 @@ def conv_forward(
     prologue: Prologue | None = None,
     want_state: bool = False,
 ) -> tuple[Tensor, None]:
-    """torch's convolution."""
-    return aten.convolution(x, weight, bias, *_geometry(conv)), None
+    """torch's convolution, in the layout that the block goes by whatever the library gave."""
+    y = aten.convolution(x, weight, bias, *_geometry(conv))
+    return dense(y, memory_format_of(x, (weight,))), None
 
 
 def _backward(
@@ -64,6 +73,7 @@ def conv_backward_data(
 ) -> Tensor:
     """torch's gradient of the input, then an addition where there is something to accumulate."""
     grad = _backward(grad_y, like, weight, conv, [True, False, False])[0]
+    grad = dense(grad, memory_format_of(like))
     return grad if accumulate is None else grad.add_(accumulate)
 
 
@@ -105,9 +115,9 @@ def conv_bn_act(
     torch's own result where the mean is large against the standard deviation.
     """
     if weight.dtype != stats.dtype:
-        y = aten.convolution(x, weight, bias, *_geometry(conv))
+        y, _ = conv_forward(x, weight, bias, conv)
         return formula_scale_shift_act(y, stats, residual=residual, act=act)[0]
-    y = aten.convolution(x, *_fold(weight, bias, stats), *_geometry(conv))
+    y, _ = conv_forward(x, *_fold(weight, bias, stats), conv)
     if residual is not None:
         y = y.add_(residual)
     return y.relu_() if act == "relu" else reference.activate(y, act)

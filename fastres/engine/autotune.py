@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -71,8 +72,9 @@ def tuned_plan(spec: BlockSpec, signature: Signature, plan: Plan, x: Tensor) -> 
     found = _tuned.get(key)
     if found is None:
         sites = _sites(spec, signature, x)
+        best = _best if spec.save else _best_forward if any_batch_stats(spec) else _best_inference
         convs = [
-            conv if conv is None or site is None else _best(plan, choices, site, x.device)
+            conv if conv is None or site is None else best(plan, choices, site, x.device)
             for conv, choices, site in zip(plan.convs, options, sites, strict=True)
         ]
         found = replace(plan, convs=tuple(convs))
@@ -99,86 +101,148 @@ def _sites(spec: BlockSpec, signature: Signature, x: Tensor) -> list[Site | None
     return found
 
 
+def any_batch_stats(spec: BlockSpec) -> bool:
+    """Whether a block normalises anything by the statistics of its batch."""
+    return any(unit.batch_stats for unit in spec.all_units)
+
+
+Kind = Callable[[Plan, ConvPlan, "Inputs"], Thunk]
+
+
+def _choose(
+    kind: str, thunk: Kind, plan: Plan, options: Sequence[ConvPlan], site: Site,
+    device: torch.device,
+) -> ConvPlan:  # fmt: skip
+    inputs = Inputs(site, device)
+    return tuning.choose(
+        tuning.Problem(f"unit/{kind}", site.sizes),
+        options,
+        lambda option: thunk(plan, option, inputs),
+        device=device,
+        name=_name,
+    )
+
+
 def _best(plan: Plan, options: Sequence[ConvPlan], site: Site, device: torch.device) -> ConvPlan:
     """The fastest forward with the fastest backward: both take and leave the same tensors."""
-
-    def choose(kind: str, thunk: Callable[[Plan, ConvPlan, Site, torch.device], Thunk]) -> ConvPlan:
-        return tuning.choose(
-            tuning.Problem(f"unit/{kind}", site.sizes),
-            options,
-            lambda option: thunk(plan, option, site, device),
-            device=device,
-            name=_name,
-        )
-
-    forward, backward = choose("forward", _forward), choose("backward", _backward)
+    forward = _choose("forward", _forward, plan, options, site, device)
+    backward = _choose("backward", _backward, plan, options, site, device)
     level = min(forward.level, backward.level, key=LEVELS.index)
     return replace(
         forward, level=level, data=backward.data, weight=backward.weight, joint=backward.joint
     )
 
 
+def _best_forward(
+    plan: Plan, options: Sequence[ConvPlan], site: Site, device: torch.device
+) -> ConvPlan:
+    return _choose("forward", _forward, plan, options, site, device)
+
+
+def _best_inference(
+    plan: Plan, options: Sequence[ConvPlan], site: Site, device: torch.device
+) -> ConvPlan:
+    """Of convolutions with running statistics; the level of fusion is not theirs."""
+    distinct = {option.infer: option for option in reversed(options)}
+    found = [option for option in options if distinct[option.infer] is option]
+    return _choose("infer", _inference, plan, found, site, device)
+
+
 def _name(option: ConvPlan) -> str:
     """What tells the ways to run a convolution apart."""
-    return f"{option.forward} {option.data} {option.level}"
+    parts = (option.level, option.forward, option.prologue, option.data, option.weight,
+             option.joint, option.infer)  # fmt: skip
+    return " ".join(str(part) for part in parts) + (" stats" if option.stats else "")
 
 
 # ---------------------------------------------------------------- what is measured
 
 
-def _random(site: Site, shape: Sequence[int], device: torch.device) -> Tensor:
-    fmt = torch.channels_last if site.channels_last else torch.contiguous_format
-    return torch.randn(*shape, dtype=site.dtype, device=device).contiguous(memory_format=fmt)
+class Inputs:
+    """What a site's alternatives are measured on: random, made once, when the first one asks.
 
+    The random numbers are the tuner's own: a user's stay what they were.
+    """
 
-def _stats(channels: int, site: Site, device: torch.device) -> Tensor:
-    """Statistics of a standard normal tensor: mean 0, the rest 1 but for the shift."""
-    stats = torch.ones(5, channels, dtype=acc_dtype(site.dtype), device=device)
-    stats[0], stats[4] = 0, 0.1
-    return stats
+    def __init__(self, site: Site, device: torch.device) -> None:
+        self.site, self.device = site, device
+        self.generator = torch.Generator(device).manual_seed(0)
+        n, _, *size = site.shape
+        conv = site.unit.conv
+        assert conv is not None
+        self.conv = conv
+        self.out_shape = (n, site.weight[0], *conv.output_size(size, site.weight[2:]))
 
+    def _random(self, shape: Sequence[int]) -> Tensor:
+        fmt = torch.channels_last if self.site.channels_last else torch.contiguous_format
+        t = torch.empty(*shape, dtype=self.site.dtype, device=self.device, memory_format=fmt)
+        return t.normal_(generator=self.generator)
 
-def _prologue(site: Site, device: torch.device) -> Prologue | None:
-    if site.act_before is None:
-        return None
-    return Prologue(_stats(site.shape[1], site, device), site.act_before)
+    def stats(self, channels: int) -> Tensor:
+        """Statistics of a standard normal tensor: mean 0, the rest 1 but for the shift."""
+        stats = torch.ones(5, channels, dtype=acc_dtype(self.site.dtype), device=self.device)
+        stats[0], stats[4] = 0, 0.1
+        return stats
+
+    @cached_property
+    def x(self) -> Tensor:
+        """The convolution's input, raw."""
+        return self._random(self.site.shape)
+
+    @cached_property
+    def weight(self) -> Tensor:
+        """Its weight."""
+        return self._random(self.site.weight)
+
+    @cached_property
+    def prologue(self) -> Prologue | None:
+        """What is pending on the input."""
+        act = self.site.act_before
+        return None if act is None else Prologue(self.stats(self.site.shape[1]), act)
+
+    @cached_property
+    def pending(self) -> PendingGrad:
+        """The gradient of the raw output."""
+        channels, unit = self.out_shape[1], self.site.unit
+        branch = Branch(self._random(self.out_shape), self.stats(channels))
+        count = self.out_shape[0] * self.out_shape[2] * self.out_shape[3]
+        sums = torch.ones(3, channels, dtype=branch.stats.dtype, device=self.device)
+        grad = self._random(self.out_shape)
+        return PendingGrad(grad, _gate(unit.act), branch, sums, count if unit.batch_stats else 0)
 
 
 def _gate(act: str) -> Gate:
     return Gate("none", None, "none") if act == "none" else Gate("affine", None, act)
 
 
-def _forward(plan: Plan, option: ConvPlan, site: Site, device: torch.device) -> Thunk:
-    x, weight = _random(site, site.shape, device), _random(site, site.weight, device)
-    given = Pending(x, _prologue(site, device))
+def _forward(plan: Plan, option: ConvPlan, given: Inputs) -> Thunk:
+    unit, keeps = given.site.unit, given.site.keeps
+    pending, weight = Pending(given.x, given.prologue), given.weight
 
     def run() -> None:
-        raw, state, _ = convolve(plan, option, site.unit, (weight, None), given, site.keeps)
-        if state is None and site.unit.batch_stats:
+        raw, state, _ = convolve(plan, option, unit, (weight, None), pending, keeps)
+        if state is None and unit.batch_stats:
             plan.run("channel_stats")(raw)
 
     return run
 
 
-def _backward(plan: Plan, option: ConvPlan, site: Site, device: torch.device) -> Thunk:
-    conv = site.unit.conv
-    assert conv is not None
-    n, _, *size = site.shape
-    out = (n, site.weight[0], *conv.output_size(size, site.weight[2:]))
-    x, weight = _random(site, site.shape, device), _random(site, site.weight, device)
-    gate = _gate(site.unit.act)
-    branch = Branch(_random(site, out, device), _stats(out[1], site, device))
-    count = n * out[2] * out[3] if site.unit.batch_stats else 0
-    sums = torch.ones(3, out[1], dtype=branch.stats.dtype, device=device)
-    pending = PendingGrad(_random(site, out, device), gate, branch, sums, count)
-    prologue = _prologue(site, device)
-    below = None if prologue is None else (_gate(prologue.act), Branch(x, prologue.stats))
+def _inference(plan: Plan, option: ConvPlan, given: Inputs) -> Thunk:
+    stats = given.stats(given.out_shape[1])
+    return lambda: option.infer.run(given.x, given.weight, None, given.conv, stats, act="none")
+
+
+def _backward(plan: Plan, option: ConvPlan, given: Inputs) -> Thunk:
+    prologue, pending = given.prologue, given.pending
+    below = None
+    if prologue is not None:
+        below = (_gate(prologue.act), Branch(given.x, prologue.stats))
     wanted: dict[str, Any] = {
-        "prologue": None if site.keeps else prologue,
+        "prologue": None if given.site.keeps else prologue,
         "want_x": True,
         "want_weight": True,
         "accumulate": None,
         "reduce": below,
     }
     run = option.joint.run if option.joint else conv_backward(plan, option)
-    return lambda: run(pending, x, weight, conv, **wanted)
+    return lambda: run(pending, given.x, given.weight, given.conv, **wanted)

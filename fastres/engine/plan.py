@@ -191,7 +191,9 @@ def _options(choose: _Chooser, spec: BlockSpec) -> list[list[ConvPlan]]:
     return [
         []
         if weight is None
-        else list(_conv_plans(choose, spec, _Site(unit, weight, before[i], after[i])))
+        else list(
+            dict.fromkeys(_conv_plans(choose, spec, _Site(unit, weight, before[i], after[i])))
+        )
         for i, (unit, weight) in enumerate(
             zip(spec.all_units, choose.signature.weights, strict=True)
         )

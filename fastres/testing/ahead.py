@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastres import use_backend, use_level
 from fastres.backends.triton import convolution
-from fastres.backends.triton.launch import OPTIONS, Launch, recording
+from fastres.backends.triton.launch import Launch, options_of, recording
 from fastres.backends.triton.support import Device, pretending
 from fastres.engine import current, run_backward, run_forward, split_tensors
 from fastres.nn.blocks import FusedModule
@@ -173,16 +173,17 @@ def compiled(launch: Launch, capability: int) -> Resources:
     signature |= dict.fromkeys(constants, "constexpr")
     signature = {name: signature[name] for name in names}
     source = ASTSource(launch.kernel, signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, **OPTIONS}
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    options |= options_of(launch.max_registers)
     binary = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    return _resources(binary, launch.num_warps)
+    return _resources(binary)
 
 
 def _integer(value: int) -> str:
     return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
-def _resources(binary: Any, warps: int) -> Resources:
+def _resources(binary: Any) -> Resources:
     """What cuobjdump, which comes with Triton, reads off a binary."""
     from triton import knobs
 
@@ -192,5 +193,12 @@ def _resources(binary: Any, warps: int) -> Resources:
         command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    shared = binary.metadata.shared
+    # More warps than were asked for, where some are added to load.
+    shared, warps = binary.metadata.shared, _threads(binary.asm["ptx"]) // 32
     return Resources(found["REG"], found["STACK"], found["LOCAL"], shared, warps, binary.asm["ptx"])
+
+
+def _threads(ptx: str) -> int:
+    found = re.search(r"\.(?:reqntid|maxntid) (\d+)", ptx)
+    assert found is not None
+    return int(found[1])

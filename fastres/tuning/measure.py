@@ -111,6 +111,8 @@ def _prepare(name: str, candidate: T, run: Callable[[T], Thunk], time: Timer) ->
         thunk = run(candidate)
         for _ in range(WARM_UPS):
             time(thunk)
+    except torch.OutOfMemoryError:
+        raise  # says nothing about the candidate: nobody is measured
     except Exception as error:  # Triton's own errors derive from nothing more special
         _skipped(name, error)
         return None
@@ -133,6 +135,8 @@ def _measured(runner: _Runner, time: Timer) -> bool:
     """Add one time; False for a candidate that fails although it ran before."""
     try:
         runner.times.append(time(runner.thunk))
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         runner.times.clear()
         _skipped(runner.name, error)
@@ -141,4 +145,7 @@ def _measured(runner: _Runner, time: Timer) -> bool:
 
 
 def _skipped(name: str, error: Exception) -> None:
-    _log.debug("candidate %s is skipped: %s: %s", name, type(error).__name__, error)
+    """A candidate that asks for more than the device has is an everyday thing; others are not."""
+    kind = type(error).__name__
+    level = logging.DEBUG if "OutOfResources" in kind else logging.WARNING
+    _log.log(level, "candidate %s is skipped: %s: %s", name, kind, error)

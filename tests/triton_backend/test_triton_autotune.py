@@ -65,10 +65,12 @@ def test_every_way_runs_and_the_chosen_is_taken(
     assert plan.level == "c"
     kinds = [p.kernel for p in problems if p.kernel.startswith("unit/")]
     assert kinds == ["unit/forward", "unit/backward"] * 4
+    state = torch.random.get_rng_state()
     count = len(problems)
     assert _tuned(spec, signature, x) is plan, "chosen once"
     assert len(problems) == count
     assert _tuned(spec, signature, x[:2]) is not plan, "another size is another problem"
+    assert torch.equal(state, torch.random.get_rng_state()), "the user's random numbers stay"
 
 
 def test_forward_and_backward_are_chosen_apart(device: str) -> None:
@@ -89,6 +91,31 @@ def test_forward_and_backward_are_chosen_apart(device: str) -> None:
     assert best.stats and best.prologue is None, "forward of b'"
     assert best.joint is options[3].joint, "backward of c"
     assert best.level == "b'"
+
+
+@pytest.mark.parametrize(
+    ("changes", "kernel"),
+    [({"save": False}, "unit/infer"), ({"save": False, "batch": True}, "unit/forward")], ids=str,
+)  # fmt: skip
+def test_what_does_not_run_is_not_measured(
+    changes: dict[str, Any], kernel: str, problems: list[tuning.Problem], device: str
+) -> None:
+    batch = changes.pop("batch", False)
+    spec, signature, x = _block("auto", device, **changes)
+    units = tuple(unit._replace(batch_stats=batch) for unit in spec.all_units)
+    spec = spec._replace(units=units[:3], projection=units[3])
+    gpu = signature._replace(device="cuda", here=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(autotune, "conv_options", lambda *_: conv_options(spec, gpu))
+        _tuned(spec, signature, x)
+    assert {p.kernel for p in problems if p.kernel.startswith("unit/")} == {kernel}
+
+
+def test_ways_that_are_alike_are_one(device: str) -> None:
+    """In NCHW Triton's convolutions decline: what is left at every level is torch's."""
+    spec, signature, _ = _block("auto", device)
+    found = conv_options(spec, signature._replace(device="cuda", here=False, channels_last=False))
+    assert [len(options) for options in found] == [1] * 4
 
 
 def test_auto_takes_no_unproven_convolution_unmeasured(device: str) -> None:

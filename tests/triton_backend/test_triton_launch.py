@@ -111,6 +111,51 @@ def test_the_kernel_with_tensor_descriptors_is_right(
     assert any(ran)
 
 
+@pytest.mark.gpu
+def test_parameters_may_be_views(device: str) -> None:
+    """Every second element of a tensor, and one element for all channels."""
+    from fastres.backends.triton import batch_norm
+    from fastres.primitives import ConvSpec
+
+    wide = torch.randn(32, device=device)
+    mean, var, weight, bias = wide[::2], wide[1::2].abs(), wide[::2] + 1, wide[:1].expand(16)
+    dense = [t.clone() for t in (mean, var, weight, bias)]
+    found = []
+    for m, v, w, b in ((mean, var, weight, bias), dense):
+        found.append(batch_norm.finalize_stats(None, 1, (m, v), w, b, 1e-5, acc=torch.float32))
+    assert torch.equal(*found)
+    x, kernel = torch.randn(2, 8, 3, 3, device=device), torch.randn(16, 8, 1, 1, device=device)
+    x = x.contiguous(memory_format=torch.channels_last)
+    y = [convolution.conv_forward(x, kernel, b, ConvSpec())[0] for b in (bias, dense[3])]
+    assert torch.equal(*y)
+
+
+@pytest.mark.gpu
+def test_an_empty_batch_has_sums_of_zero(device: str) -> None:
+    from fastres.primitives import Branch, ConvSpec, Gate
+
+    x = torch.empty(0, 16, 4, 4, device=device).contiguous(memory_format=torch.channels_last)
+    weight, stats = torch.randn(16, 16, 1, 1, device=device), torch.ones(5, 16, device=device)
+    below = (Gate("affine"), Branch(x, stats))
+    given = convolution._Incoming.formed(x)
+    grad, sums = convolution._data(given, weight, x, ConvSpec(), None, below)
+    assert grad.shape == x.shape and sums is not None and not sums.any()
+
+
+def test_the_newer_switch_for_tf32_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    conv = getattr(torch.backends.cudnn, "conv", None)
+    if not hasattr(conv, "fp32_precision"):
+        pytest.skip("this torch has no such switch")
+    before = conv.fp32_precision
+    try:
+        for precision, expected in (("ieee", "ieee"), ("tf32", "tf32")):
+            conv.fp32_precision = precision
+            assert convolution._precision(torch.float32) == expected
+            assert convolution._precision(torch.bfloat16) == "ieee"
+    finally:
+        conv.fp32_precision = before
+
+
 # ---------------------------------------------------------------- bound launches
 
 
@@ -132,7 +177,7 @@ class CountingKernel:
 
 
 def _bound_launch(kernel: CountingKernel, t: torch.Tensor, size: int, flag: bool) -> None:
-    launch._launch_bound(kernel, (4,), (t, None), (size,), {"FLAG": flag}, 4, 2, t.device)
+    launch._launch_bound(kernel, (4,), (t, None), (size,), {"FLAG": flag}, 4, 2, None, t.device)
 
 
 def test_a_launch_is_bound_once_per_kind(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,7 +61,8 @@ def finalize_stats(
 ) -> Tensor:
     """`stats` float32 [5, C], computed in float64."""
     mean, var = running or (None, None)
-    given = (state, mean, var, weight, bias)
+    # The kernel reads them with a stride of 1; views of a parameter may have another.
+    given = [None if t is None else t.contiguous() for t in (state, mean, var, weight, bias)]
     some = next(t for t in given if t is not None)
     channels = some.shape[-1]
     stats = torch.empty(5, channels, device=some.device)

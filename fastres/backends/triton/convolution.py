@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastres.backends.triton.batch_norm import bn_act_backward_apply
-from fastres.backends.triton.launch import Described, kernel_of, launch, tuned
+from fastres.backends.triton.launch import MAX_REGISTERS, Described, kernel_of, launch, tuned
 from fastres.backends.triton.residual import act_backward
 from fastres.backends.triton.support import device_of, gate_code, why_not
 from fastres.backends.triton.walk import merge_stats, sum_partials
@@ -100,8 +100,21 @@ def _geometry(kernel: tuple[int, int], conv: ConvSpec) -> dict[str, int]:
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """float32 products follow torch's own switch for convolutions."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else "ieee"
+    """float32 products follow torch's own switch for convolutions; ROCm's have no TF32."""
+    if dtype != torch.float32 or torch.version.hip is not None:
+        return "ieee"
+    return "tf32" if _allows_tf32() else "ieee"
+
+
+def _allows_tf32() -> bool:
+    """What torch's own convolutions would do, by the newer switch where there is one.
+
+    Reading the older one raises where a user has set the newer.
+    """
+    choices = [torch.backends.cudnn, getattr(torch.backends.cudnn, "conv", None)]
+    found = [getattr(choice, "fp32_precision", "none") for choice in reversed(choices)]
+    named = [precision for precision in found if precision != "none"]
+    return named[0] == "tf32" if named else bool(torch.backends.cudnn.allow_tf32)
 
 
 @lru_cache(maxsize=1024)
@@ -132,7 +145,9 @@ def _choose(
         candidates = [*candidates, *(t._replace(descriptors=True) for t in candidates)]
         if device.specialises:
             candidates += [t._replace(specialised=True) for t in candidates if t.descriptors]
-    sizes = (*p.sizes, *p.kernel, str(p.conv), str(like.dtype), *flags.values())
+    # Not by HAS_STATE: a recomputed output must have the bits of the first one.
+    by = [value for name, value in flags.items() if name != "HAS_STATE"]
+    sizes = (*p.sizes, *p.kernel, str(p.conv), str(like.dtype), described, *by)
     return tuned(f"{module}_kernel", module, sizes, candidates, run, like.device)
 
 
@@ -186,7 +201,8 @@ def _forward(
         if tile.descriptors:
             _launch_described(tile, flags, x, x_stats, weight, y, partials, counts)
             return y, partials, counts
-        given = (epilogue.bias, epilogue.stats, epilogue.residual)
+        bias = None if epilogue.bias is None else epilogue.bias.contiguous()
+        given = (bias, epilogue.stats, epilogue.residual)
         launch(
             kernel_of("conv_fwd", "conv_fwd_kernel"),
             (tiles * conv.groups * -(-group_out // tile.n),),
@@ -250,6 +266,8 @@ def _launch_described(
         },
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        # Warps that are added to load share the registers: a cap would be one they cannot have.
+        max_registers=None if tile.specialised else MAX_REGISTERS,
     )  # fmt: skip
 
 
@@ -304,6 +322,8 @@ class _Incoming(NamedTuple):
 
     @classmethod
     def pending(cls, grad: PendingGrad) -> _Incoming:
+        if grad.gate.kind == "out":
+            raise NotImplementedError("gate must be none, mask or affine, got out")
         flags = {"PENDING": True, "GATE": gate_code(grad.gate), "HAS_SUMS": grad.values > 0}
         sums = grad.sums if grad.values else None
         tensors = (grad.grad_out, grad.gate.tensor, grad.branch.y, grad.branch.stats, sums)
@@ -322,6 +342,8 @@ def _data(
     p, weight = _Problem.of(like, weight, conv), _weight(weight)
     residual, residual_gate, kind = _residual(accumulate)
     gate, below = reduce or (Gate("none"), Branch(None, None))  # type: ignore[arg-type]
+    if gate.kind not in ("none", "affine"):
+        raise NotImplementedError(f"the gate below must be none or affine, got {gate.kind}")
     flags = {
         **incoming.flags,
         "RESIDUAL": kind,
@@ -348,6 +370,8 @@ def _data(
         )
         return grad_x, partials
 
+    if class_pixels == 0:
+        return torch.empty_like(like), like.new_zeros(3, p.channels, dtype=torch.float32)
     shape = (class_pixels, group_in, p.out_channels // conv.groups)
     grad_x, partials = run(_choose("conv_bwd_data", p, shape, flags, run, like))
     return grad_x, None if partials is None else sum_partials(partials)
@@ -362,6 +386,8 @@ def _residual(accumulate: Tensor | Gated | None) -> tuple[Tensor | None, Tensor 
     grad_out, gate = accumulate
     if gate.kind == "mask":
         return grad_out, gate.tensor, 2
+    if gate.kind == "none":
+        return grad_out, None, 1
     return act_backward(grad_out, gate), None, 1
 
 

@@ -13,6 +13,7 @@ from functools import lru_cache
 from hashlib import sha256
 from importlib import import_module
 from inspect import getsource
+from pkgutil import iter_modules
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -29,11 +30,18 @@ Grid = tuple[int, ...]
 _bound: dict[tuple[Any, ...], Callable[..., None]] = {}
 _MOST_BOUND = 16384
 
-#: What fuses a multiplication and an addition is said here, not left to a version's default. And
-#: ptxas, left to itself, spills a few registers to fit one more program on a multiprocessor.
-OPTIONS: dict[str, Any] = {"enable_fp_fusion": True}
-if torch.version.hip is None:
-    OPTIONS["maxnreg"] = 255
+#: What the autotuner said, by all that it was asked: every launch asks.
+_chosen: dict[tuple[Any, ...], Any] = {}
+
+#: Registers per thread that a kernel may have: all there are. ptxas, left to itself, spills a few
+#: to fit one more program on a multiprocessor.
+MAX_REGISTERS = 255
+
+
+def options_of(max_registers: int | None) -> dict[str, Any]:
+    """Compiler options; whether to fuse multiplications and additions is no version's default."""
+    capped = {} if max_registers is None or torch.version.hip else {"maxnreg": max_registers}
+    return {"enable_fp_fusion": True, **capped}
 
 
 def _module(name: str) -> ModuleType:
@@ -49,8 +57,10 @@ def kernel_of(module: str, name: str) -> Any:
 
 @lru_cache(maxsize=256)
 def source_hash(module: str) -> str:
-    """Identifies the text of a file of kernels and of what all of them share."""
-    files = {_module(name) for name in (module, "arithmetic", "walk")}
+    """Identifies the text of a file of kernels and of all that it may share with others."""
+    package = import_module("fastres.triton_kernels")
+    names = [info.name for info in iter_modules(package.__path__)]
+    files = {_module(name) for name in (module, *names)}
     text = "".join(sorted(getsource(file) for file in files))
     return sha256(text.encode()).hexdigest()[:16]
 
@@ -98,6 +108,7 @@ class Launch(NamedTuple):
     constants: tuple[tuple[str, Any], ...]
     num_warps: int
     num_stages: int
+    max_registers: int | None
 
     @classmethod
     def of(
@@ -109,6 +120,7 @@ class Launch(NamedTuple):
         constants: dict[str, Any],
         num_warps: int,
         num_stages: int,
+        max_registers: int | None,
     ) -> Launch:
         """The record of a call of `launch`."""
         dtypes = tuple(
@@ -120,7 +132,14 @@ class Launch(NamedTuple):
             for t in tensors
         )
         return cls(
-            kernel, grid, dtypes, tuple(sizes), tuple(constants.items()), num_warps, num_stages
+            kernel,
+            grid,
+            dtypes,
+            tuple(sizes),
+            tuple(constants.items()),
+            num_warps,
+            num_stages,
+            max_registers,
         )
 
 
@@ -147,6 +166,7 @@ def launch(
     *,
     num_warps: int = 4,
     num_stages: int = 2,
+    max_registers: int | None = MAX_REGISTERS,
 ) -> None:
     """Run a kernel on the device of its first tensor, on torch's current stream.
 
@@ -158,20 +178,33 @@ def launch(
         constants: the constexpr parameters, in their order.
         num_warps: warps per program.
         num_stages: depth of software pipelining.
+        max_registers: cap on a thread's registers (NVIDIA); None leaves it to the compiler.
     """
     if 0 in grid:
         return
     given = next(t for t in tensors if t is not None)
     first = given.matrix if isinstance(given, Described) else given
     if _recorded is not None:
-        _recorded.append(Launch.of(kernel, grid, tensors, sizes, constants, num_warps, num_stages))
+        _recorded.append(
+            Launch.of(kernel, grid, tensors, sizes, constants, num_warps, num_stages, max_registers)
+        )
         return
     if first.device.type != "cuda":
         kernel[grid](*_passed(tensors), *sizes, **constants)
         return
     # Triton launches on the current device.
     with torch.cuda.device_of(first):
-        _launch_bound(kernel, grid, tensors, sizes, constants, num_warps, num_stages, first.device)
+        _launch_bound(
+            kernel,
+            grid,
+            tensors,
+            sizes,
+            constants,
+            num_warps,
+            num_stages,
+            max_registers,
+            first.device,
+        )
 
 
 def _launch_bound(
@@ -182,6 +215,7 @@ def _launch_bound(
     constants: dict[str, Any],
     num_warps: int,
     num_stages: int,
+    max_registers: int | None,
     device: torch.device,
 ) -> None:
     values = tuple(constants.values())
@@ -197,7 +231,7 @@ def _launch_bound(
         **constants,
         num_warps=num_warps,
         num_stages=num_stages,
-        **OPTIONS,
+        **options_of(max_registers),
     )
     if len(_bound) >= _MOST_BOUND:
         _bound.clear()
@@ -225,5 +259,14 @@ def tuned(
     """
     if interpreted() or len(candidates) == 1:
         return candidates[0]
-    problem = tuning.Problem(name, sizes, source_hash(module))
-    return tuning.choose(problem, candidates, lambda c: lambda: run(c), device=device)
+    key = (name, sizes, device.index, torch.are_deterministic_algorithms_enabled())
+    found = _chosen.get(key)
+    if found is None:
+        problem = tuning.Problem(name, sizes, source_hash(module))
+        found = tuning.choose(problem, candidates, lambda c: lambda: run(c), device=device)
+        # What stands in while a graph is captured is not the last word.
+        if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+            if len(_chosen) >= _MOST_BOUND:
+                _chosen.clear()
+            _chosen[key] = found
+    return found
