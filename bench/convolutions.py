@@ -20,7 +20,7 @@ from torch import Tensor
 from bench.conditions import ROOT, conditions, stamp
 from bench.registry import QUICK_ROUNDS, ROUNDS, race, timer_for, why_wrong
 from fastres.backends import BACKENDS, aten
-from fastres.backends.triton import batch_norm, convolution
+from fastres.backends.triton import batch_norm, convolution, convolution_backward
 from fastres.primitives import Branch, ConvSpec, Gate, PendingGrad, Prologue, implementations
 from fastres.testing import CASES
 
@@ -143,7 +143,10 @@ def backward_steps(t: Tensors) -> dict[str, Step]:
             aten.conv_backward_data(t.grad, t.weight, t.x, t.conv),
         )
 
-    run = {"c'": convolution.conv_backward_formed, "c": convolution.conv_backward_pending}
+    run = {
+        "c'": convolution_backward.conv_backward_formed,
+        "c": convolution_backward.conv_backward_pending,
+    }
     return {
         "cuDNN alone": bare,
         "separate passes, cuDNN": separate,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastres import use_backend, use_level
-from fastres.backends.triton import convolution
+from fastres.backends.triton import convolution, products
 from fastres.backends.triton.launch import Launch, options_of, recording
 from fastres.backends.triton.support import Device, pretending
 from fastres.engine import current, run_backward, run_forward, split_tensors
@@ -106,7 +106,7 @@ def described_launches(dtype: torch.dtype, capability: int) -> list[Launch]:
     with (
         pretending(DEVICES[capability]),
         recording() as launches,
-        mock.patch.object(convolution, "tuned", _first_described),
+        mock.patch.object(products, "tuned", _first_described),
     ):
         for channels, out_channels in ((64, 256), (256, 64)):
             x = torch.empty(256, channels, 56, 56, dtype=dtype, device="meta")

@@ -13,7 +13,14 @@ pytest.importorskip("triton")
 from fastres.triton_kernels import conv
 from fastres.triton_kernels.walk import Tiling, tilings
 
-from fastres.backends.triton import convolution, launch, support, walk
+from fastres.backends.triton import (
+    convolution,
+    convolution_backward,
+    launch,
+    products,
+    support,
+    walk,
+)
 from fastres.backends.triton.support import Device, Matrix
 from fastres.primitives import implementations
 from fastres.testing import CASES, check_implementation
@@ -66,12 +73,12 @@ def test_every_candidate_tile_is_right(
 ) -> None:
     """Each one alone, forward and backward, on a case that is no multiple of it."""
     monkeypatch.setattr(conv, "_TILES", (conv._TILES[index],))
-    convolution._tiles.cache_clear()
+    products._tiles.cache_clear()
     case = next(c for c in CASES if c.name == "stride2-f32-nhwc")
     for primitive in ("conv_forward", "conv_backward_data", "conv_backward_weight", "conv_bn_act"):
         for entry in implementations(primitive, "triton"):
             assert check_implementation(entry, case, device=device).ran
-    convolution._tiles.cache_clear()
+    products._tiles.cache_clear()
 
 
 @pytest.mark.gpu
@@ -104,7 +111,7 @@ def test_the_kernel_with_tensor_descriptors_is_right(
 
     if device == "cuda" and not support.device_of(torch.zeros(1, device=device)).copy_engine:
         pytest.skip("no copy engine before Hopper")
-    monkeypatch.setattr(convolution, "tuned", last)
+    monkeypatch.setattr(products, "tuned", last)
     case = next(c for c in CASES if c.name == name)
     (entry,) = implementations("conv_forward", "triton")
     assert {"plain", "stats", "both"} <= {*check_implementation(entry, case, device=device).ran}
@@ -137,8 +144,8 @@ def test_an_empty_batch_has_sums_of_zero(device: str) -> None:
     x = torch.empty(0, 16, 4, 4, device=device).contiguous(memory_format=torch.channels_last)
     weight, stats = torch.randn(16, 16, 1, 1, device=device), torch.ones(5, 16, device=device)
     below = (Gate("affine"), Branch(x, stats))
-    given = convolution._Incoming.formed(x)
-    grad, sums = convolution._data(given, weight, x, ConvSpec(), None, below)
+    given = convolution_backward.Incoming.formed(x)
+    grad, sums = convolution_backward.data_gradient(given, weight, x, ConvSpec(), None, below)
     assert grad.shape == x.shape and sums is not None and not sums.any()
 
 
@@ -150,8 +157,8 @@ def test_the_newer_switch_for_tf32_is_read(monkeypatch: pytest.MonkeyPatch) -> N
     try:
         for precision, expected in (("ieee", "ieee"), ("tf32", "tf32")):
             conv.fp32_precision = precision
-            assert convolution._precision(torch.float32) == expected
-            assert convolution._precision(torch.bfloat16) == "ieee"
+            assert products.precision_of(torch.float32) == expected
+            assert products.precision_of(torch.bfloat16) == "ieee"
     finally:
         conv.fp32_precision = before
 

@@ -18,6 +18,6 @@ declare(
     )
 )
 
-from fastres.backends.triton import batch_norm, convolution, residual  # noqa: E402
+from fastres.backends.triton import batch_norm, convolution, convolution_backward, residual  # noqa: E402
 
-__all__ = ["batch_norm", "convolution", "residual"]
+__all__ = ["batch_norm", "convolution", "convolution_backward", "residual"]
