@@ -36,6 +36,10 @@ MODULES = {
 }
 
 
+#: What `fastres.use_...` chooses.
+_CHOICES = ("backend", "memory", "level")
+
+
 def main(arguments: Sequence[str]) -> int:
     """Print the facts as text, or as one JSON object with --json."""
     parser = argparse.ArgumentParser(prog="fastres doctor", description=__doc__)
@@ -114,7 +118,7 @@ def _settings() -> dict[str, str | None]:
         settings = current()
     except (ValueError, RuntimeError) as error:
         return {"backend": None, "memory": None, "error": str(error)}
-    return {"backend": settings.backend, "memory": settings.memory, "error": None}
+    return {**{name: getattr(settings, name) for name in _CHOICES}, "error": None}
 
 
 def _cpu() -> dict[str, Any]:
@@ -222,7 +226,7 @@ def _setting(entry: dict[str, Any]) -> str:
 
 def _show_settings(settings: dict[str, str | None]) -> None:
     if settings["error"] is None:
-        print(f"  In force: backend {settings['backend']}, memory {settings['memory']}.")
+        print("  In force: " + ", ".join(f"{k} {settings[k]}" for k in _CHOICES) + ".")
     else:
         print(f"  The environment asks for what cannot be: {settings['error']}.")
 

@@ -96,7 +96,8 @@ def _kernels(rows: tuple[Row, ...]) -> list[str]:
             alike.setdefault(tuple(row.backends.items()), []).append(row.name or "(model)")
     lines = []
     for backends, names in alike.items():
-        lines += ["", f"in {', '.join(names)}:"]
+        where = "every block" if len(names) == len(rows) else ", ".join(names)
+        lines += ["", f"in {where}:"]
         width = max(len(primitive) for primitive, _ in backends)
         lines += [f"  {primitive:<{width}}  {which}" for primitive, which in backends]
     return lines
