@@ -50,13 +50,14 @@ class Row(NamedTuple):
 def launches(dtype: torch.dtype, capability: int) -> list[Launch]:
     """One launch for each binary that ResNet-50 needs."""
     found: dict[object, Launch] = {}
+    device = DEVICES[capability]
     for level, training in RUNS:
         model = fastres.models.resnet50()
-        for launch in resnet_launches(model, IMAGES, dtype, capability, level, training):
+        for launch in resnet_launches(model, IMAGES, dtype, device, level, training):
             key = (launch.kernel, launch.dtypes, launch.constants, launch.num_warps)
             found.setdefault(key, launch)
-    if DEVICES[capability].copy_engine:
-        for launch in described_launches(dtype, capability):
+    if device.copy_engine:
+        for launch in described_launches(dtype, device):
             found[launch.kernel, launch.dtypes, launch.constants, launch.num_warps] = launch
     return list(found.values())
 

@@ -64,7 +64,7 @@ def resnet_launches(
     model: nn.Module,
     images: tuple[int, int],
     dtype: torch.dtype,
-    capability: int,
+    device: Device,
     level: str,
     training: bool,
 ) -> list[Launch]:
@@ -74,7 +74,7 @@ def resnet_launches(
         model: the network; it is moved to the device "meta".
         images: batch size, and pixels per side.
         dtype: of activations and convolution weights; batch norms stay float32.
-        capability: of the GPU, a key of `DEVICES`.
+        device: what launch shapes depend on, say one of `DEVICES`.
         level: of fusion, as for `fastres.use_level`.
         training: with batch statistics and a backward; else inference.
     """
@@ -87,7 +87,7 @@ def resnet_launches(
     x = torch.empty(number, 3, size, size, dtype=dtype, device="meta")
     x = x.contiguous(memory_format=torch.channels_last)
     with (
-        pretending(DEVICES[capability]),
+        pretending(device),
         use_backend("triton"),
         use_level(level),
         recording() as launches,
@@ -98,13 +98,13 @@ def resnet_launches(
     return list(dict.fromkeys(launches))
 
 
-def described_launches(dtype: torch.dtype, capability: int) -> list[Launch]:
+def described_launches(dtype: torch.dtype, device: Device) -> list[Launch]:
     """The 1x1 convolutions of ResNet-50's first stage by tensor descriptors, in every form.
 
     The autotuner may take them; where nothing was measured nobody does.
     """
     with (
-        pretending(DEVICES[capability]),
+        pretending(device),
         recording() as launches,
         mock.patch.object(products, "tuned", _first_described),
     ):
@@ -149,7 +149,17 @@ def compiled(launch: Launch, capability: int) -> Resources:
         Exception: of Triton's own classes, where it cannot be compiled.
     """
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile
+    from triton.compiler import compile
+
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    options |= options_of(launch.max_registers)
+    target = GPUTarget("cuda", capability, 32)
+    return _resources(compile(source_of(launch), target=target, options=options))
+
+
+def source_of(launch: Launch) -> Any:
+    """What `triton.compile` takes: a launch's kernel with its types, constants and alignments."""
+    from triton.compiler import ASTSource
 
     names = list(launch.kernel.arg_names)
     constants = dict(launch.constants)
@@ -172,11 +182,7 @@ def compiled(launch: Launch, capability: int) -> Resources:
                 attributes[(index,)] = [["tt.divisibility", 16]]
     signature |= dict.fromkeys(constants, "constexpr")
     signature = {name: signature[name] for name in names}
-    source = ASTSource(launch.kernel, signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    options |= options_of(launch.max_registers)
-    binary = compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    return _resources(binary)
+    return ASTSource(launch.kernel, signature, constexprs=constants, attrs=attributes)
 
 
 def _integer(value: int) -> str:

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import fastres
+
 pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
@@ -94,7 +96,7 @@ def test_loads_of_16_bit_activations_are_16_bytes_wide(
 
 def test_sizes_of_one_compile() -> None:
     """Triton makes a number of an argument that is 1, and a number has no methods."""
-    from fastres.backends.triton import convolution
+    from fastres.backends.triton import convolution, convolution_backward
     from fastres.backends.triton.launch import recording
     from fastres.backends.triton.support import pretending
     from fastres.primitives import ConvSpec
@@ -107,11 +109,32 @@ def test_sizes_of_one_compile() -> None:
             x = x.contiguous(memory_format=torch.channels_last)
             weight = x.new_empty(channels, channels, kernel, kernel)
             y, _ = convolution.conv_forward(x, weight, None, conv, want_state=True)
-            convolution.conv_backward_data(y, weight, x, conv)
-            convolution.conv_backward_weight(y, x, weight, conv)
+            convolution_backward.conv_backward_data(y, weight, x, conv)
+            convolution_backward.conv_backward_weight(y, x, weight, conv)
     assert len(launches) >= 9
     for launch in launches:
         assert compiled(launch, 90).registers > 0
+
+
+def test_amd_gpus_compile() -> None:
+    """Nothing is NVIDIA's alone: an MI300's compiler takes the same kernels."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import compile
+
+    from fastres.backends.triton.support import Device
+    from fastres.testing.ahead import resnet_launches, source_of
+
+    target, local = GPUTarget("hip", "gfx942", 64), 64 << 10
+    model = fastres.models.resnet50()
+    device, distinct = Device(304, local), {}
+    for launch in resnet_launches(model, (256, 224), torch.bfloat16, device, "c", True):
+        distinct.setdefault((launch.kernel, resources.variant(launch)), launch)
+    assert len(distinct) > 20
+    for (kernel, variant), launch in distinct.items():
+        options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+        binary = compile(source_of(launch), target=target, options=options)
+        assert "hsaco" in binary.asm, (kernel, variant)
+        assert binary.metadata.shared <= local, (kernel, variant)
 
 
 def test_the_table_in_the_docs_is_of_these_kernels() -> None:
