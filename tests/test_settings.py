@@ -7,17 +7,20 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from fastres.engine import current, use_backend, use_memory
+from fastres import Bottleneck
+from fastres.engine import LEVELS, current, use_backend, use_level, use_memory
 
 
 def test_choices_nest_and_end() -> None:
-    before = current().backend, current().memory
-    with use_backend("aten"), use_memory("lean"):
+    before = current().backend, current().memory, current().level
+    with use_backend("aten"), use_memory("lean"), use_level("b'"):
         with use_backend("reference"):
             assert (current().backend, current().memory) == ("reference", "lean")
+            assert current().level == "b'"
         assert current().backend == "aten"
-    assert (current().backend, current().memory) == before
+    assert (current().backend, current().memory, current().level) == before
 
 
 def test_choices_end_with_an_exception() -> None:
@@ -39,6 +42,26 @@ def test_unknown_memory_mode_lists_the_known() -> None:
         pass
 
 
+def test_unknown_level_lists_the_known() -> None:
+    sentence = "level must be one of auto, b, b', c', c, got 'd'"
+    with pytest.raises(ValueError, match=sentence), use_level("d"):
+        pass
+
+
+def test_every_level_runs_and_backward_follows_its_own_forward() -> None:
+    """Levels differ in speed; what they compute is the same but for rounding."""
+    block = Bottleneck(16, 4)
+    x = torch.randn(2, 16, 6, 6).contiguous(memory_format=torch.channels_last).requires_grad_()
+    grads = []
+    for level in LEVELS:
+        with use_level(level):
+            out = block(x)
+        grads.append(torch.autograd.grad(out.square().sum(), x)[0])
+    for grad in grads[1:]:
+        # Two float32 results, each a few hundred roundings of 2^-24 away from the truth.
+        torch.testing.assert_close(grad, grads[0], rtol=2**-14, atol=2**-14)
+
+
 def test_backend_that_cannot_run_here_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     from fastres.backends import BACKENDS, Backend
 
@@ -51,7 +74,7 @@ def test_backend_that_cannot_run_here_says_why(monkeypatch: pytest.MonkeyPatch) 
 
 _PROGRAM = """
 from fastres.engine import current
-print(current().backend, current().memory)
+print(current().backend, current().memory, current().level)
 """
 
 
@@ -63,8 +86,8 @@ def _run(**environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_environment_chooses() -> None:
-    done = _run(FASTRES_BACKEND="aten", FASTRES_MEMORY="lean")
-    assert done.stdout.split() == ["aten", "lean"], done.stderr
+    done = _run(FASTRES_BACKEND="aten", FASTRES_MEMORY="lean", FASTRES_LEVEL="c'")
+    assert done.stdout.split() == ["aten", "lean", "c'"], done.stderr
 
 
 def test_wrong_environment_raises_when_a_block_runs_not_on_import() -> None:
