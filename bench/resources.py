@@ -29,7 +29,7 @@ from fastres.testing.ahead import (
 PATH = Path(__file__).resolve().parent.parent / "docs" / "kernels.md"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 #: (level of fusion, training): between them all kernels and flags are launched.
-RUNS = (("b'", True), ("c'", True), ("c", True), ("c'", False))
+RUNS = (("b", True), ("b'", True), ("c'", True), ("c", True), ("c'", False))
 IMAGES = (256, 224)
 
 #: Flags that select code; the rest of the constants are sizes.
@@ -113,8 +113,8 @@ def _document(found: list[Row]) -> Iterator[str]:
     yield "# Triton kernels, compiled ahead of time"
     yield ""
     yield "Written by `python -m bench resources`; nothing here ran on a GPU. Every kernel, dtype"
-    yield "and flag that ResNet-50 at 224 pixels and batch 256 launches at the levels b', c' and c"
-    yield "and in inference, with the launch shapes that stand where nothing was measured; and"
+    yield "and flag that ResNet-50 at 224 pixels and batch 256 launches at the levels b to c and"
+    yield "in inference, with the launch shapes that stand where nothing was measured; and"
     yield "`conv1x1_fwd_kernel` (tensor descriptors), which the autotuner may choose."
     yield ""
     yield "Registers per thread / shared memory per program in KiB, for compute capability 8.0,"

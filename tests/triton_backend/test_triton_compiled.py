@@ -42,14 +42,19 @@ def compiled(request: pytest.FixtureRequest) -> tuple[int, str, list[resources.R
 
 
 def test_every_kernel_is_among_them(compiled: tuple[int, str, list[resources.Row]]) -> None:
-    """All but the plain addition, which no block of ResNet-50 runs on its own."""
+    """All but the plain addition, which no block of ResNet-50 runs on its own, and what needs newer
+    hardware.
+    """
     defined = {
         name
         for path in (ROOT / "triton_kernels").glob("*.py")
         for name in re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.M)
     }
     found = {row.kernel for row in compiled[2]}
-    assert defined - found == {"add_act_fwd_kernel"}
+    missing = {"add_act_fwd_kernel"}
+    if not resources.DEVICES[compiled[0]].copy_engine:
+        missing.add("conv1x1_fwd_kernel")
+    assert defined - found == missing
 
 
 def test_nothing_spills(compiled: tuple[int, str, list[resources.Row]]) -> None:
