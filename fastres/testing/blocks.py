@@ -208,7 +208,8 @@ def _build() -> tuple[BlockCase, ...]:
     for values in ("large_mean", "constant", "outlier", "nan", "inf", "negative_zero"):
         shape = (8, 16, 12, 12) if values == "large_mean" else (4, 16, 6, 5)
         found.append(BlockCase(f"bottleneck-{values}", values=values, shape=shape))
-    found.append(BlockCase("bottleneck-pixel", shape=(4, 16, 1, 1)))
+    # 16 values per channel: of 4, torch's own error is a matter of luck.
+    found.append(BlockCase("bottleneck-pixel", shape=(16, 16, 1, 1)))
     found.append(BlockCase("basic-thin", "basic", (3, 1, 5, 5), 3, "projection"))
     return tuple(found)
 
