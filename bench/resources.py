@@ -50,15 +50,15 @@ class Row(NamedTuple):
 def launches(dtype: torch.dtype, capability: int) -> list[Launch]:
     """One launch for each binary that ResNet-50 needs."""
     found: dict[object, Launch] = {}
+    made: list[Launch] = []
     device = DEVICES[capability]
     for level, training in RUNS:
         model = fastres.models.resnet50()
-        for launch in resnet_launches(model, IMAGES, dtype, device, level, training):
-            key = (launch.kernel, launch.dtypes, launch.constants, launch.num_warps)
-            found.setdefault(key, launch)
+        made += resnet_launches(model, IMAGES, dtype, device, level, training)
     if device.copy_engine:
-        for launch in described_launches(dtype, device):
-            found[launch.kernel, launch.dtypes, launch.constants, launch.num_warps] = launch
+        made += described_launches(dtype, device)
+    for one in made:
+        found.setdefault((one.kernel, one.dtypes, one.constants, one.num_warps), one)
     return list(found.values())
 
 

@@ -124,6 +124,11 @@ class Tile(NamedTuple):
         return self.num_stages * (self.m + self.n) * self.k * itemsize
 
     @property
+    def options(self) -> dict[str, int]:
+        """The launch's options."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+    @property
     def constants(self) -> dict[str, int]:
         """The constexpr parameters."""
         return {"BLOCK_M": self.m, "BLOCK_N": self.n, "BLOCK_K": self.k}

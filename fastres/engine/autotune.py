@@ -72,7 +72,7 @@ def tuned_plan(spec: BlockSpec, signature: Signature, plan: Plan, x: Tensor) -> 
     found = _tuned.get(key)
     if found is None:
         sites = _sites(spec, signature, x)
-        best = _best if spec.save else _best_forward if any_batch_stats(spec) else _best_inference
+        best = _best if spec.save else _best_forward if spec.batch_stats else _best_inference
         convs = [
             conv if conv is None or site is None else best(plan, choices, site, x.device)
             for conv, choices, site in zip(plan.convs, options, sites, strict=True)
@@ -99,11 +99,6 @@ def _sites(spec: BlockSpec, signature: Signature, x: Tensor) -> list[Site | None
             )
         found.append(site)
     return found
-
-
-def any_batch_stats(spec: BlockSpec) -> bool:
-    """Whether a block normalises anything by the statistics of its batch."""
-    return any(unit.batch_stats for unit in spec.all_units)
 
 
 Kind = Callable[[Plan, ConvPlan, "Inputs"], Thunk]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastres.engine.autotune import any_batch_stats, tuned_plan
+from fastres.engine.autotune import tuned_plan
 from fastres.engine.compose import Pending, convolve
 from fastres.engine.plan import Plan, make_plan, signature_of
 from fastres.engine.spec import BlockSpec, UnitSpec
@@ -39,7 +39,7 @@ def run_forward(
     plan, fmt = prepare(spec, x, units)
     x = dense(x, fmt)
     residual = None if residual is None else dense(residual, fmt)
-    if not spec.save and not any_batch_stats(spec):
+    if not spec.save and not spec.batch_stats:
         return _run_inference(spec, plan, x, residual, units)
     return _Forward(spec, plan, units).run(x, residual)
 

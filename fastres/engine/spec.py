@@ -78,6 +78,11 @@ class BlockSpec(NamedTuple):
         return self.units if self.projection is None else (*self.units, self.projection)
 
     @property
+    def batch_stats(self) -> bool:
+        """Whether anything is normalised by the statistics of its batch."""
+        return any(unit.batch_stats for unit in self.all_units)
+
+    @property
     def keeps_mask(self) -> bool:
         """A sum with a shortcut cannot be recomputed from one branch: its gate is kept as bits."""
         return self.save and self.act != "none" and self.shortcut != "none"

@@ -14,6 +14,7 @@ from fastres.backends.triton.products import (
     choose_tile,
     empty,
     precision_of,
+    prologue_of,
     why_not_convolved,
 )
 from fastres.backends.triton.support import device_of
@@ -35,9 +36,9 @@ def _forward(
     x: Tensor, weight: Tensor, conv: ConvSpec, prologue: Prologue | None, epilogue: _Epilogue
 ) -> tuple[Tensor, Tensor | None]:
     p, weight = Problem.of(x, weight, conv), channels_innermost(weight)
+    x_stats, pending = prologue_of(prologue)
     flags = {
-        "HAS_PROLOGUE": prologue is not None,
-        "RELU_X": prologue is not None and prologue.act == "relu",
+        **pending,
         "HAS_BIAS": epilogue.bias is not None,
         "HAS_AFFINE": epilogue.stats is not None,
         "HAS_RESIDUAL": epilogue.residual is not None,
@@ -46,7 +47,6 @@ def _forward(
         "PRECISION": precision_of(x.dtype),
     }
     group_out = p.out_channels // conv.groups
-    x_stats = None if prologue is None else prologue.stats
 
     def run(tile: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
         y, tiles = empty(p.out_shape, x), -(-p.out_pixels // tile.m)
@@ -65,8 +65,7 @@ def _forward(
             (x, x_stats, weight, *given, y, partials, counts),
             p.sizes,
             {**p.constants, **flags, **tile.constants},
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            **tile.options,
         )
         return y, partials, counts
 
@@ -120,8 +119,7 @@ def _launch_described(
             "WARP_SPECIALIZE": tile.specialised,
             **tile.constants,
         },
-        num_warps=tile.num_warps,
-        num_stages=tile.num_stages,
+        **tile.options,
         # Warps that are added to load share the registers: a cap would be one they cannot have.
         max_registers=None if tile.specialised else MAX_REGISTERS,
     )  # fmt: skip

@@ -14,6 +14,7 @@ from fastres.backends.triton.products import (
     channels_innermost,
     choose_tile,
     precision_of,
+    prologue_of,
     why_not_convolved,
 )
 from fastres.backends.triton.residual import act_backward
@@ -99,8 +100,7 @@ def data_gradient(
             (*incoming.tensors, weight, residual, residual_gate, *below, grad_x, partials),
             (*p.sizes, incoming.inverse_count),
             {**p.constants, **flags, **tile.constants},
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            **tile.options,
         )
         return grad_x, partials
 
@@ -130,13 +130,8 @@ def weight_gradient(
 ) -> Tensor:
     """Gradient of the weight, its parts summed in order."""
     p = Problem.of(x, weight, conv)
-    flags = {
-        **incoming.flags,
-        "HAS_PROLOGUE": prologue is not None,
-        "RELU_X": prologue is not None and prologue.act == "relu",
-        "PRECISION": precision_of(x.dtype),
-    }
-    x_stats = None if prologue is None else prologue.stats
+    x_stats, pending = prologue_of(prologue)
+    flags = {**incoming.flags, **pending, "PRECISION": precision_of(x.dtype)}
     group_in, group_out = p.channels // conv.groups, p.out_channels // conv.groups
     kh, kw = p.kernel
 
@@ -150,8 +145,7 @@ def weight_gradient(
             (*incoming.tensors, x, x_stats, parts),
             (*p.sizes, incoming.inverse_count, steps),
             {**p.constants, **flags, **tile.constants},
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            **tile.options,
         )
         return parts
 

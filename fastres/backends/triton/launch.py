@@ -82,13 +82,16 @@ class Described(NamedTuple):
 Argument = Tensor | Described | None
 
 
-def _kind(t: Argument) -> Any:
-    """What a binary depends on, of a pointer or a descriptor."""
+def _type_of(t: Argument) -> Any:
+    """A pointer's dtype, (dtype, block) of a tensor descriptor, None for none."""
     if t is None:
         return None
-    if isinstance(t, Described):
-        return t.matrix.dtype, t.block
-    return t.dtype, t.data_ptr() % 16
+    return (t.matrix.dtype, t.block) if isinstance(t, Described) else t.dtype
+
+
+def _kind(t: Argument) -> Any:
+    """What a binary depends on: the type, and of a pointer its alignment."""
+    return (_type_of(t), t.data_ptr() % 16) if isinstance(t, Tensor) else _type_of(t)
 
 
 def _passed(tensors: Sequence[Argument]) -> list[Any]:
@@ -98,7 +101,7 @@ def _passed(tensors: Sequence[Argument]) -> list[Any]:
 class Launch(NamedTuple):
     """A launch that was recorded: all that its binary depends on, and its grid.
 
-    `dtypes` has the dtype of a pointer, (dtype, block) of a tensor descriptor, None for none.
+    `dtypes` are as `_type_of` says them.
     """
 
     kernel: Any
@@ -109,38 +112,6 @@ class Launch(NamedTuple):
     num_warps: int
     num_stages: int
     max_registers: int | None
-
-    @classmethod
-    def of(
-        cls,
-        kernel: Any,
-        grid: Grid,
-        tensors: Sequence[Argument],
-        sizes: Sequence[int | float],
-        constants: dict[str, Any],
-        num_warps: int,
-        num_stages: int,
-        max_registers: int | None,
-    ) -> Launch:
-        """The record of a call of `launch`."""
-        dtypes = tuple(
-            (t.matrix.dtype, t.block)
-            if isinstance(t, Described)
-            else None
-            if t is None
-            else t.dtype
-            for t in tensors
-        )
-        return cls(
-            kernel,
-            grid,
-            dtypes,
-            tuple(sizes),
-            tuple(constants.items()),
-            num_warps,
-            num_stages,
-            max_registers,
-        )
 
 
 _recorded: list[Launch] | None = None
@@ -185,9 +156,9 @@ def launch(
     given = next(t for t in tensors if t is not None)
     first = given.matrix if isinstance(given, Described) else given
     if _recorded is not None:
-        _recorded.append(
-            Launch.of(kernel, grid, tensors, sizes, constants, num_warps, num_stages, max_registers)
-        )
+        dtypes, values = tuple(map(_type_of, tensors)), tuple(constants.items())
+        shape = (num_warps, num_stages, max_registers)
+        _recorded.append(Launch(kernel, grid, dtypes, tuple(sizes), values, *shape))
         return
     if first.device.type != "cuda":
         kernel[grid](*_passed(tensors), *sizes, **constants)

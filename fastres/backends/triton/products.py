@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastres.backends.triton.launch import kernel_of, tuned
 from fastres.backends.triton.support import device_of, why_not
-from fastres.primitives import ConvSpec, Request, dense
+from fastres.primitives import ConvSpec, Prologue, Request, dense
 
 #: Fewer channels of a group than this leave the matrix units mostly idle: they take 16 at least.
 _LEAST_GROUP = 16
@@ -100,9 +100,14 @@ def _allows_tf32() -> bool:
 
 
 @lru_cache(maxsize=1024)
-def _tiles(*problem: int | bool) -> list[Any]:
+def _tiles(described: bool, specialised: bool, *problem: int | bool) -> list[Any]:
+    """Candidates; by tensor descriptors, and with specialised warps, after the plain ones."""
     tiles: Callable[..., list[Any]] = kernel_of("conv", "tiles")
-    return tiles(*problem)
+    plain = tiles(*problem)
+    found = [tile._replace(descriptors=True) for tile in plain] if described else []
+    if specialised:
+        found += [tile._replace(specialised=True) for tile in found]
+    return [*plain, *found]
 
 
 def choose_tile(
@@ -122,15 +127,19 @@ def choose_tile(
     # A weight gradient fills the device by splitting its sum, whatever the tile.
     processors = 1 if module == "conv_bwd_weight" else device.processors
     formed = not flags.get("PENDING", False)
-    candidates = _tiles(*shape, like.element_size(), processors, device.shared_bytes, formed)
-    if described:
-        candidates = [*candidates, *(t._replace(descriptors=True) for t in candidates)]
-        if device.specialises:
-            candidates += [t._replace(specialised=True) for t in candidates if t.descriptors]
+    problem = (*shape, like.element_size(), processors, device.shared_bytes, formed)
+    candidates = _tiles(described, device.specialises, *problem)
     # Not by HAS_STATE: a recomputed output must have the bits of the first one.
     by = [value for name, value in flags.items() if name != "HAS_STATE"]
-    sizes = (*p.sizes, *p.kernel, str(p.conv), str(like.dtype), described, *by)
+    sizes = (*p.sizes, *p.constants.values(), str(like.dtype), described, *by)
     return tuned(f"{module}_kernel", module, sizes, candidates, run, like.device)
+
+
+def prologue_of(prologue: Prologue | None) -> tuple[Tensor | None, dict[str, bool]]:
+    """(statistics, flags) by which the kernels know what is pending on x."""
+    if prologue is None:
+        return None, {"HAS_PROLOGUE": False, "RELU_X": False}
+    return prologue.stats, {"HAS_PROLOGUE": True, "RELU_X": prologue.act == "relu"}
 
 
 def channels_innermost(weight: Tensor) -> Tensor:
