@@ -4,10 +4,13 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h')
+TEST_SOURCES := $(shell find tests -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 PYTEST_ARGS ?=
 # A build that fails is an error here; `make demo FASTRES_CPU=0` does without a compiler.
 export FASTRES_CPU ?= 1
+export FASTRES_CUDA ?= $(if $(shell command -v nvcc),1,auto)
+export NVCC_APPEND_FLAGS ?= -Werror all-warnings
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint bench clean
@@ -21,8 +24,13 @@ demo: $(INSTALLED)  ## train a ResNet on handwritten digits, stock and fused; wr
 # Triton's kernels are compiled, and then run in Triton's interpreter, which is a choice of the whole
 # process. Neither uses threads: two processes share the work.
 TRITON_TESTS := tests/triton_backend -n 2 --dist loadgroup
+# CUDA's kernels run on the CPU, compiled for it, under AddressSanitizer and UBSan.
+CUDA_TESTS := tests/cuda_backend -n 2
+EMULATION := $(BIN)/python tests/cuda_emulation/build.py --environment
 test: $(INSTALLED)  ## run the tests
-	$(BIN)/python -m pytest --ignore=tests/triton_backend $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --ignore=tests/triton_backend --ignore=tests/cuda_backend $(PYTEST_ARGS)
+	emulation=$$($(EMULATION)) && env $$emulation OPENBLAS_NUM_THREADS=1 \
+		$(BIN)/python -m pytest $(CUDA_TESTS) $(PYTEST_ARGS)
 	$(BIN)/python -m pytest $(TRITON_TESTS) $(PYTEST_ARGS)
 	TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest $(TRITON_TESTS) $(PYTEST_ARGS)
 
@@ -31,7 +39,7 @@ lint: $(INSTALLED)  ## check style, types, layers and C++ formatting
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
+	$(BIN)/clang-format --dry-run -Werror $(SOURCES) $(TEST_SOURCES)
 
 bench: $(INSTALLED)  ## measure speed and memory against eager PyTorch
 	$(BIN)/python -m bench --readme
@@ -39,7 +47,7 @@ bench: $(INSTALLED)  ## measure speed and memory against eager PyTorch
 clean:  ## remove the environment and everything that was built
 	rm -rf $(VENV) build dist *.egg-info report.html .ruff_cache .mypy_cache .pytest_cache \
 		.import_linter_cache .hypothesis .benchmarks
-	rm -f fastres/_cpu*.so fastres/_cpu*.pyd
+	rm -f fastres/_c*.so fastres/_c*.pyd
 	find fastres tests bench triton_kernels -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(INSTALLED): pyproject.toml setup.py constraints.txt $(SOURCES)

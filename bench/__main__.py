@@ -1,8 +1,8 @@
 """`python -m bench`: the CPU block benchmark, its results, and README's table.
 
 `python -m bench kernels` times single implementations instead, `convolutions` Triton's fused
-convolutions beside cuDNN's, `launches` what a launch costs on the host; `resources` compiles the
-Triton kernels ahead of time and writes docs/kernels.md.
+convolutions beside cuDNN's, `launches` what a launch costs on the host; `resources` says what
+the GPU kernels take once compiled, and writes docs/kernels.md.
 
 Writes bench/results/<date>-<cpu>-blocks.json (append-only: a new file each run) and, with
 --readme, the section of README.md between the markers `bench:begin` and `bench:end`.

@@ -1,13 +1,15 @@
-"""`python -m bench resources`: what the Triton kernels of ResNet-50 take, compiled ahead of time.
+"""`python -m bench resources`: what the kernels of ResNet-50 take, compiled ahead of time.
 
-Every kernel, dtype and flag that ResNet-50 at 224 pixels and batch 256 launches is compiled for
-three generations of NVIDIA GPUs, with the launch shapes that stand where nothing was measured.
-No GPU is needed. Writes docs/kernels.md.
+Every Triton kernel, dtype and flag that ResNet-50 at 224 pixels and batch 256 launches is compiled
+for three generations of NVIDIA GPUs, with the launch shapes that stand where nothing was measured;
+the CUDA C++ kernels are read off the compiled module. No GPU is needed. Writes docs/kernels.md,
+each kind into its own section.
 """
 
 from __future__ import annotations
 
 import argparse
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -17,6 +19,7 @@ from typing import NamedTuple
 import torch
 
 import fastres
+from bench import cuda_resources
 from fastres.backends.triton.launch import Launch
 from fastres.testing.ahead import (
     DEVICES,
@@ -104,9 +107,12 @@ def everything() -> list[Row]:
         return [row for part in found for row in part]
 
 
-def write(path: Path = PATH) -> None:
-    """Compile everything, and write the tables."""
-    path.write_text("\n".join(_document(everything())) + "\n")
+def put_section(path: Path, lines: Sequence[str]) -> None:
+    """Write a section into a file, in place of the one of the same title; the first line is it."""
+    text = path.read_text() if path.exists() else ""
+    sections = {s.splitlines()[0]: s.strip() for s in re.split(r"(?m)^(?=# )", text) if s.strip()}
+    sections[lines[0]] = "\n".join(lines)
+    path.write_text("\n\n".join(sections.values()) + "\n")
 
 
 def _document(found: list[Row]) -> Iterator[str]:
@@ -144,11 +150,20 @@ def _cell(same: list[Row]) -> str:
     return f"{registers} / {round(shared / 1024, 1):g}"
 
 
+#: What can be written, and how its section is made; the quick one first.
+SECTIONS = {
+    "cuda": cuda_resources.built_section,
+    "triton": lambda: list(_document(everything())),
+}
+
+
 def main(arguments: Sequence[str]) -> int:
     """Compile, and write docs/kernels.md."""
     parser = argparse.ArgumentParser(prog="python -m bench resources", description=__doc__)
     parser.add_argument("--out", type=Path, default=PATH, help="the file to write")
-    path = parser.parse_args(arguments).out
-    write(path)
-    print(f"written to {path}")
+    parser.add_argument("--only", choices=SECTIONS, help="leave the other section as it is")
+    options = parser.parse_args(arguments)
+    for name in [options.only] if options.only else SECTIONS:
+        put_section(options.out, SECTIONS[name]())
+    print(f"written to {options.out}")
     return 0

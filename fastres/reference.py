@@ -278,6 +278,49 @@ def bn_act_backward_apply(
     return grads, (_store(g, grad_out) if want_residual else None)
 
 
+def bn_act_forward(
+    y: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    residual: Tensor | None = None,
+    residual_stats: Tensor | None = None,
+    act: str = "none",
+    want_mask: bool = False,
+    channels_last: bool,
+    acc: torch.dtype = F64,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`stats` of y as a batch, then `scale_shift_act`: (stats, out, mask)."""
+    count = y.numel() // max(y.shape[1], 1)
+    stats = finalize_stats(channel_stats(y, acc=acc), count, None, weight, bias, eps, acc=acc)
+    out, mask = scale_shift_act(
+        y, stats, residual=residual, residual_stats=residual_stats, act=act, want_mask=want_mask,
+        channels_last=channels_last, acc=acc,
+    )  # fmt: skip
+    return stats, out, mask
+
+
+def bn_act_backward(
+    grad_out: Tensor,
+    gate: Any,
+    branches: Sequence[Any],
+    count: int,
+    *,
+    want_residual: bool = False,
+    channels_last: bool,
+    acc: torch.dtype = F64,
+) -> tuple[Tensor, list[Tensor | None], Tensor | None]:
+    """`bn_act_backward_reduce`, then `apply` for every branch: (sums, grads, grad_residual)."""
+    more: dict[str, Any] = {"channels_last": channels_last, "acc": acc}
+    sums = bn_act_backward_reduce(grad_out, gate, branches, **more)
+    grads, residual = bn_act_backward_apply(
+        grad_out, gate, branches, sums, count, want_grads=[True] * len(branches),
+        want_residual=want_residual, **more,
+    )  # fmt: skip
+    return sums, grads, residual
+
+
 # ---------------------------------------------------------------- residual add
 
 
@@ -343,9 +386,13 @@ def conv_backward_data(
     conv: Any,
     *,
     accumulate: Tensor | None = None,
+    overwrite: bool = False,
     acc: torch.dtype = F64,
 ) -> Tensor:
-    """Gradient of the convolution's input (shape and layout of `like`), plus `accumulate`."""
+    """Gradient of the convolution's input (shape and layout of `like`), plus `accumulate`.
+
+    With `overwrite` the memory of `accumulate` is nobody else's, and may become the result's.
+    """
     grad = conv2d_input(
         like.shape, weight.to(acc), grad_y.to(acc), conv.stride, conv.padding, conv.dilation,
         conv.groups,

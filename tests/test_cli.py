@@ -10,12 +10,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from fastres import cli
+from fastres.backends.cuda.archs import covering
 from fastres.cli import doctor
 from fastres.cli.environment import VARIABLES
 
@@ -142,6 +144,40 @@ def test_doctor_says_how_to_get_a_missing_module(
     printed = " ".join(capsys.readouterr().out.split())
     assert "missing" in printed
     assert "install a C++20 compiler" in printed
+
+
+def test_doctor_says_what_the_cuda_kernels_were_built_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And, for each GPU, what of it runs there."""
+    kernels = SimpleNamespace(archs=lambda: "80;90a", toolkit=lambda: "13.0.88")
+    monkeypatch.setitem(sys.modules, "fastres._cuda", kernels)
+    gpus = [{"name": n, "capability": c, "memory": 2**30} for n, c in (("A", "9.0"), ("B", "12.0"))]
+    monkeypatch.setattr(doctor, "_gpu", lambda: {"devices": gpus, "why_not": None})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    facts = doctor.collect()
+    assert facts["cuda"] == {"archs": "80;90a", "toolkit": "13.0.88", "devices": ["sm_90a", None]}
+    doctor._show(facts)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "built for 80;90a by nvcc 13.0.88 A runs sm_90a B not covered; reinstall" in printed
+    assert "FASTRES_CUDA_ARCHS=120" in printed
+
+
+@pytest.mark.parametrize(
+    ("archs", "capability", "runs"),
+    [
+        ("80;90a;100+PTX", (7, 5), None),
+        ("80;90a;100+PTX", (8, 9), "sm_80"),
+        ("80;90a;100+PTX", (9, 0), "sm_90a"),
+        ("80;90a;100+PTX", (10, 3), "sm_100"),
+        ("80;90a;100+PTX", (12, 0), "PTX of compute_100"),
+        ("80+PTX;90a", (12, 0), "PTX of compute_80"),
+        ("89;90a+PTX", (8, 6), None),
+        ("89;90a+PTX", (10, 0), None),
+    ],
+)
+def test_what_runs_on_a_gpu(archs: str, capability: tuple[int, int], runs: str | None) -> None:
+    assert covering(archs, capability) == runs
 
 
 def test_doctor_reports_a_wrong_environment() -> None:

@@ -325,21 +325,14 @@ def _other_row(real: Any) -> Any:
     return sum_
 
 
-def _same_row_for_both_branches(real: Any) -> Any:
-    def sum_(self: _Backward, index: int, row: int | None) -> Tensor:
-        return real(self, index, 1 if row is None else row)
-
-    return sum_
-
-
 _ENGINE_FAULTS = [
     Planted("residual gradient forgotten", _Backward, "_residual_gradient",
             lambda f: lambda s: None),
     Planted("shortcut gradient forgotten", _Backward, "_residual_gradient",
             lambda f: lambda s: None, _PROJECTION),
     Planted("grad_weight and grad_bias swapped", _Backward, "_sum", _other_row),
-    Planted("projection takes the main branch's sums", _Backward, "_sum",
-            _same_row_for_both_branches, _PROJECTION),
+    Planted("projection takes the main branch's sums", backward, "_own_sums",
+            lambda f: lambda sums, branch: sums, _PROJECTION),
     Planted("end gate left open", _Backward, "_end_gate", lambda f: lambda s: Gate("none")),
     Planted("inner gate left open", _Backward, "_inner_gate", lambda f: lambda s, i: Gate("none")),
     Planted("count dropped", _Backward, "_count", lambda f: lambda s, i: 0),

@@ -1,7 +1,5 @@
 // fastres._cpu: the CPU kernels on raw addresses. Tensors are checked by the Python adapter; here
 // only what would be an undefined code or a null pointer dereference is refused.
-#include <pybind11/pybind11.h>
-
 #include <cstdlib>
 #include <new>
 #include <stdexcept>
@@ -17,67 +15,17 @@
 #include <omp.h>
 #endif
 
+#include "bindings/checks.h"
 #include "cpu/allocator.h"
 #include "cpu/kernels.h"
 #include "fastres/dlpack.h"
 
-namespace py = pybind11;
-
 namespace fastres::cpu {
 namespace {
 
-using Address = std::uintptr_t;
-
-void* at(Address address) { return reinterpret_cast<void*>(address); }
-
-void require(bool condition, const std::string& message) {
-  if (!condition) {
-    throw py::value_error(message);
-  }
-}
-
-void require_address(const char* name, Address address) {
-  require(address != 0, std::string(name) + " must be a non-null address, got 0");
-}
-
-int checked_code(const char* name, int code, int count) {
-  require(code >= 0 && code < count, std::string(name) + " must be between 0 and " +
-                                         std::to_string(count - 1) + ", got " +
-                                         std::to_string(code));
-  return code;
-}
-
-DType checked_dtype(int code) { return DType(checked_code("dtype", code, 4)); }
-Gate checked_gate(int code) { return Gate(checked_code("gate", code, 4)); }
-Activation checked_act(int code) { return Activation(checked_code("act", code, 2)); }
-
-void require_size(const char* name, int64_t size) {
-  require(size >= 0, std::string(name) + " must be non-negative, got " + std::to_string(size));
-}
-
 Problem checked_problem(int64_t n, int64_t c, int64_t hw, int layout, int dtype, int threads) {
-  require_size("n", n);
-  require_size("c", c);
-  require_size("hw", hw);
   require(threads >= 1, "threads must be at least 1, got " + std::to_string(threads));
-  return {n, c, hw, Layout(checked_code("layout", layout, 2)), checked_dtype(dtype), threads};
-}
-
-// Addresses of empty tensors may be null; nothing is read behind them.
-void require_data(const char* name, Address address, const Problem& problem) {
-  if (problem.numel() > 0) {
-    require_address(name, address);
-  }
-}
-
-void require_gate_source(Gate gate, Address gate_ptr, Address y1, Address stats1,
-                         const Problem& problem) {
-  if (gate == Gate::kMask || gate == Gate::kOutput) {
-    require_data("gate_ptr", gate_ptr, problem);
-  } else if (gate == Gate::kAffine) {
-    require_data("y1", y1, problem);
-    require_address("stats1", stats1);
-  }
+  return {checked_shape(n, c, hw, layout, dtype), threads};
 }
 
 // ---- kernels ----
@@ -413,8 +361,8 @@ PYBIND11_MODULE(_cpu, m) {
     if (*isa) {
       try {
         fastres::cpu::set_isa(isa);
-      } catch (const py::value_error& error) {
-        throw py::import_error(std::string("FASTRES_CPU_ISA: ") + error.what());
+      } catch (const fastres::py::value_error& error) {
+        throw fastres::py::import_error(std::string("FASTRES_CPU_ISA: ") + error.what());
       }
     }
   }

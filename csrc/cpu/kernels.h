@@ -6,24 +6,12 @@
 #include "fastres/activation.h"
 #include "fastres/batch_norm.h"
 #include "fastres/dtype.h"
+#include "fastres/problem.h"
 
 namespace fastres::cpu {
 
-enum class Layout : int { kChannelsLast = 0, kContiguous = 1 };
-
-struct Problem {
-  int64_t n, c, hw;
-  Layout layout;
-  DType dtype;
+struct Problem : Activations {
   int threads;
-
-  // An activation is a dense matrix: one row per pixel (parameters belong to columns) under
-  // channels_last, one row per image and channel (parameters belong to rows) otherwise.
-  FASTRES_HD bool per_column() const { return layout == Layout::kChannelsLast; }
-  FASTRES_HD int64_t rows() const { return per_column() ? n * hw : n * c; }
-  FASTRES_HD int64_t cols() const { return per_column() ? c : hw; }
-  FASTRES_HD int64_t count() const { return n * hw; }
-  FASTRES_HD int64_t numel() const { return n * c * hw; }
 };
 
 struct ChannelStatsArgs {

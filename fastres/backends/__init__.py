@@ -4,7 +4,17 @@ Importing this package registers every backend that can be imported; `BACKENDS` 
 with the reason where one is not available.
 """
 
-from fastres.backends import aten, cpu, reference, triton
+from fastres.backends import aten, cpu, cuda, reference, triton
 from fastres.backends.base import BACKENDS, Backend, declare, preference
 
-__all__ = ["BACKENDS", "Backend", "aten", "cpu", "declare", "preference", "reference", "triton"]
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "aten",
+    "cpu",
+    "cuda",
+    "declare",
+    "preference",
+    "reference",
+    "triton",
+]

@@ -70,6 +70,7 @@ def conv_backward_data(
     conv: ConvSpec,
     *,
     accumulate: Tensor | None = None,
+    overwrite: bool = False,
 ) -> Tensor:
     """torch's gradient of the input, then an addition where there is something to accumulate."""
     grad = _backward(grad_y, like, weight, conv, [True, False, False])[0]

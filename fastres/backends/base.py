@@ -45,7 +45,7 @@ def preference(name: str, device: str, here: bool = True) -> tuple[str, ...]:
     if name != "auto":
         chosen = BACKENDS[name]
         return (name, *chosen.fallback)
-    order = {"cpu": ("cpu",), "cuda": ("triton",)}.get(device, ())
+    order = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}.get(device, ())
     usable = [
         n for n in order
         if device in BACKENDS[n].devices and (not here or BACKENDS[n].why_not() is None)

@@ -16,6 +16,7 @@ import torch
 
 from fastres import __version__, tuning
 from fastres.backends import BACKENDS
+from fastres.backends.cuda.archs import covering
 from fastres.cli.environment import VARIABLES
 from fastres.cli.output import as_json, heading, table
 from fastres.engine import current
@@ -33,8 +34,14 @@ MODULES = {
             "from source with FASTRES_CPU=1, which shows why a build fails"
         ),
     ),
+    "fastres._cuda": (
+        "the CUDA C++ kernels",
+        (
+            "on Linux, install the CUDA toolkit (nvcc) 12 or newer, then reinstall fastres from "
+            "source with FASTRES_CUDA=1, which shows why a build fails"
+        ),
+    ),
 }
-
 
 #: What `fastres.use_...` chooses.
 _CHOICES = ("backend", "memory", "level")
@@ -53,6 +60,7 @@ def main(arguments: Sequence[str]) -> int:
 def collect() -> dict[str, Any]:
     """Everything `doctor` knows, as plain data."""
     extensions = _extensions()  # first: they may bring backends
+    gpu = _gpu()
     return {
         "versions": _versions(),
         "modules": [_module(name) for name in MODULES],
@@ -60,7 +68,8 @@ def collect() -> dict[str, Any]:
         "backends": [_backend(name) for name in BACKENDS],
         "settings": _settings(),
         "cpu": _cpu(),
-        "gpu": _gpu(),
+        "gpu": gpu,
+        "cuda": _cuda(gpu["devices"]),
         "autotuner": _autotuner(),
         "environment": [
             {"name": v.name, "value": v.value, "default": v.default, "meaning": v.meaning}
@@ -170,6 +179,18 @@ def _gpu() -> dict[str, Any]:
     return {"devices": devices, "why_not": None}
 
 
+def _cuda(devices: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the CUDA kernels were built for and by; and for each GPU, what of it runs there."""
+    try:
+        kernels: Any = importlib.import_module("fastres._cuda")
+    except ImportError:
+        return {"archs": None, "toolkit": None, "devices": [None for _ in devices]}
+    archs = kernels.archs()
+    capabilities = [tuple(map(int, d["capability"].split("."))) for d in devices]
+    runs = [covering(archs, (major, minor)) for major, minor in capabilities]
+    return {"archs": archs, "toolkit": kernels.toolkit(), "devices": runs}
+
+
 def _autotuner() -> dict[str, Any]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -203,6 +224,8 @@ def _show(facts: dict[str, Any]) -> None:
     heading("GPU")
     gpus = [(d["name"], f"{d['memory'] / 2**30:.0f} GiB") for d in facts["gpu"]["devices"]]
     table(gpus or [("none", facts["gpu"]["why_not"])])
+    heading("CUDA kernels")
+    table(_cuda_rows(facts["cuda"], facts["gpu"]["devices"]))
     heading("Autotuner")
     table(_autotuner_rows(facts["autotuner"]))
     heading("Environment variables")
@@ -240,6 +263,17 @@ def _cpu_rows(cpu: dict[str, Any]) -> list[tuple[str, str]]:
             ("OpenMP", f"{cpu['openmp'] or 'none: one thread'}"),
             ("OpenMP runtime", sharing[cpu["openmp_shared_with_torch"]]),
         ]
+    return rows
+
+
+def _cuda_rows(cuda: dict[str, Any], devices: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    if cuda["archs"] is None:
+        return [("none", "fastres._cuda is missing, see Compiled modules")]
+    rows = [("built for", cuda["archs"]), ("by nvcc", cuda["toolkit"])]
+    for device, runs in zip(devices, cuda["devices"], strict=True):
+        number = device["capability"].replace(".", "")
+        missing = f"not covered; reinstall fastres from source with FASTRES_CUDA_ARCHS={number}"
+        rows.append((device["name"], f"runs {runs}" if runs else missing))
     return rows
 
 

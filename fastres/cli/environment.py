@@ -26,7 +26,7 @@ VARIABLES = (
     Variable(
         "FASTRES_BACKEND",
         "first block",
-        "auto, cpu, triton, aten, reference",
+        "auto, cpu, cuda, triton, aten, reference",
         "auto",
         "the backend that runs blocks, as fastres.use_backend",
     ),
@@ -94,10 +94,31 @@ VARIABLES = (
         "0 leaves the C++ kernels out of the build, 1 makes a build without them an error",
     ),
     Variable(
+        "FASTRES_CUDA",
+        "build",
+        "0, 1",
+        "built where nvcc is",
+        "0 leaves the CUDA C++ kernels out of the build, 1 makes a build without them an error",
+    ),
+    Variable(
+        "FASTRES_CUDA_ARCHS",
+        "build",
+        "a list, as in the default",
+        "80;90a;100+PTX",
+        "GPU architectures to build for; +PTX adds code that later GPUs compile when it is loaded",
+    ),
+    Variable(
+        "CUDA_HOME",
+        "build",
+        "a folder",
+        "CUDA_PATH, else nvcc on PATH, else /usr/local/cuda",
+        "the CUDA toolkit to build with",
+    ),
+    Variable(
         "MAX_JOBS",
         "build",
         "a number",
-        "one per core",
+        "one per core; of nvcc as many as fit in memory",
         "compilers that run at once",
     ),
 )

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastres.engine.compose import Pending, conv_backward, materialise
+from fastres.engine.compose import Formed, Pending, conv_backward, materialise
 from fastres.engine.forward import prepare
 from fastres.engine.plan import Plan
 from fastres.engine.spec import BlockSpec
@@ -46,6 +46,10 @@ def run_backward(
     return run.collect(memory_format_of(x))
 
 
+#: The gradient of a unit's raw output: with what is pending on it, or formed.
+Incoming = PendingGrad | Formed
+
+
 class _Backward:
     """One backward run: walks the units from the block's end, filling in gradients."""
 
@@ -65,7 +69,7 @@ class _Backward:
         self.grad_x: Tensor | None = None
         self.grad_residual: Tensor | None = None
         self.grad_weights: list[Tensor | None] = [None] * len(units)
-        self.sums: list[tuple[Tensor, int] | None] = [None] * len(units)
+        self.sums: list[Tensor | None] = [None] * len(units)
 
     # ------------------------------------------------------------ the walk
 
@@ -73,61 +77,126 @@ class _Backward:
         """Fill in every gradient that is wanted."""
         spec = self.spec
         gate = self._end_gate()
-        self.end = Gated(grad_out, gate)
+        self.end: Tensor | Gated = Gated(grad_out, gate)
         main = self._branch(self.last)
         side = self._branch(self.last + 1) if spec.shortcut == "projection" else None
-        if self._wants_sums(self.last) or (side and self._wants_sums(self.last + 1)):
-            branches = (main,) if side is None else (main, side)
-            reduce = self.plan.run("bn_act_backward_reduce", gate.applied)
-            sums = reduce(grad_out, gate, branches)
+        branches = (main,) if side is None else (main, side)
+        if self._forms_end(gate):
+            formed = self._formed_end(grad_out, gate, branches)
+        else:
+            formed = self._pending_end(grad_out, gate, branches)
+        if side is not None:
+            self._projection(formed[1])
+        self._main_path(formed[0])
+
+    def _pending_end(
+        self, grad_out: Tensor, gate: Gate, branches: tuple[Branch, ...]
+    ) -> list[Incoming]:
+        """What each branch of the block's end is given: sums, and how the gradient is formed."""
+        last, applied = self.last, gate.applied
+        if any(self._wants_sums(last + i) for i in range(len(branches))):
+            sums = self.plan.run("bn_act_backward_reduce", applied)(grad_out, gate, branches)
         else:
             sums = grad_out.new_empty(0)
-        self._shortcut(grad_out, gate, side, sums)
-        pending = PendingGrad(grad_out, gate, main, sums, self._count(self.last))
-        self._main_path(pending)
-
-    def _shortcut(self, grad_out: Tensor, gate: Gate, side: Branch | None, sums: Tensor) -> None:
         if self.spec.shortcut == "tensor" and self.needs.residual:
-            self.grad_residual = self.plan.run("act_backward", gate.applied)(grad_out, gate)
-        if side is None:
-            return
+            self.grad_residual = self.plan.run("act_backward", applied)(grad_out, gate)
+        return [
+            PendingGrad(grad_out, gate, branch, _own_sums(sums, i), self._count(last + i))
+            for i, branch in enumerate(branches)
+        ]
+
+    def _formed_end(
+        self, grad_out: Tensor, gate: Gate, branches: tuple[Branch, ...]
+    ) -> list[Incoming]:
+        """The same gradients formed at once, and with them the residual's."""
+        shortcut, needs = self.spec.shortcut, self.needs
+        given = shortcut == "tensor" and needs.residual
+        # Held until the first convolution's data gradient is added to it.
+        passes_on = shortcut == "identity" and needs.x and gate.applied != "none"
+        passes_on = passes_on and self.spec.memory != "lean"
+        whole = self.plan.whole("bn_act_backward", gate.applied)
+        assert whole is not None
+        count = self._count(self.last)
+        wanted = given or passes_on
+        sums, grads, residual = whole(grad_out, gate, branches, count, want_residual=wanted)
+        if given:
+            self.grad_residual = residual
+        elif passes_on:
+            self.end = residual
+        return [Formed(grad, _own_sums(sums, i)) for i, grad in enumerate(grads)]
+
+    def _projection(self, incoming: Incoming) -> None:
         index = self.last + 1
-        self.sums[index] = (sums, 2)
+        self.sums[index] = incoming.sums
         if not (self.needs.x or self.needs.units[index].weight):
             return
-        own = torch.stack([sums[0], sums[2], sums[1]]) if sums.numel() else sums
-        pending = PendingGrad(grad_out, gate, side, own, self._count(index))
-        source = pooled(self.spec, self.x, self.fmt)
-        grad, _ = self._unit(index, pending, Pending(source), self.needs.x, None, None)
+        source = Pending(pooled(self.spec, self.x, self.fmt))
+        grad, _ = self._unit(index, incoming, source, self.needs.x, None, None)
         if grad is not None and self.spec.pool is not None:
             grad = _unpool(self.spec, grad, self.x)
         self.grad_x = grad
 
-    def _main_path(self, pending: PendingGrad) -> None:
+    def _main_path(self, incoming: Incoming) -> None:
         for index in range(self.last, -1, -1):
-            self.sums[index] = (pending.sums, 1)
+            self.sums[index] = incoming.sums
             below = self._below(index)
             if not (below or self.needs.units[index].weight):
                 return
             if self.plan.convs[index] is None:
-                self.grad_x = self._norm_alone(pending)
+                self.grad_x = self._norm_alone(incoming)
                 return
-            wants_sums = index > 0 and self._wants_sums(index - 1)
             branch = self._branch(index - 1) if index else None
-            reduce = (self._inner_gate(index - 1), branch) if wants_sums and branch else None
+            reduce = self._reduction(index - 1, branch) if branch else None
             accumulate = self._residual_gradient() if index == 0 and below else None
-            grad, sums = self._unit(index, pending, self._input(index), below, accumulate, reduce)
+            grad, sums = self._unit(index, incoming, self._input(index), below, accumulate, reduce)
             if index == 0:
                 self.grad_x = grad
             elif grad is not None and branch is not None:
-                sums = grad.new_empty(0) if sums is None else sums
-                gate = self._inner_gate(index - 1)
-                pending = PendingGrad(grad, gate, branch, sums, self._count(index - 1))
+                incoming = self._inner(index - 1, grad, branch, sums)
+
+    def _reduction(self, index: int, branch: Branch) -> tuple[Gate, Branch] | None:
+        """The sums that the unit behind `index` is to deliver for it, if it is."""
+        if not self._wants_sums(index) or self._forms(index):
+            return None
+        return self._inner_gate(index), branch
+
+    def _inner(self, index: int, grad: Tensor, branch: Branch, sums: Tensor | None) -> Incoming:
+        """What inner unit `index` is given, with `grad` the gradient of its activation."""
+        gate, count = self._inner_gate(index), self._count(index)
+        if not self._forms(index):
+            sums = grad.new_empty(0) if sums is None else sums
+            return PendingGrad(grad, gate, branch, sums, count)
+        whole = self.plan.whole("bn_act_backward", gate.applied)
+        assert whole is not None
+        sums, (grad_y,), _ = whole(grad, gate, (branch,), count)
+        return Formed(grad_y, sums)
+
+    def _forms(self, index: int) -> bool:
+        """Whether a unit's gradient is formed by the primitive that also sums: all of it is wanted,
+        and no kernel of the convolution forms it on the way in.
+        """
+        act = self.spec.units[index].act if index < self.last else self.spec.act
+        conv = self.plan.convs[index]
+        wanted = self.needs.units[index].weight or (
+            self.needs.x if index > self.last else self._below(index)
+        )
+        return (
+            self.plan.whole("bn_act_backward", act) is not None
+            and (conv is None or conv.joint is None)
+            and self._wants_sums(index)
+            and wanted
+        )
+
+    def _forms_end(self, gate: Gate) -> bool:
+        """Whether the gradients of all branches of the block's end are formed together."""
+        ends = range(self.last, len(self.spec.all_units))
+        counts = {self._count(index) for index in ends}
+        return len(counts) == 1 and all(self._forms(index) for index in ends)
 
     def _unit(
         self,
         index: int,
-        pending: PendingGrad,
+        incoming: Incoming,
         source: Pending,
         want_x: bool,
         accumulate: Tensor | Gated | None,
@@ -137,7 +206,7 @@ class _Backward:
         assert conv is not None and unit.conv is not None and tensors.weight is not None
         backward = conv.joint.run if conv.joint else conv_backward(self.plan, conv)
         grad_x, self.grad_weights[index], sums = backward(
-            pending,
+            incoming,
             source.raw,
             tensors.weight,
             unit.conv,
@@ -149,7 +218,9 @@ class _Backward:
         )
         return grad_x, sums
 
-    def _norm_alone(self, pending: PendingGrad) -> Tensor:
+    def _norm_alone(self, pending: Incoming) -> Tensor:
+        if isinstance(pending, Formed):
+            return pending.grad_y
         grads, _ = self.plan.run("bn_act_backward_apply", pending.gate.applied)(
             pending.grad_out,
             pending.gate,
@@ -265,10 +336,9 @@ class _Backward:
 
     def _sum(self, index: int, row: int | None) -> Tensor:
         """A row of the unit's sums: a view, which parameters must not share as their gradient."""
-        entry = self.sums[index]
-        assert entry is not None
-        sums, own_row = entry
-        return sums[own_row if row is None else row]
+        sums = self.sums[index]
+        assert sums is not None
+        return sums[1 if row is None else row]
 
     def _bias_gradient(self, index: int) -> Tensor:
         """A convolution's bias in front of batch statistics cancels: its gradient is zero."""
@@ -276,6 +346,13 @@ class _Backward:
         if self.spec.all_units[index].batch_stats:
             return torch.zeros_like(sum_g)
         return sum_g * self.saved.stats[index][3]
+
+
+def _own_sums(sums: Tensor, branch: int) -> Tensor:
+    """`sums` with the row of one branch's own sum_gx in front of the other's."""
+    if branch == 0 or not sums.numel():
+        return sums
+    return torch.stack([sums[0], sums[2], sums[1]])
 
 
 def _unpool(spec: BlockSpec, grad: Tensor, x: Tensor) -> Tensor:

@@ -6,7 +6,8 @@ convolution with a prologue takes it so; for any other it is formed first. Level
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,55 +50,96 @@ class _Forward:
 
     def __init__(self, spec: BlockSpec, plan: Plan, units: Sequence[UnitTensors]) -> None:
         self.spec, self.plan, self.units = spec, plan, units
+        self.last = len(spec.units) - 1
         self.saved = Saved()
+        self.stats: dict[int, Tensor] = {}
+        self.raw: dict[int, Tensor | None] = {}
 
     def run(self, x: Tensor, residual: Tensor | None) -> list[Tensor]:
         spec = self.spec
-        end = self._main_path(x)
+        current = Pending(x)
+        for i in range(self.last):
+            raw, state = self._convolve(i, current)
+            current = self._normalised(i, raw, state)
+        raw, state = self._convolve(self.last, current)
         residual_stats = None
         if spec.shortcut == "identity":
             residual = x
         elif spec.shortcut == "projection":
-            residual, prologue = self._unit(
-                len(spec.units), Pending(pooled(spec, x, memory_format_of(x)))
-            )
-            residual_stats = prologue.stats
-        assert end.prologue is not None
-        out, self.saved.mask = self.plan.run("scale_shift_act", spec.act)(
-            end.raw,
-            end.prologue.stats,
-            residual=residual,
-            residual_stats=residual_stats,
-            act=spec.act,
-            want_mask=spec.keeps_mask,
-        )
+            source = Pending(pooled(spec, x, memory_format_of(x)))
+            residual, own_state = self._convolve(self.last + 1, source)
+            residual_stats = self._finalize(self.last + 1, residual, own_state)
+        out = self._end(raw, state, residual, residual_stats)
+        units = range(len(spec.all_units))
+        self.saved.stats = [self.stats[i] for i in units]
+        self.saved.raw = [self.raw[i] for i in units]
         return [out, *self.saved.flatten()]
 
-    def _main_path(self, x: Tensor) -> Pending:
-        current = Pending(x)
-        for i in range(len(self.spec.units)):
-            raw, prologue = self._unit(i, current)
-            current = Pending(raw, prologue)
-        return current
+    def _end(
+        self, raw: Tensor, state: Tensor | None, residual: Tensor | None,
+        residual_stats: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """The block's output, out of what its last convolution and its shortcut left."""
+        act = self.spec.act
+        end: dict[str, Any] = {
+            "residual": residual,
+            "residual_stats": residual_stats,
+            "act": act,
+            "want_mask": self.spec.keeps_mask,
+        }
+        whole = self._whole(self.last, state, act)
+        if whole is not None:
+            self.stats[self.last], out, self.saved.mask = whole(raw, **end)
+            return out
+        stats = self._finalize(self.last, raw, state)
+        out, self.saved.mask = self.plan.run("scale_shift_act", act)(raw, stats, **end)
+        return out
 
-    def _unit(self, index: int, given: Pending) -> tuple[Tensor, Prologue]:
-        """Convolution and statistics of one unit: its raw output, and what is pending on it."""
+    def _convolve(self, index: int, given: Pending) -> tuple[Tensor, Tensor | None]:
+        """One unit's raw output, and the state of that where the convolution delivers it."""
         unit, tensors = self.spec.all_units[index], self.units[index]
         conv = self.plan.convs[index]
         if conv is None:
-            raw, state = given.raw, None
-        else:
-            keep = self.spec.keeps_activated
-            raw, state, z = convolve(self.plan, conv, unit, tensors[:2], given, keep)
-            if keep and z is not None:
-                self.saved.activated.append(z)
+            self.raw[index] = None
+            return given.raw, None
+        keep = self.spec.keeps_activated
+        raw, state, z = convolve(self.plan, conv, unit, tensors[:2], given, keep)
+        if keep and z is not None:
+            self.saved.activated.append(z)
+        self.raw[index] = raw if keeps_raw(self.spec, index) else None
+        return raw, state
+
+    def _normalised(self, index: int, raw: Tensor, state: Tensor | None) -> Pending:
+        """What is pending on an inner unit's output; formed where the next convolution needs it."""
+        act = self.spec.units[index].act
+        following = self.plan.convs[index + 1]
+        forms = self.spec.keeps_activated or following is None or following.prologue is None
+        whole = self._whole(index, state, act) if forms else None
+        if whole is None:
+            return Pending(raw, Prologue(self._finalize(index, raw, state), act))
+        stats, formed, _ = whole(raw, act=act)
+        self.stats[index] = stats
+        return Pending(raw, Prologue(stats, act), formed)
+
+    def _whole(self, index: int, state: Tensor | None, act: str) -> Callable[..., Any] | None:
+        """Statistics and normalisation of a unit in one, where the convolution left them undone."""
+        unit, tensors = self.spec.all_units[index], self.units[index]
+        if state is not None or not unit.batch_stats:
+            return None
+        found = self.plan.whole("bn_act_forward", act)
+        if found is None:
+            return None
+        return lambda raw, **more: found(
+            raw, tensors.norm_weight, tensors.norm_bias, unit.eps, **more
+        )
+
+    def _finalize(self, index: int, raw: Tensor, state: Tensor | None) -> Tensor:
+        unit = self.spec.all_units[index]
         if unit.batch_stats and state is None:
             state = self.plan.run("channel_stats")(raw)
-        stats = finalize(self.plan, unit, tensors, raw, state)
-        self.saved.stats.append(stats)
-        keep = conv is not None and keeps_raw(self.spec, index)
-        self.saved.raw.append(raw if keep else None)
-        return raw, Prologue(stats, unit.act)
+        stats = finalize(self.plan, unit, self.units[index], raw, state)
+        self.stats[index] = stats
+        return stats
 
 
 def finalize(

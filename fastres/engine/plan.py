@@ -18,6 +18,8 @@ from fastres.primitives import Implementation, Request, activation, implementati
 #: its derivative.
 _PLAIN = ("channel_stats", "finalize_stats")
 _ACTING = ("scale_shift_act", "bn_act_backward_reduce", "bn_act_backward_apply")
+#: Batch norm as a whole, with the activation; not every backend has it.
+_WHOLE = ("bn_act_forward", "bn_act_backward")
 
 Weight = tuple[int, int, int, int]
 
@@ -89,6 +91,11 @@ class Plan:
             )
         return found.run
 
+    def whole(self, primitive: str, act: str) -> Callable[..., Any] | None:
+        """The function that computes a batch norm as a whole, where the backend has one."""
+        found = self.pointwise.get((primitive, act))
+        return None if found is None else found.run
+
     @property
     def level(self) -> str:
         """The lowest level among the block's convolutions; "b" for a batch norm alone."""
@@ -118,6 +125,11 @@ def make_plan(spec: BlockSpec, signature: Signature) -> Plan:
     pointwise = {(p, "none"): choose(p) for p in _PLAIN}
     acts = dict.fromkeys((*(unit.act for unit in spec.units[:-1]), spec.act))
     pointwise |= {(p, act): choose(p, act=act) for act in acts for p in _ACTING}
+    for act in acts:
+        backend = pointwise["scale_shift_act", act].backend
+        pointwise |= {
+            (p, act): found for p in _WHOLE if (found := choose.only(backend, p, act=act))
+        }
     # What is not a gate has no backward by its output alone, and no block that would need one.
     if activation(spec.act).gate:
         pointwise["act_backward", spec.act] = choose("act_backward", act=spec.act)
@@ -134,10 +146,22 @@ def conv_options(spec: BlockSpec, signature: Signature) -> list[list[ConvPlan]]:
 class _Chooser:
     """Asks the registry, in the order of the user's choice of backend."""
 
-    def __init__(self, backend: str, signature: Signature) -> None:
+    def __init__(
+        self, backend: str, signature: Signature, order: tuple[str, ...] | None = None
+    ) -> None:
         self.backend, self.signature = backend, signature
-        self.order = preference(backend, signature.device, signature.here)
+        self.order = order or preference(backend, signature.device, signature.here)
         self.declined: list[str] = []
+
+    def among(self, names: Sequence[str]) -> _Chooser:
+        """The same, asking these backends alone."""
+        return _Chooser(self.backend, self.signature, tuple(names))
+
+    def only(self, backend: str, primitive: str, *, act: str) -> Implementation | None:
+        """What one backend has for a primitive that not every backend has."""
+        s = self.signature
+        request = Request(s.device, s.dtype, s.channels_last, act, here=s.here)
+        return select(primitive, (backend,), request)[0]
 
     def ask(
         self, primitive: str, *, acts: Sequence[str] = (), act: str = "none", **request: Any
@@ -202,16 +226,17 @@ def _options(choose: _Chooser, spec: BlockSpec) -> list[list[ConvPlan]]:
 
 def _conv_plans(choose: _Chooser, spec: BlockSpec, site: _Site) -> Iterator[ConvPlan]:
     """The ways to run a convolution; several where it is to be measured which is fastest."""
-    first = BACKENDS[choose.order[0]]
     if spec.level != "auto":
-        levels: tuple[str, ...] = (spec.level,)
+        yield _plan_conv(choose, site, spec.level)
+        return
+    unproven = [n for n in choose.order if not BACKENDS[n].proven]
+    if spec.backend == "auto" and unproven:
+        sure = choose.among([n for n in choose.order if n not in unproven])
+        yield from (_plan_conv(sure, site, level) for level in BACKENDS[sure.order[0]].levels)
+        levels = BACKENDS[unproven[0]].levels
     else:
-        levels = first.levels
-        if spec.backend == "auto" and not first.proven:
-            torchs = _Chooser("aten", choose.signature)
-            yield _plan_conv(torchs, site, "b")
-    for level in levels:
-        yield _plan_conv(choose, site, level)
+        levels = BACKENDS[choose.order[0]].levels
+    yield from (_plan_conv(choose, site, level) for level in levels)
 
 
 def _plan_conv(choose: _Chooser, site: _Site, most: str) -> ConvPlan:

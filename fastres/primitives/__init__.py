@@ -6,6 +6,7 @@ primitives, and the functions of `fastres.reference` are their definition.
 
 from fastres.primitives.activation import activation, activations, register_activation
 from fastres.primitives.registry import (
+    COMPOSITES,
     PRIMITIVES,
     Implementation,
     Request,
@@ -31,6 +32,7 @@ from fastres.primitives.types import (
 from fastres.reference import Activation
 
 __all__ = [
+    "COMPOSITES",
     "PRIMITIVES",
     "STATS_ROWS",
     "Activation",

@@ -23,6 +23,8 @@ PRIMITIVES = (
     "scale_shift_act",
     "bn_act_backward_reduce",
     "bn_act_backward_apply",
+    "bn_act_forward",
+    "bn_act_backward",
     "add_act",
     "act_backward",
     "conv_forward",
@@ -31,6 +33,9 @@ PRIMITIVES = (
     "conv_bn_act",
     "conv_backward",
 )
+
+#: Those that the engine makes of the others where a backend has none of its own.
+COMPOSITES = ("bn_act_forward", "bn_act_backward", "conv_backward")
 
 
 @dataclass(frozen=True, slots=True)

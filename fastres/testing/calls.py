@@ -142,6 +142,35 @@ def _bn_act_backward_apply(m: Maker) -> Iterator[Call]:
     yield Call("in place", request, alone, more, 0)
 
 
+def _bn_act_forward(m: Maker) -> Iterator[Call]:
+    if m.case.exact or not m.case.count:  # it divides and takes a root
+        return
+    y, r = m.x(), m.x("residual")
+    weight, bias = m.vector("w", y.shape[1], 1.0), m.vector("b", y.shape[1])
+    end = {"residual": r, "act": "relu"}
+    other = m.stats(r, "residual")
+    yield Call("plain", m.request(y), (y, None, None, 1e-3))
+    relu = m.request(y, act="relu")
+    yield Call("inner", relu, (y, weight, bias, 1e-5), {"act": "relu"})
+    yield Call("residual", relu, (y, weight, bias, 1e-5), {**end, "want_mask": True})
+    yield Call("projection", relu, (y, weight, bias, 1e-5), {**end, "residual_stats": other})
+
+
+def _bn_act_backward(m: Maker) -> Iterator[Call]:
+    y, side, grad = m.x(), m.x("side"), m.grad()
+    one, two = Branch(y, m.stats(y)), Branch(side, m.stats(side, "side"))
+    for g, gate in _gates(m, grad, y, one.stats):
+        if is_gate(gate.act):
+            request = m.request(y, act=gate.act)
+            yield Call(tagged(gate.kind, gate.act), request, (g, gate, (one,), m.case.count))
+    request = m.request(y, act="relu")
+    mask = Gate("mask", reference.pack_mask(m.open_gate(y), is_channels_last(y)))
+    both, more = (grad, mask, (one, two), m.case.count), {"want_residual": True}
+    yield Call("two branches", request, both)
+    yield Call("residual", request, (grad, mask, (one,), m.case.count), more)
+    yield Call("running statistics", request, (grad, mask, (one,), 0), more)
+
+
 def _sums(m: Maker, grad: Tensor, gate: Gate, branches: tuple[Branch, ...]) -> Tensor:
     found = reference.bn_act_backward_reduce(
         grad, gate, branches, channels_last=is_channels_last(grad)
@@ -192,8 +221,10 @@ def _conv_backward_data(m: Maker) -> Iterator[Call]:
     x, w, conv = m.x(), m.case.weight(device=m.device), m.case.conv
     grad_y = m.grad(shape=_output_shape(m))
     yield Call("plain", _conv_request(m, x), (grad_y, w, x, conv))
-    more = {"accumulate": m.grad("other")}
+    more: dict[str, Any] = {"accumulate": m.grad("other")}
     yield Call("accumulate", _conv_request(m, x), (grad_y, w, x, conv), more)
+    owned = {**more, "overwrite": True}
+    yield Call("overwrite", _conv_request(m, x), (grad_y, w, x, conv), owned)
 
 
 def _conv_backward_weight(m: Maker) -> Iterator[Call]:
@@ -285,6 +316,8 @@ _CALLS: dict[str, Callable[[Maker], Iterator[Call]]] = {
     "scale_shift_act": _scale_shift_act,
     "bn_act_backward_reduce": _bn_act_backward_reduce,
     "bn_act_backward_apply": _bn_act_backward_apply,
+    "bn_act_forward": _bn_act_forward,
+    "bn_act_backward": _bn_act_backward,
     "add_act": _add_act,
     "act_backward": _act_backward,
     "conv_forward": _conv_forward,

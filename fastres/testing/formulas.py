@@ -21,7 +21,8 @@ from fastres.primitives import (
 )
 
 _TAKES_LAYOUT = (
-    "scale_shift_act", "bn_act_backward_reduce", "bn_act_backward_apply", "add_act", "act_backward",
+    "scale_shift_act", "bn_act_backward_reduce", "bn_act_backward_apply", "bn_act_forward",
+    "bn_act_backward", "add_act", "act_backward",
 )  # fmt: skip
 
 
@@ -227,9 +228,36 @@ def _of_conv(
     return {"y": reference.conv_forward(_input(x, prologue), weight.abs(), b, conv)[0]}
 
 
+def _of_forward(
+    y: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, **more: Any
+) -> dict[str, Tensor]:
+    """A relative error e of var + eps is one of e/2 in invstd and scale; shift has the mean's as
+    well.
+    """
+    count = y.numel() // max(y.shape[1], 1)
+    state, sizes = reference.channel_stats(y), _of_stats(y)
+    stats = reference.finalize_stats(state, count, None, weight, bias, eps)
+    _, var, invstd, scale, _ = stats.abs()
+    factor = 1 + sizes["M2"] / count / (var + eps) / 2
+    shift = sizes["mean"] * scale * factor + (0 if bias is None else bias.abs())
+    found = {"mean": sizes["mean"], "var": sizes["M2"] / count, "invstd": invstd * factor}
+    found |= {"scale": scale * factor, "shift": shift}
+    grown = torch.stack([*stats[:3], scale * factor, shift])
+    return found | _of_scale_shift_act(y, grown, **more)
+
+
+def _of_backward(
+    grad_out: Tensor, gate: Gate, branches: Any, count: int, **_: Any
+) -> dict[str, Tensor]:
+    last = is_channels_last(grad_out)
+    sums = reference.bn_act_backward_reduce(grad_out, gate, branches, channels_last=last)
+    found = _of_apply(grad_out, gate, branches, sums, count)
+    return found | _of_reduce(grad_out, gate, branches)
+
+
 def _of_data(
     grad_y: Tensor, weight: Tensor, like: Tensor, conv: ConvSpec,
-    *, accumulate: Tensor | None = None,
+    *, accumulate: Tensor | None = None, **_: Any,
 ) -> dict[str, Tensor]:  # fmt: skip
     more = None if accumulate is None else accumulate.abs()
     size = reference.conv_backward_data(grad_y.abs(), weight.abs(), like, conv, accumulate=more)
@@ -275,6 +303,8 @@ _MAGNITUDES: dict[str, Any] = {
     "add_act": _of_add,
     "bn_act_backward_reduce": _of_reduce,
     "bn_act_backward_apply": _of_apply,
+    "bn_act_forward": _of_forward,
+    "bn_act_backward": _of_backward,
     "conv_forward": _of_conv,
     "conv_backward_data": _of_data,
     "conv_backward_weight": _of_weight,

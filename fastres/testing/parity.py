@@ -30,6 +30,9 @@ _SUMS = ("mean", "M2", "sum_g", "sum_gx1", "sum_gx2")
 #: Results that divide or take a root: no input makes them exact.
 _ROUNDED = ("M2", *STATS_ROWS)
 
+#: Where in a result the mask is.
+_MASKS = {"scale_shift_act": 1, "add_act": 1, "bn_act_forward": 2}
+
 #: Results that are activations, in the layout of the call.
 _ACTIVATIONS = ("out", "y", "grad_x", "grad_y1", "grad_y2", "grad_residual", "grad")
 
@@ -86,9 +89,9 @@ def _check_call(implementation: Implementation, case: Case, call: Call, where: s
     baseline = named(primitive, torchs)
     sizes = magnitudes(primitive, exact_args, exact_kwargs)
     found = named(primitive, result)
-    if primitive == "bn_act_backward_reduce":
+    if primitive in ("bn_act_backward_reduce", "bn_act_backward"):
         # Without a second branch the third row is nobody's.
-        found = {k: v for k, v in found.items() if k in sizes}
+        found = {k: v for k, v in found.items() if k != "sum_gx2" or k in sizes}
     elif found.keys() != truth.keys():
         raise AssertionError(f"{where}: must return {list(truth)}, got {list(found)}")
     _check_stored(primitive, call, found, truth, result, where)
@@ -141,6 +144,8 @@ _NAMES: dict[str, Callable[[Any], dict[str, Tensor | None]]] = {
     "scale_shift_act": lambda r: {"out": r[0]},
     "bn_act_backward_reduce": _sums,
     "bn_act_backward_apply": _applied,
+    "bn_act_forward": lambda r: {**dict(zip(STATS_ROWS, r[0], strict=True)), "out": r[1]},
+    "bn_act_backward": lambda r: {**_sums(r[0]), **_applied(r[1:])},
     "add_act": lambda r: {"out": r[0]},
     "act_backward": lambda r: {"grad": r},
     "conv_forward": lambda r: {"y": r[0], **_state(r[1])},
@@ -194,11 +199,12 @@ def _check_stored(
     where: str,
 ) -> None:  # fmt: skip
     """What is said about a stored tensor is held to that tensor: its mask, its statistics."""
-    if primitive in ("scale_shift_act", "add_act") and result[1] is not None:
+    mask = result[_MASKS[primitive]] if primitive in _MASKS else None
+    if mask is not None:
         gate = activation(call.request.act).gate
         assert gate is not None, "a call with a mask is of an activation with a gate"
         expected = reference.pack_mask(gate(found["out"]), is_channels_last(call.args[0]))
-        assert_same_bits(result[1], expected, what=f"{where}: mask")
+        assert_same_bits(mask, expected, what=f"{where}: mask")
     if primitive == "add_act":
         zero = (truth["out"] == 0) & (found["out"] == 0)
         if not bool((torch.signbit(found["out"]) == torch.signbit(truth["out"]))[zero].all()):

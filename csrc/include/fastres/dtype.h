@@ -1,4 +1,5 @@
-// Storage types of activations, and the arithmetic type each one is computed in.
+// Storage types of activations, and the arithmetic type each one is computed in. Conversions are
+// written out for the host; a GPU has instructions that do the same.
 #pragma once
 
 #include <cstdint>
@@ -43,6 +44,11 @@ FASTRES_HD double to_acc(double v) { return v; }
 FASTRES_HD float to_acc(BFloat16 v) { return bit_copy<float>(uint32_t(v.bits) << 16); }
 
 FASTRES_HD float to_acc(Float16 v) {
+#if defined(__CUDA_ARCH__)
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(v.bits));
+  return value;
+#else
   const uint32_t sign = uint32_t(v.bits & 0x8000u) << 16;
   const uint32_t magnitude = v.bits & 0x7fffu;
   uint32_t bits;
@@ -56,6 +62,7 @@ FASTRES_HD float to_acc(Float16 v) {
     bits = (magnitude << 13) + (112u << 23);
   }
   return bit_copy<float>(sign | bits);
+#endif
 }
 
 template <class T>
@@ -75,17 +82,28 @@ struct FromAcc<double> {
 template <>
 struct FromAcc<BFloat16> {
   static FASTRES_HD BFloat16 convert(float v) {
+#if defined(__CUDA_ARCH__)
+    uint16_t rounded;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(rounded) : "f"(v));
+    return {rounded};
+#else
     const uint32_t bits = bit_copy<uint32_t>(v);
     if ((bits & 0x7fffffffu) > 0x7f800000u) {
       return {uint16_t((bits >> 16) | 0x40u)};
     }
     return {uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
+#endif
   }
 };
 
 template <>
 struct FromAcc<Float16> {
   static FASTRES_HD Float16 convert(float v) {
+#if defined(__CUDA_ARCH__)
+    uint16_t rounded;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(rounded) : "f"(v));
+    return {rounded};
+#else
     const uint32_t bits = bit_copy<uint32_t>(v);
     const uint32_t sign = (bits >> 16) & 0x8000u;
     const uint32_t magnitude = bits & 0x7fffffffu;
@@ -102,6 +120,7 @@ struct FromAcc<Float16> {
       half = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - (112u << 23)) >> 13;
     }
     return {uint16_t(sign | half)};
+#endif
   }
 };
 

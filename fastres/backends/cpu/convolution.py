@@ -16,7 +16,8 @@ from torch import Tensor
 
 from fastres.backends.aten import conv_backward_data as aten_data
 from fastres.backends.aten import conv_backward_weight as aten_weight
-from fastres.backends.cpu.module import ACT_CODES, empty
+from fastres.backends.common import ACT_CODES
+from fastres.backends.cpu.module import empty
 from fastres.backends.cpu.pointwise import (
     act_backward,
     bn_act_backward_apply,

@@ -9,6 +9,7 @@ from types import ModuleType
 import torch  # loaded first, so that the module's OpenMP resolves to torch's
 from torch import Tensor
 
+from fastres.backends.common import DTYPE_CODES
 from fastres.primitives import is_channels_last
 
 _import_error: str | None = None
@@ -17,16 +18,6 @@ try:
     _cpu = import_module("fastres._cpu")
 except ImportError as error:
     _import_error = str(error)
-
-DTYPE_CODES = {
-    torch.float32: 0,
-    torch.bfloat16: 1,
-    torch.float16: 2,
-    torch.float64: 3,
-    torch.uint8: 4,
-}
-ACT_CODES = {"none": 0, "relu": 1}
-GATE_CODES = {"none": 0, "mask": 1, "affine": 2, "out": 3}
 
 #: Smaller tensors come from torch: malloc does not give their pages back at every free.
 _OWN_BYTES = 1 << 20

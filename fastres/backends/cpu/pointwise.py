@@ -7,8 +7,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastres.backends.cpu.module import ACT_CODES, DTYPE_CODES, GATE_CODES, empty_like, module
-from fastres.primitives import Branch, Gate, Request, is_channels_last, mask_shape, register
+from fastres.backends.common import (
+    ACT_CODES,
+    DTYPE_CODES,
+    address,
+    branch_tensors,
+    gate_code,
+    new_mask,
+)
+from fastres.backends.cpu.module import empty_like, module
+from fastres.primitives import Branch, Gate, Request, is_channels_last, register
 
 _kernels = module()
 
@@ -30,22 +38,12 @@ def _sizes(t: Tensor) -> tuple[int, int, int, int, int, int]:
     return n, c, h * w, layout, DTYPE_CODES[t.dtype], torch.get_num_threads()
 
 
-def _address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
-
-
 def _row(stats: Tensor | None, row: int) -> int:
     return 0 if stats is None else stats.data_ptr() + row * stats.shape[1] * stats.element_size()
 
 
 def _gate(gate: Gate) -> tuple[int, int]:
-    return GATE_CODES[gate.kind], _address(gate.tensor)
-
-
-def _branch(branches: Sequence[Branch], index: int) -> tuple[int, int]:
-    if index >= len(branches):
-        return 0, 0
-    return _address(branches[index].y), _address(branches[index].stats)
+    return gate_code(gate), address(gate.tensor)
 
 
 @register("channel_stats", "cpu", why_not=_why_not)
@@ -76,7 +74,7 @@ def finalize_stats(
     channels = next(t.shape[-1] for t in (state, *ready) if t is not None)
     stats = torch.empty(5, channels, dtype=acc)
     _kernels.finalize_stats(
-        _address(state), count, *map(_address, ready), eps, stats.data_ptr(), channels,
+        address(state), count, *map(address, ready), eps, stats.data_ptr(), channels,
         DTYPE_CODES[acc],
     )  # fmt: skip
     return stats
@@ -95,17 +93,13 @@ def scale_shift_act(
 ) -> tuple[Tensor, Tensor | None]:
     """act(scale*y + shift [+ residual, plain or scaled]); `out` may be y."""
     out = empty_like(y) if out is None else out
-    mask = _new_mask(y) if want_mask else None
+    mask = new_mask(y) if want_mask else None
     _kernels.scale_shift_act(
         y.data_ptr(), _row(stats, 3), _row(stats, 4),
-        _address(residual), _row(residual_stats, 3), _row(residual_stats, 4),
-        out.data_ptr(), _address(mask), ACT_CODES[act], *_sizes(y),
+        address(residual), _row(residual_stats, 3), _row(residual_stats, 4),
+        out.data_ptr(), address(mask), ACT_CODES[act], *_sizes(y),
     )  # fmt: skip
     return out, mask
-
-
-def _new_mask(y: Tensor) -> Tensor:
-    return torch.empty(mask_shape(y.shape, is_channels_last(y)), dtype=torch.uint8)
 
 
 @register("bn_act_backward_reduce", "cpu", why_not=_why_not)
@@ -117,7 +111,7 @@ def bn_act_backward_reduce(
     fresh = torch.empty(3, grad_out.shape[1], dtype=torch.float64)
     sums = fresh if sums is None else sums.clone()
     _kernels.bn_act_backward_reduce(
-        grad_out.data_ptr(), *_gate(gate), *_branch(branches, 0), *_branch(branches, 1),
+        grad_out.data_ptr(), *_gate(gate), *map(address, branch_tensors(branches)),
         sums.data_ptr(), accumulate, *_sizes(grad_out),
     )  # fmt: skip
     return sums
@@ -142,9 +136,9 @@ def bn_act_backward_apply(
     residual = empty_like(grad_out) if want_residual else None
     second = grads[1] if len(grads) > 1 else None
     _kernels.bn_act_backward_apply(
-        grad_out.data_ptr(), *_gate(gate), *_branch(branches, 0), *_branch(branches, 1),
-        _address(sums) if count else 0, count,
-        _address(grads[0]), _address(second), _address(residual), *_sizes(grad_out),
+        grad_out.data_ptr(), *_gate(gate), *map(address, branch_tensors(branches)),
+        address(sums) if count else 0, count,
+        address(grads[0]), address(second), address(residual), *_sizes(grad_out),
     )  # fmt: skip
     return grads, residual
 
@@ -155,9 +149,9 @@ def add_act(
 ) -> tuple[Tensor, Tensor | None]:
     """act(x + residual), and its mask."""
     out = empty_like(x)
-    mask = _new_mask(x) if want_mask else None
+    mask = new_mask(x) if want_mask else None
     _kernels.add_act(
-        x.data_ptr(), residual.data_ptr(), out.data_ptr(), _address(mask), ACT_CODES[act],
+        x.data_ptr(), residual.data_ptr(), out.data_ptr(), address(mask), ACT_CODES[act],
         *_sizes(x),
     )  # fmt: skip
     return out, mask

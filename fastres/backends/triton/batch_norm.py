@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastres.backends.common import branch_tensors, gate_code, new_mask
 from fastres.backends.triton.launch import kernel_of, launch
-from fastres.backends.triton.support import Matrix, gate_code, new_mask, why_not
+from fastres.backends.triton.support import Matrix, why_not
 from fastres.backends.triton.walk import (
     SEVERAL,
     choose_tiling,
@@ -107,12 +108,6 @@ def scale_shift_act(
     return out, mask
 
 
-def _branches(branches: Sequence[Branch]) -> tuple[Tensor | None, ...]:
-    """(y1, stats1, y2, stats2)."""
-    second = branches[1] if len(branches) > 1 else (None, None)
-    return (*branches[0], *second)
-
-
 @register("bn_act_backward_reduce", "triton", why_not=why_not)
 def bn_act_backward_reduce(
     grad_out: Tensor, gate: Gate, branches: Sequence[Branch], *, sums: Tensor | None = None
@@ -121,7 +116,7 @@ def bn_act_backward_reduce(
     m = Matrix.of(grad_out)
     if m.rows == 0 or m.cols == 0:
         return torch.zeros(3, m.channels, device=grad_out.device) if sums is None else sums.clone()
-    given = (grad_out, gate.tensor, *_branches(branches))
+    given = (grad_out, gate.tensor, *branch_tensors(branches))
     flags = {"GATE": gate_code(gate), "HAS_SECOND": len(branches) > 1}
     kernel = "bn_act_reduce_bwd_kernel"
 
@@ -164,7 +159,7 @@ def bn_act_backward_apply(
         "HAS_RESIDUAL": want_residual,
     }
     tensors = (
-        grad_out, gate.tensor, *_branches(branches), sums if count else None,
+        grad_out, gate.tensor, *branch_tensors(branches), sums if count else None,
         grads[0], second, residual,
     )  # fmt: skip
     walk(

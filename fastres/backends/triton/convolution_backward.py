@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastres.backends.common import gate_code
 from fastres.backends.triton.batch_norm import bn_act_backward_apply
 from fastres.backends.triton.launch import kernel_of, launch
 from fastres.backends.triton.products import (
@@ -18,7 +19,7 @@ from fastres.backends.triton.products import (
     why_not_convolved,
 )
 from fastres.backends.triton.residual import act_backward
-from fastres.backends.triton.support import device_of, gate_code
+from fastres.backends.triton.support import device_of
 from fastres.backends.triton.walk import sum_partials
 from fastres.primitives import (
     Branch,
@@ -172,8 +173,9 @@ def conv_backward_data(
     conv: ConvSpec,
     *,
     accumulate: Tensor | None = None,
+    overwrite: bool = False,
 ) -> Tensor:
-    """Gradient of the input, added to `accumulate` in the same launch."""
+    """Gradient of the input, added to `accumulate` in the same launch, into memory of its own."""
     return data_gradient(Incoming.formed(grad_y), weight, like, conv, accumulate, None)[0]
 
 

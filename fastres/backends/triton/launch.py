@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastres import tuning
 from fastres.backends.triton.support import interpreted
+from fastres.backends.tuned import tuned as choice
 
 Grid = tuple[int, ...]
 
@@ -29,9 +29,6 @@ Grid = tuple[int, ...]
 #: that sees ever new ones starts over now and then.
 _bound: dict[tuple[Any, ...], Callable[..., None]] = {}
 _MOST_BOUND = 16384
-
-#: What the autotuner said, by all that it was asked: every launch asks.
-_chosen: dict[tuple[Any, ...], Any] = {}
 
 #: Registers per thread that a kernel may have: all there are. ptxas, left to itself, spills a few
 #: to fit one more program on a multiprocessor.
@@ -228,16 +225,6 @@ def tuned(
         run: computes into fresh memory with one candidate, so that tuning changes nothing.
         device: where it is to run.
     """
-    if interpreted() or len(candidates) == 1:
+    if interpreted():
         return candidates[0]
-    key = (name, sizes, device.index, torch.are_deterministic_algorithms_enabled())
-    found = _chosen.get(key)
-    if found is None:
-        problem = tuning.Problem(name, sizes, source_hash(module))
-        found = tuning.choose(problem, candidates, lambda c: lambda: run(c), device=device)
-        # What stands in while a graph is captured is not the last word.
-        if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
-            if len(_chosen) >= _MOST_BOUND:
-                _chosen.clear()
-            _chosen[key] = found
-    return found
+    return choice(name, source_hash(module), sizes, candidates, run, device)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastres.backends.triton.support import GATE_CODES, Matrix, gate_code, new_mask, why_not
+from fastres.backends.common import GATE_CODES, gate_code, new_mask
+from fastres.backends.triton.support import Matrix, why_not
 from fastres.backends.triton.walk import walk
 from fastres.primitives import Gate, register
 

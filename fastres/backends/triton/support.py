@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastres.primitives import Gate, Request, is_channels_last, mask_shape
+from fastres.primitives import Request, is_channels_last, mask_shape
 
 #: The first Triton whose language has all that the kernels use.
 OLDEST = (3, 3)
@@ -23,9 +23,6 @@ OLDEST = (3, 3)
 OLDEST_CAPABILITY = (8, 0)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-#: `arithmetic.GATE_*` of the kernels.
-GATE_CODES = {"none": 0, "mask": 1, "affine": 2, "out": 3}
 
 
 def interpreted() -> bool:
@@ -154,18 +151,3 @@ def _device(index: int | None) -> Device:
 
 #: One multiprocessor, so that programs walk in the interpreter too.
 INTERPRETER = Device(1, 227 << 10, copy_engine=True)
-
-
-def new_mask(t: Tensor) -> Tensor:
-    """Memory for the packed mask of an activation."""
-    shape = mask_shape(t.shape, is_channels_last(t))
-    return torch.empty(shape, dtype=torch.uint8, device=t.device)
-
-
-def gate_code(gate: Gate) -> int:
-    """The kernels' constant for a gate."""
-    return (
-        GATE_CODES["none"]
-        if gate.act == "none" and gate.kind != "mask"
-        else (GATE_CODES[gate.kind])
-    )

@@ -1,0 +1,52 @@
+// sum_g and sum_gx of every channel, for one or both branches of a block's end, in two launches.
+#include "cuda/dispatch.h"
+#include "cuda/gradient.h"
+
+namespace fastres::cuda {
+namespace {
+
+struct Kernel {
+  BackwardReduceArgs args;
+  Walk walk;
+};
+
+template <class T, int kPack, bool kPerColumn, bool kSecond>
+__global__ void __launch_bounds__(kMostThreads) backward_reduce_kernel(Kernel k) {
+  const Place<kPack, kPerColumn> place(k.walk);
+  auto* scratch = &shared_memory<BlockSums<kPack, kPerColumn, kSecond>>();
+  write_partial_sums<2, T, kPack, kPerColumn, kSecond>(k.args, place, scratch);
+}
+
+template <int kSums>
+__global__ void __launch_bounds__(kMergeThreads) merge_sums_kernel(Kernel k) {
+  auto* scratch = &shared_memory<TotalSums<kSums>>();
+  merge_sums<kSums>(k.args, MergeShare(blockIdx.x, k.walk.chunks), k.walk.channels, scratch);
+}
+
+}  // namespace
+
+void backward_reduce(const BackwardReduceArgs& args, const Where& where) {
+  const DeviceGuard guard(where.device);
+  check_gate(args.gate, args.y[1]);
+  const void* out = args.gate == Gate::kOutput ? args.gate_ptr : nullptr;
+  const bool vectors = vectorised(args.shape, {args.grad_out, args.y[0], args.y[1], out});
+  with_instance(args.shape, vectors, [&](auto type, auto pack, auto per_column) {
+    using T = typename decltype(type)::type;
+    constexpr int kPack = decltype(pack)::value;
+    constexpr bool kPerColumn = decltype(per_column)::value;
+    const Kernel k{args, make_walk(args.shape, args.tiling, kPack)};
+    with_bool(args.y[1] != nullptr, [&](auto second) {
+      constexpr bool kSecond = decltype(second)::value;
+      constexpr int kSums = kSecond ? 3 : 2;
+      const size_t shared =
+          sizeof(BlockSums<kPack, kPerColumn, kSecond>) * size_t(args.tiling.threads / 2);
+      launch("bn_act_backward_reduce", backward_reduce_kernel<T, kPack, kPerColumn, kSecond>,
+             launch_shape(k.walk, args.tiling, shared), where.stream, k);
+      launch("merge_sums", merge_sums_kernel<kSums>,
+             merge_shape(args.shape.c, sizeof(TotalSums<kSums>) * (kMergeThreads / 2)),
+             where.stream, k);
+    });
+  });
+}
+
+}  // namespace fastres::cuda

@@ -1,0 +1,66 @@
+// The sums of batch norm's backward and grad_y, one slab of channels after the other.
+#include "cuda/gradient.h"
+#include "cuda/slab.h"
+
+namespace fastres::cuda {
+namespace {
+
+struct Kernel {
+  NormBackwardArgs args;
+  Walk walk;
+  int64_t slab;
+};
+
+template <bool kSecond>
+using Scratch = BlockSums<kVector, true, kSecond>[kSlabThreads / 2];
+
+template <class T, bool kSecond>
+__global__ void __launch_bounds__(kSlabThreads, 2) norm_backward_kernel(Kernel k) {
+  using Op = ApplyGradients<T, kVector, true, kSecond>;
+  using P = Place<kVector, true>;
+  using Total = TotalSums<kSecond ? 3 : 2>;
+  auto& scratch = shared_memory<Scratch<kSecond>>();
+  run_slab(
+      k.walk, k.slab,
+      [&](const P& place) {
+        write_partial_sums<1, T, kVector, true, kSecond>(k.args.reduce, place, scratch);
+      },
+      [&](const MergeShare& share) {
+        merge_sums(k.args.reduce, share, k.walk.channels, reinterpret_cast<Total*>(scratch));
+      },
+      [&](const P& place) { for_each_item<1>(Op(k.args.apply, place), place, true); });
+}
+
+}  // namespace
+
+void norm_backward(const NormBackwardArgs& args, const Where& where) {
+  const DeviceGuard guard(where.device);
+  const BackwardApplyArgs& a = args.apply;
+  check_gate(a.gate, a.y[1]);
+  const void* out = a.gate == Gate::kOutput ? a.gate_ptr : nullptr;
+  const bool vectors = vectorised(
+      a.shape, {a.grad_out, a.y[0], a.y[1], out, a.grad_y[0], a.grad_y[1], a.grad_residual});
+  const Kernel k{args, slab_walk(a.shape, a.tiling, vectors), 0};
+  with_dtype(a.shape.dtype, [&](auto type) {
+    with_bool(a.y[1] != nullptr, [&](auto second) {
+      constexpr bool kSecond = decltype(second)::value;
+      launch_slabs("bn_act_backward", norm_backward_kernel<typename decltype(type)::type, kSecond>,
+                   k, sizeof(Scratch<kSecond>), where.stream);
+    });
+  });
+}
+
+int64_t norm_backward_blocks(DType dtype, bool second, const Where& where) {
+  const DeviceGuard guard(where.device);
+  int64_t blocks = 0;
+  with_dtype(dtype, [&](auto type) {
+    with_bool(second, [&](auto both) {
+      constexpr bool kSecond = decltype(both)::value;
+      blocks = resident_blocks(norm_backward_kernel<typename decltype(type)::type, kSecond>,
+                               kSlabThreads, sizeof(Scratch<kSecond>));
+    });
+  });
+  return blocks;
+}
+
+}  // namespace fastres::cuda

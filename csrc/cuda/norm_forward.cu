@@ -1,0 +1,64 @@
+// Batch statistics, normalisation, residual and activation, one slab of channels after the other.
+#include "cuda/normalise.h"
+#include "cuda/slab.h"
+#include "cuda/statistics.h"
+
+namespace fastres::cuda {
+namespace {
+
+struct Kernel {
+  NormForwardArgs args;
+  Walk walk;
+  int64_t slab;
+};
+
+using Scratch = Statistics<kVector>[kSlabThreads / 2];
+
+template <class T, bool kScaled>
+__global__ void __launch_bounds__(kSlabThreads, 2) norm_forward_kernel(Kernel k) {
+  using Op = Normalise<T, kVector, true, kScaled>;
+  using P = Place<kVector, true>;
+  auto& scratch = shared_memory<Scratch>();
+  const NormForwardArgs& a = k.args;
+  run_slab(
+      k.walk, k.slab,
+      [&](const P& place) {
+        write_partial_statistics<2, T>(a.statistics.y, a.statistics.partials, k.walk.channels,
+                                       place, scratch);
+      },
+      [&](const MergeShare& share) {
+        merge_statistics(a.statistics, k.walk, share, reinterpret_cast<Statistics<1>*>(scratch));
+      },
+      [&](const P& place) { for_each_item<2>(Op(a.apply, place), place, true); });
+}
+
+}  // namespace
+
+void norm_forward(const NormForwardArgs& args, const Where& where) {
+  const DeviceGuard guard(where.device);
+  const ScaleShiftActArgs& apply = args.apply;
+  const bool vectors = vectorised(apply.shape, {apply.y, apply.residual, apply.out});
+  const Kernel k{args, slab_walk(apply.shape, apply.tiling, vectors), 0};
+  with_dtype(apply.shape.dtype, [&](auto type) {
+    with_bool(apply.residual_stats != nullptr, [&](auto scaled) {
+      launch_slabs("bn_act_forward",
+                   norm_forward_kernel<typename decltype(type)::type, decltype(scaled)::value>, k,
+                   sizeof(Scratch), where.stream);
+    });
+  });
+}
+
+int64_t norm_forward_blocks(DType dtype, bool second, const Where& where) {
+  const DeviceGuard guard(where.device);
+  int64_t blocks = 0;
+  with_dtype(dtype, [&](auto type) {
+    with_bool(second, [&](auto scaled) {
+      blocks = resident_blocks(
+          norm_forward_kernel<typename decltype(type)::type, decltype(scaled)::value>, kSlabThreads,
+          sizeof(Scratch));
+    });
+  });
+  return blocks;
+}
+
+}  // namespace fastres::cuda

@@ -1,0 +1,109 @@
+// act(scale * y + shift [+ residual | + residual_scale * residual + residual_shift]), pack by pack.
+#pragma once
+
+#include "cuda/pack.h"
+
+namespace fastres::cuda {
+
+// Writes a mask's byte: a vector is one, and so are 8 neighbouring threads of one element each. All
+// threads of a warp have to come here.
+template <int kPack, class P>
+FASTRES_DEVICE void store_bits(uint8_t* mask, const Item& item, unsigned bits, const P& place) {
+  if constexpr (kPack == 1) {
+    const unsigned votes = __ballot_sync(0xffffffffu, item.exists && bits != 0);
+    if (item.exists && place.mask_bit() == 0) {
+      mask[item.mask] = uint8_t(votes >> (threadIdx.x & 24u));
+    }
+  } else if (item.exists) {
+    mask[item.mask] = uint8_t(bits);
+  }
+}
+
+// kScaled: the residual has a scale and a shift of its own.
+template <class T, int kPack, bool kPerColumn, bool kScaled>
+class Normalise {
+ public:
+  using P = Place<kPack, kPerColumn>;
+
+  FASTRES_DEVICE Normalise(const ScaleShiftActArgs& args, const P& place) : a_(args) {
+    const int64_t c = a_.shape.c;
+    if (a_.stats) {
+      per_channel(a_.stats + kScale * c, place, scale_);
+      per_channel(a_.stats + kShift * c, place, shift_);
+    }
+    if constexpr (kScaled) {
+      per_channel(a_.residual_stats + kScale * c, place, residual_scale_);
+      per_channel(a_.residual_stats + kShift * c, place, residual_shift_);
+    }
+  }
+
+  template <int kUnroll>
+  FASTRES_DEVICE void apply(const Item (&items)[kUnroll], const P& place) const {
+    Raw<T, kPack> y[kUnroll], residual[kUnroll];
+    load_existing(a_.y, items, y);
+    if (a_.residual) {
+      load_existing(a_.residual, items, residual);
+    }
+    FASTRES_UNROLLED
+    for (int u = 0; u < kUnroll; ++u) {
+      float v[kPack];
+      unpack(y[u], v);
+      affine(v);
+      if (a_.residual) {
+        add(residual[u], v);
+      }
+      const unsigned bits = activate(v);
+      if (items[u].exists) {
+        store<kPack, T>(a_.out, items[u].offset, packed<T>(v));
+      }
+      if (a_.mask) {
+        store_bits<kPack>(a_.mask, items[u], bits, place);
+      }
+    }
+  }
+
+ private:
+  FASTRES_DEVICE static constexpr int slot(int i) { return kPerColumn ? i : 0; }
+
+  FASTRES_DEVICE void affine(float (&v)[kPack]) const {
+    if (!a_.stats) {
+      return;
+    }
+    FASTRES_UNROLLED
+    for (int i = 0; i < kPack; ++i) {
+      v[i] = fmaf(scale_[slot(i)], v[i], shift_[slot(i)]);
+    }
+  }
+
+  FASTRES_DEVICE void add(const Raw<T, kPack>& residual, float (&v)[kPack]) const {
+    float r[kPack];
+    unpack(residual, r);
+    FASTRES_UNROLLED
+    for (int i = 0; i < kPack; ++i) {
+      if constexpr (kScaled) {
+        r[i] = fmaf(residual_scale_[slot(i)], r[i], residual_shift_[slot(i)]);
+      }
+      v[i] += r[i];
+    }
+  }
+
+  // Returns the derivative's bits.
+  FASTRES_DEVICE unsigned activate(float (&v)[kPack]) const {
+    if (a_.act != Activation::kRelu) {
+      return (1u << kPack) - 1;
+    }
+    unsigned bits = 0;
+    FASTRES_UNROLLED
+    for (int i = 0; i < kPack; ++i) {
+      bits |= unsigned(relu_gate<T>(v[i])) << i;
+      v[i] = relu(v[i]);
+    }
+    return bits;
+  }
+
+  const ScaleShiftActArgs& a_;
+  float scale_[P::kSlots], shift_[P::kSlots];
+  float residual_scale_[P::kSlots], residual_shift_[P::kSlots];
+};
+
+}  // namespace fastres::cuda

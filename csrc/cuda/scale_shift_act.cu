@@ -1,0 +1,39 @@
+// Normalisation, residual and activation in one pass; the plain residual addition is the same
+// without statistics.
+#include "cuda/dispatch.h"
+#include "cuda/normalise.h"
+
+namespace fastres::cuda {
+namespace {
+
+struct Kernel {
+  ScaleShiftActArgs args;
+  Walk walk;
+};
+
+template <class T, int kPack, bool kPerColumn, bool kScaled>
+__global__ void __launch_bounds__(kMostThreads) scale_shift_act_kernel(Kernel k) {
+  using Op = Normalise<T, kPack, kPerColumn, kScaled>;
+  const Place<kPack, kPerColumn> place(k.walk);
+  for_each_item<kScaled ? 2 : 4>(Op(k.args, place), place);
+}
+
+}  // namespace
+
+void scale_shift_act(const ScaleShiftActArgs& args, const Where& where) {
+  const DeviceGuard guard(where.device);
+  const bool vectors = vectorised(args.shape, {args.y, args.residual, args.out});
+  with_instance(args.shape, vectors, [&](auto type, auto pack, auto per_column) {
+    using T = typename decltype(type)::type;
+    constexpr int kPack = decltype(pack)::value;
+    constexpr bool kPerColumn = decltype(per_column)::value;
+    const Kernel k{args, make_walk(args.shape, args.tiling, kPack)};
+    with_bool(args.residual_stats != nullptr, [&](auto scaled) {
+      launch("scale_shift_act",
+             scale_shift_act_kernel<T, kPack, kPerColumn, decltype(scaled)::value>,
+             launch_shape(k.walk, args.tiling), where.stream, k);
+    });
+  });
+}
+
+}  // namespace fastres::cuda

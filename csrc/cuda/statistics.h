@@ -1,0 +1,207 @@
+// Mean and sum of squared deviations of channels: a thread's packs, a block's threads, all blocks.
+#pragma once
+
+#include "cuda/merge.h"
+#include "cuda/pack.h"
+#include "fastres/welford.h"
+
+namespace fastres::cuda {
+
+// Statistics of `kSlots` channels over the same number of values each. What a thread sums up is
+// relative to its first value, so float32 is wide enough there; what is joined is not, and where
+// threads have few values each, the joins are most of the arithmetic. Only the division is in
+// float32, being slow on many GPUs otherwise.
+template <int kSlots>
+struct Statistics {
+  double mean[kSlots], m2[kSlots];
+  float count;
+
+  FASTRES_DEVICE void join(const Statistics& other) {
+    if (other.count == 0) {
+      return;
+    }
+    if (count == 0) {
+      *this = other;
+      return;
+    }
+    const double share = double(other.count / (count + other.count));
+    const double weight = double(count) * share;
+    FASTRES_UNROLLED
+    for (int i = 0; i < kSlots; ++i) {
+      const double delta = other.mean[i] - mean[i];
+      mean[i] = fma(delta, share, mean[i]);
+      m2[i] += fma(delta * delta, weight, other.m2[i]);
+    }
+    count += other.count;
+  }
+};
+
+// What a thread knows of the values it has seen, as differences to the first of them.
+template <int kPack>
+struct Running {
+  float first[kPack], mean[kPack], m2[kPack];
+  float count = 0;
+
+  // A group of packs: its own mean and squared deviations, then joined by Chan's formula. No
+  // difference of large sums occurs, whatever the values are.
+  template <int kGroup, class T>
+  FASTRES_DEVICE void add(const Raw<T, kPack>* group) {
+    float v[kGroup][kPack];
+    FASTRES_UNROLLED
+    for (int u = 0; u < kGroup; ++u) {
+      unpack(group[u], v[u]);
+    }
+    const bool fresh = count == 0;
+    const float total = count + float(kGroup), share = float(kGroup) / total;
+    const float weight = count * share;
+    FASTRES_UNROLLED
+    for (int i = 0; i < kPack; ++i) {
+      first[i] = fresh ? v[0][i] : first[i];
+      float sum = 0, squares = 0;
+      FASTRES_UNROLLED
+      for (int u = 0; u < kGroup; ++u) {
+        v[u][i] -= first[i];
+        sum += v[u][i];
+      }
+      const float own = sum * (1.0f / float(kGroup));
+      FASTRES_UNROLLED
+      for (int u = 0; u < kGroup; ++u) {
+        squares = fmaf(v[u][i] - own, v[u][i] - own, squares);
+      }
+      const float delta = fresh ? own : own - mean[i];
+      mean[i] = fresh ? own : fmaf(delta, share, mean[i]);
+      m2[i] = fresh ? squares : m2[i] + fmaf(delta * delta, weight, squares);
+    }
+    count = total;
+  }
+
+  FASTRES_DEVICE Statistics<kPack> statistics() const {
+    Statistics<kPack> s;
+    FASTRES_UNROLLED
+    for (int i = 0; i < kPack; ++i) {
+      s.mean[i] = double(first[i]) + double(mean[i]);
+      s.m2[i] = double(m2[i]);
+    }
+    s.count = count;
+    return s;
+  }
+};
+
+// Adds a thread's packs to its running statistics.
+template <class T, int kPack, bool kPerColumn>
+class AddStatistics {
+ public:
+  FASTRES_DEVICE AddStatistics(const void* y, Running<kPack>& running) : y_(y), running_(running) {}
+
+  template <int kUnroll>
+  FASTRES_DEVICE void apply(const Item (&items)[kUnroll], const Place<kPack, kPerColumn>&) const {
+    Raw<T, kPack> raw[kUnroll];
+    load_existing(y_, items, raw);
+    bool all = true;
+    FASTRES_UNROLLED
+    for (int u = 0; u < kUnroll; ++u) {
+      all = all && items[u].exists;
+    }
+    if (all) {
+      running_.template add<kUnroll>(raw);
+      return;
+    }
+    FASTRES_UNROLLED
+    for (int u = 0; u < kUnroll; ++u) {
+      if (items[u].exists) {
+        running_.template add<1>(raw + u);
+      }
+    }
+  }
+
+ private:
+  const void* y_;
+  Running<kPack>& running_;
+};
+
+template <int kPack, bool kPerColumn>
+using BlockStatistics = Statistics<Place<kPack, kPerColumn>::kSlots>;
+
+// Statistics of a chunk's rows into partials [chunks, 2, C]. `scratch` is for half of the threads.
+template <int kUnroll, class T, int kPack, bool kPerColumn>
+FASTRES_DEVICE void write_partial_statistics(const void* y, double* partials, int64_t channels,
+                                             const Place<kPack, kPerColumn>& place,
+                                             BlockStatistics<kPack, kPerColumn>* scratch) {
+  constexpr int kSlots = Place<kPack, kPerColumn>::kSlots;
+  Running<kPack> running;
+  for_each_item<kUnroll>(AddStatistics<T, kPack, kPerColumn>(y, running), place);
+  Statistics<kPack> all = running.statistics();
+  Statistics<kSlots> mine;
+  if constexpr (kPerColumn) {
+    mine = all;
+    join_lanes(mine, scratch, place.lanes(), int(blockDim.x) / place.lanes());
+  } else {
+    mine = {{0}, {0}, 0};
+    FASTRES_UNROLLED
+    for (int i = 0; i < kPack; ++i) {
+      mine.join({{all.mean[i]}, {all.m2[i]}, all.count});
+    }
+    join_lanes(mine, scratch, int(blockDim.x), 1);
+  }
+  const bool writes = kPerColumn ? place.lane() == 0 && place.has_channels() : threadIdx.x == 0;
+  if (writes) {
+    double* partial = partials + place.chunk() * 2 * channels;
+    FASTRES_UNROLLED
+    for (int i = 0; i < kSlots; ++i) {
+      partial[place.channel(i)] = mine.mean[i];
+      partial[channels + place.channel(i)] = mine.m2[i];
+    }
+  }
+}
+
+// Fills a channel of stats [5, C].
+FASTRES_DEVICE void write_stats(float* stats, int64_t channels, int64_t channel, double mean,
+                                double var, const Affine& affine) {
+  const double weight = affine.weight ? double(affine.weight[channel]) : 1.0;
+  const double bias = affine.bias ? double(affine.bias[channel]) : 0.0;
+  const ForwardCoefficients k = forward_coefficients(mean, var, weight, bias, affine.eps);
+  stats += channel;
+  stats[kMean * channels] = float(mean);
+  stats[kVar * channels] = float(var);
+  stats[kInvstd * channels] = float(k.invstd);
+  stats[kScale * channels] = float(k.scale);
+  stats[kShift * channels] = float(k.shift);
+}
+
+// Joins the partials of kMergeChannels channels, and writes what is known of them then.
+FASTRES_DEVICE void merge_statistics(const ChannelStatsArgs& a, const Walk& walk,
+                                     const MergeShare& share, Statistics<1>* scratch) {
+  const int64_t channels = walk.channels;
+  const bool exists = share.channel < channels;
+  Statistics<1> mine{{0}, {0}, 0};
+  if (exists) {
+    FASTRES_UNROLLED_BY_4
+    for (int64_t part = share.begin; part < share.end; ++part) {
+      const double* p = a.partials + part * 2 * channels + share.channel;
+      const int64_t rows_left = walk.rows - part * walk.chunk_rows;
+      const int64_t rows = rows_left < walk.chunk_rows ? rows_left : walk.chunk_rows;
+      mine.join({{p[0]}, {p[channels]}, float(rows * walk.pixels)});
+    }
+  }
+  join_lanes(mine, scratch, kMergeLanes, kMergeChannels);
+  if (threadIdx.x >= kMergeChannels || !exists) {
+    return;
+  }
+  Statistics<1> all = mine;
+  if (a.prior) {
+    const float* prior = a.prior + share.channel;
+    all = {{double(prior[0])}, {double(prior[channels])}, float(a.prior_count)};
+    all.join(mine);
+  }
+  const float mean = float(all.mean[0]), m2 = float(all.m2[0]);
+  if (a.state) {
+    a.state[share.channel] = mean;
+    a.state[channels + share.channel] = m2;
+  }
+  if (a.stats) {
+    const double count = double(walk.rows * walk.pixels + (a.prior ? a.prior_count : 0));
+    write_stats(a.stats, channels, share.channel, double(mean), double(m2) / count, a.affine);
+  }
+}
+
+}  // namespace fastres::cuda

@@ -1,0 +1,13 @@
+"""The `cuda` backend: adapts the compiled CUDA C++ kernels of `fastres._cuda`.
+
+cuDNN and cuBLAS, through torch, do the convolutions.
+"""
+
+from fastres.backends.base import Backend, declare
+from fastres.backends.cuda.module import DEVICES, why_not_here
+
+declare(Backend("cuda", DEVICES, why_not=why_not_here, fallback=("aten",), levels=("b",)))
+
+from fastres.backends.cuda import batch_norm, convolution, residual, slab  # noqa: E402
+
+__all__ = ["batch_norm", "convolution", "residual", "slab"]

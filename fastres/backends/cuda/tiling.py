@@ -1,0 +1,136 @@
+"""How the kernels' threads share an activation out, and which ways there are to choose from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastres.backends.common import DTYPE_CODES
+from fastres.backends.cuda.module import binary, processors
+from fastres.backends.tuned import tuned
+from fastres.primitives import is_channels_last
+
+#: Elements of a thread's vector access, `fastres::cuda::kVector`.
+VECTOR = 8
+
+#: Threads of the blocks that work slab by slab, `fastres::cuda::kSlabThreads`.
+SLAB_THREADS = 256
+
+
+class Shape(NamedTuple):
+    """A dense activation as the kernels are told about it."""
+
+    n: int
+    c: int
+    hw: int
+    layout: int
+    dtype: int
+
+    @classmethod
+    def of(cls, t: Tensor) -> Shape:
+        """Of a dense [N, C, H, W]."""
+        n, c, h, w = t.shape
+        return cls(n, c, h * w, 0 if is_channels_last(t) else 1, DTYPE_CODES[t.dtype])
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to compute."""
+        return self.n * self.c * self.hw == 0
+
+    @property
+    def rows(self) -> int:
+        """Pixels under channels_last, images else: what chunks are made of."""
+        return self.n * self.hw if self.layout == 0 else self.n
+
+    @property
+    def packs(self) -> int:
+        """What the threads of a block stand side by side on, in one row of one channel tile."""
+        cols = self.c if self.layout == 0 else self.hw
+        return cols // VECTOR if cols % VECTOR == 0 else cols
+
+    @property
+    def vectors(self) -> bool:
+        """Whether rows consist of whole vectors, under channels_last."""
+        return self.layout == 0 and self.c % VECTOR == 0
+
+
+class Tiling(NamedTuple):
+    """`fastres::cuda::Tiling`: threads of a block, packs side by side, rows that it walks over."""
+
+    threads: int
+    width: int
+    chunk_rows: int
+
+
+def _power_above(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+def _tiling(shape: Shape, threads: int, width: int, blocks: int) -> Tiling:
+    """Cuts the rows so that about `blocks` blocks result."""
+    width = min(width, threads, _power_above(shape.packs))
+    lanes = threads // width
+    tiles = -(-shape.packs // width) if shape.layout == 0 else shape.c
+    chunks = max(1, min(-(-shape.rows // lanes), blocks // tiles))
+    rows = -(-shape.rows // chunks)
+    return Tiling(threads, width, -(-rows // lanes) * lanes)
+
+
+@lru_cache(maxsize=1024)
+def map_tilings(shape: Shape, multiprocessors: int) -> tuple[Tiling, ...]:
+    """For elementwise kernels: whole rows side by side; the likeliest first."""
+    ways = [(256, 8), (256, 4), (256, 16), (256, 32), (128, 16), (128, 32)]
+    made = (_tiling(shape, t, 256, multiprocessors * blocks) for t, blocks in ways)
+    return tuple(dict.fromkeys(made))
+
+
+@lru_cache(maxsize=1024)
+def sum_tilings(shape: Shape, multiprocessors: int) -> tuple[Tiling, ...]:
+    """For reductions: narrower, for several rows at a time; each block leaves a partial result."""
+    ways = [(256, 32, 4), (256, 16, 4), (256, 32, 2), (256, 32, 8), (256, 8, 8), (128, 16, 8)]
+    made = (_tiling(shape, t, width, multiprocessors * blocks) for t, width, blocks in ways)
+    return tuple(dict.fromkeys(made))
+
+
+@lru_cache(maxsize=1024)
+def slab_tilings(shape: Shape, blocks: int) -> tuple[Tiling, ...]:
+    """For slabs of channels: each of `blocks` resident blocks has its rows in every slab."""
+    if not shape.vectors:
+        return ()
+    chunk = -(-shape.rows // blocks)
+    widths = dict.fromkeys(min(w, _power_above(shape.packs)) for w in (8, 4, 16, 32))
+    made = []
+    for width in widths:
+        lanes = SLAB_THREADS // width
+        made.append(Tiling(SLAB_THREADS, width, -(-chunk // lanes) * lanes))
+    return tuple(made)
+
+
+def choose(
+    name: str,
+    t: Tensor,
+    flags: tuple[int | str | bool, ...],
+    run: Callable[[Tiling], object] | None,
+    *,
+    sums: bool = False,
+) -> Tiling:
+    """The tiling for a kernel: tuned where `run` may be repeated, else the heuristic's."""
+    shape = Shape.of(t)
+    candidates = (sum_tilings if sums else map_tilings)(shape, processors(t.device))
+    if run is None:
+        return candidates[0]
+    return tuned(f"cuda/{name}", binary(), (*shape, *flags), candidates, run, t.device)
+
+
+def chunks(t: Tensor, tiling: Tiling) -> int:
+    """How many partial results a reduction leaves."""
+    return -(-Shape.of(t).rows // tiling.chunk_rows)
+
+
+def partials(t: Tensor, tiling: Tiling, rows: int, dtype: torch.dtype) -> Tensor:
+    """Memory for them."""
+    return torch.empty(chunks(t, tiling), rows, t.shape[1], dtype=dtype, device=t.device)

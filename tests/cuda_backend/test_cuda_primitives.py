@@ -1,0 +1,236 @@
+"""Every implementation of the cuda backend on the table of cases, in every way to launch it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastres.backends.cuda import batch_norm, slab, tiling
+from fastres.primitives import PRIMITIVES, Branch, Gate, Implementation, implementations
+from fastres.testing import CASES, Case, calls, check_implementation
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("_poison")]
+
+ENTRIES = list(implementations(backend="cuda"))
+#: In portions, so that several processes share the work; layouts alternate in the table.
+PORTIONS = [CASES[i::3] for i in range(3)]
+#: Vectors and single elements, several blocks, tails of rows, both layouts, all dtypes.
+VARIED = [
+    case
+    for case in CASES
+    if case.dtype != torch.float64 and math.prod(case.shape) > 500 and case.values == "normal"
+]
+NORMS = [entry for entry in ENTRIES if entry.primitive in ("bn_act_forward", "bn_act_backward")]
+TILED = [e for e in ENTRIES if not e.primitive.startswith(("conv_", "finalize")) and e not in NORMS]
+
+
+def _check(entry: Implementation, cases: list[Case], device: str) -> int:
+    failures, ran = [], 0
+    for case in cases:
+        try:
+            ran += len(check_implementation(entry, case, device=device).ran)
+        except Exception as error:  # One that crashes is a failure like the others.
+            failures.append(f"{case}: {error!r}")
+    assert not failures, f"{len(failures)} cases fail, the first five:\n" + "\n".join(failures[:5])
+    return ran
+
+
+@pytest.mark.parametrize("cases", PORTIONS, ids=lambda cases: f"from {cases[0]}")
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda e: f"{e}-{e.primitive}")
+def test_implementation_is_right_on_every_case(
+    entry: Implementation, cases: list[Case], device: str
+) -> None:
+    assert _check(entry, cases, device) > 0, "everything was declined"
+
+
+def test_every_primitive_around_the_convolutions_has_one() -> None:
+    others = {p for p in PRIMITIVES if not p.startswith("conv_")}
+    assert {entry.primitive for entry in ENTRIES} == others | {"conv_backward_data"}
+
+
+# ---------------------------------------------------------------- every way to launch
+
+
+#: (threads, width, rows of a chunk): blocks of each size, narrow and wide, many chunks and one.
+SHAPES_OF_BLOCKS = [(64, 8, 3), (64, 64, 1), (128, 2, 40), (256, 1, 300), (256, 256, 10**6)]
+
+
+@pytest.mark.parametrize("shape", SHAPES_OF_BLOCKS, ids=str)
+@pytest.mark.parametrize("entry", TILED, ids=lambda e: e.primitive)
+def test_blocks_of_any_shape(
+    entry: Implementation, shape: tuple[int, int, int], device: str, monkeypatch
+) -> None:
+    forced = tiling.Tiling(*shape)
+    monkeypatch.setattr(batch_norm, "choose", lambda *args, **kwargs: forced)
+    assert _check(entry, VARIED[:: 1 if device == "cuda" else 3], device) > 0
+
+
+@pytest.mark.parametrize("device_size", [1, 7, 132])
+@pytest.mark.parametrize("make", [tiling.map_tilings, tiling.sum_tilings], ids=["map", "sum"])
+def test_candidates_are_ones_that_the_kernels_take(make: Callable, device_size: int) -> None:
+    for shape in [
+        (256, 64, 3136, 0, 1),
+        (32, 2048, 49, 0, 1),
+        (8, 3, 50176, 1, 0),
+        (1, 1, 1, 1, 2),
+    ]:
+        found = make(tiling.Shape(*shape), device_size)
+        assert len(set(found)) == len(found) >= 1
+        for one in found:
+            assert one.threads in (64, 128, 256)
+            assert one.width & (one.width - 1) == 0
+            assert 1 <= one.width <= one.threads
+            assert one.chunk_rows >= 1
+
+
+def _slabs(direction: str, t: Tensor, second: bool) -> list[tiling.Tiling]:
+    """Every width, with all the blocks there may be and with one, where slabs are possible."""
+    blocks = slab._resident(direction, tiling.Shape.of(t).dtype, second, t.device)
+    return [way for n in (blocks, 1) for way in tiling.slab_tilings(tiling.Shape.of(t), n)]
+
+
+@pytest.mark.parametrize("position", range(6))
+@pytest.mark.parametrize("entry", NORMS, ids=lambda e: e.primitive)
+def test_slabs_are_right(entry: Implementation, position: int, device: str, monkeypatch) -> None:
+    ran = []
+
+    def forced(direction: str, t: Tensor, second: bool) -> tuple[slab.Way, ...]:
+        found = _slabs(direction, t, second)
+        if not found or t.data_ptr() % 16:
+            return (slab.PASSES,)
+        ran.append(t)
+        return (found[position % len(found)],)
+
+    monkeypatch.setattr(slab, "ways", forced)
+    cases = [case for case in CASES if case.dtype != torch.float64 and case.channels_last]
+    assert _check(entry, cases[position::6] if device == "cpu" else cases, device) > 0
+    assert ran, "no case was run in slabs"
+
+
+def test_slabs_give_what_passes_give(device: str) -> None:
+    """The same partial sums joined in another order: equal but for the last bits."""
+    y = torch.randn(4, 40, 9, 9, device=device).to(memory_format=torch.channels_last)
+    one = slab.bn_act_forward(y, None, None, 1e-5, act="relu", want_mask=True)
+    for way in _slabs("forward", y, False):
+        end = {"residual": None, "residual_stats": None, "act": "relu", "want_mask": True}
+        found = slab.forward_in_slabs(y, None, None, 1e-5, way, **end)
+        torch.testing.assert_close(found.stats, one.stats, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(found.out, one.out, rtol=1e-6, atol=1e-6)
+
+
+# ---------------------------------------------------------------- memory
+
+
+def _offset(t: Tensor, elements: int) -> tuple[Tensor, Tensor]:
+    """A copy of `t` that begins so far into a buffer full of sentinels, and that buffer."""
+    size = t.untyped_storage().nbytes() // t.element_size()
+    buffer = torch.full((size + 2 * 64,), 77.0, dtype=t.dtype, device=t.device)
+    view = buffer.as_strided(t.shape, t.stride(), 64 + elements)
+    return view.copy_(t), buffer
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("elements", [0, 1, 3, 4])
+def test_views_that_begin_anywhere(
+    elements: int, dtype: torch.dtype, channels_last: bool, device: str
+) -> None:
+    """Vectors are read where addresses allow it, single elements else; the bits are the same."""
+    fmt = torch.channels_last if channels_last else torch.contiguous_format
+    y, grad, residual = (
+        torch.randn(3, 16, 4, 6, device=device).to(dtype, memory_format=fmt) for _ in range(3)
+    )
+    stats = batch_norm.finalize_stats(
+        batch_norm.channel_stats(y), 72, None, None, None, 1e-5, acc=torch.float32
+    )
+    expected, _ = batch_norm.scale_shift_act(y, stats, residual=residual, act="relu")
+    (moved_y, _), (moved_r, _) = _offset(y, elements), _offset(residual, elements)
+    out, buffer = _offset(torch.zeros_like(y), elements)
+    batch_norm.scale_shift_act(moved_y, stats, residual=moved_r, act="relu", out=out)
+    assert torch.equal(out, expected)
+    _assert_untouched(buffer, elements, y.numel())
+    gate, branch = Gate("out", expected), Branch(y, stats)
+    sums = batch_norm.bn_act_backward_reduce(grad, gate, (branch,))
+    more = {"want_grads": (True,)}
+    (whole,), _ = batch_norm.bn_act_backward_apply(grad, gate, (branch,), sums, 72, **more)
+    moved_grad, buffer = _offset(grad, elements)
+    moved = Branch(moved_y, stats)
+    batch_norm.bn_act_backward_apply(
+        moved_grad, Gate("out", _offset(expected, elements)[0]), (moved,), sums, 72,
+        out=moved_grad, **more,
+    )  # fmt: skip
+    assert torch.equal(moved_grad, whole)
+    _assert_untouched(buffer, elements, y.numel())
+
+
+def _assert_untouched(buffer: Tensor, elements: int, size: int) -> None:
+    begin = 64 + elements
+    assert (buffer[:begin] == 77).all()
+    assert (buffer[begin + size :] == 77).all()
+
+
+@pytest.mark.parametrize("primitive", sorted({e.primitive for e in ENTRIES}))
+def test_two_runs_give_the_same_bits(primitive: str, device: str) -> None:
+    """250 repeats on a GPU, where a race would show; the emulation shuffles blocks and threads."""
+    repeats = 250 if device == "cuda" else 4
+    case = next(c for c in CASES if c.shape == (2, 16, 6, 5) and c.dtype == torch.bfloat16)
+    for entry in (e for e in ENTRIES if e.primitive == primitive):
+        for call in _accepted(entry, case, device):
+            first = _tensors(entry.run(*call.args, **call.kwargs))
+            for _ in range(repeats - 1):
+                again = _tensors(entry.run(*call.args, **call.kwargs))
+                for a, b in zip(first, again, strict=True):
+                    assert torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+def _accepted(entry: Implementation, case: Case, device: str) -> list:
+    found = calls(entry.primitive, case, entry.backend, device)
+    return [
+        c
+        for c in found
+        if entry.why_not(c.request) is None and c.in_place is None and "overwrite" not in c.kwargs
+    ]
+
+
+def _tensors(result: object) -> list[Tensor]:
+    if isinstance(result, Tensor):
+        # The third row of sums without a second branch is nobody's.
+        return [result[:2] if result.dim() == 2 and len(result) == 3 else result]
+    if isinstance(result, (tuple, list)):
+        return [t for part in result for t in _tensors(part)]
+    return []
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def test_two_branches_have_no_affine_gate(device: str) -> None:
+    y = torch.randn(2, 8, 3, 3, device=device)
+    branch = Branch(y, torch.ones(5, 8, device=device))
+    with pytest.raises(ValueError, match="gate must be none, mask or out where there are two"):
+        batch_norm.bn_act_backward_reduce(y, Gate("affine"), (branch, branch))
+
+
+def test_a_wrong_tiling_is_an_error(device: str, monkeypatch) -> None:
+    y = torch.randn(2, 8, 3, 3, device=device)
+    for wrong, message in [
+        ((96, 8, 4), "threads must be 64, 128 or 256, got 96"),
+        ((64, 3, 4), "width must be a power of two, got 3"),
+    ]:
+        forced = tiling.Tiling(*wrong)
+        monkeypatch.setattr(batch_norm, "choose", lambda *a, _forced=forced, **k: _forced)
+        with pytest.raises(ValueError, match=message):
+            batch_norm.channel_stats(y)
+
+
+def test_empty_activations_launch_nothing(device: str) -> None:
+    y = torch.empty(0, 8, 3, 3, device=device)
+    assert batch_norm.channel_stats(y).equal(torch.zeros(2, 8, device=device))
+    stats = torch.ones(5, 8, device=device)
+    out, mask = batch_norm.scale_shift_act(y, stats, act="relu", want_mask=True)
+    assert out.shape == y.shape
+    assert mask is not None and mask.numel() == 0
