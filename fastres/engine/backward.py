@@ -81,7 +81,7 @@ class _Backward:
         main = self._branch(self.last)
         side = self._branch(self.last + 1) if spec.shortcut == "projection" else None
         branches = (main,) if side is None else (main, side)
-        if self._forms_end(gate):
+        if self._forms_end():
             formed = self._formed_end(grad_out, gate, branches)
         else:
             formed = self._pending_end(grad_out, gate, branches)
@@ -187,7 +187,7 @@ class _Backward:
             and wanted
         )
 
-    def _forms_end(self, gate: Gate) -> bool:
+    def _forms_end(self) -> bool:
         """Whether the gradients of all branches of the block's end are formed together."""
         ends = range(self.last, len(self.spec.all_units))
         counts = {self._count(index) for index in ends}

@@ -14,8 +14,8 @@ from pathlib import Path
 EMULATED = "FASTRES_CUDA_EMULATION_MODULE" in os.environ
 if EMULATED:
     # Before anything imports fastres, which looks for its compiled module at once.
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "cuda_emulation"))
-    import build
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    from cuda_emulation import build
 
     build.load()
 
