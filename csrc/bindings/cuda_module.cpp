@@ -218,10 +218,6 @@ int64_t norm_backward_blocks_py(int dtype, bool second, const WhereCode& where) 
   return norm_backward_blocks(checked_dtype(dtype), second, where_of(where));
 }
 
-int64_t chunks_py(const ShapeCode& shape, const TilingCode& tiling) {
-  return chunks_of(shape_of(shape), tiling_of(tiling));
-}
-
 using Unlocked = py::call_guard<py::gil_scoped_release>;
 
 void define_kernels(py::module_& m) {
@@ -261,7 +257,6 @@ void define_kernels(py::module_& m) {
         where, "The most chunks that bn_act_forward can be given.");
   m.def("bn_act_backward_blocks", &norm_backward_blocks_py, py::arg("dtype"), py::arg("second"),
         where, "The most chunks that bn_act_backward can be given.");
-  m.def("chunks", &chunks_py, shape, tiling, "How many partial results a reduction leaves.");
 }
 
 }  // namespace

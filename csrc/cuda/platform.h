@@ -38,8 +38,10 @@ __device__ __forceinline__ S& shared_memory() {
 // Every thread of every block; only in kernels launched by `launch_cooperative`.
 __device__ __forceinline__ void grid_barrier() { cooperative_groups::this_grid().sync(); }
 
+// Also takes back what the runtime remembers of a failure, or the next launch would report it.
 inline void check(cudaError_t error, const char* what, const LaunchShape& shape) {
   if (error != cudaSuccess) {
+    cudaGetLastError();
     throw std::runtime_error(std::string(what) + " <<<" + std::to_string(shape.blocks) + ", " +
                              std::to_string(shape.threads) + ", " +
                              std::to_string(shape.shared_bytes) +
@@ -76,6 +78,7 @@ void launch(const char* name, void (*kernel)(Args), const LaunchShape& shape, vo
             const Args& args) {
   const dim3 blocks(unsigned(shape.blocks)), threads(unsigned(shape.threads));
   const auto queue = static_cast<cudaStream_t>(stream);
+  cudaGetLastError();  // somebody else's failure is not this launch's
   // clang-format off
   kernel<<<blocks, threads, shape.shared_bytes, queue>>>(args);
   // clang-format on

@@ -3,7 +3,6 @@
 
 #include "cuda/merge.h"
 #include "cuda/pack.h"
-#include "fastres/welford.h"
 
 namespace fastres::cuda {
 

@@ -35,6 +35,25 @@ def new_mask(t: Tensor) -> Tensor:
     return torch.empty(shape, dtype=torch.uint8, device=t.device)
 
 
+def floats(*shape: int, device: torch.device) -> Tensor:
+    """Memory for per-channel values: float32, whatever torch's default is."""
+    return torch.empty(shape, dtype=torch.float32, device=device)
+
+
+def zeros(*shape: int, device: torch.device) -> Tensor:
+    """Zeros of that kind."""
+    return floats(*shape, device=device).zero_()
+
+
+def new_grads(grad_out: Tensor, wanted: Sequence[bool], out: Tensor | None) -> list[Tensor | None]:
+    """Memory for the gradients that are wanted: the first one in `out`, where that is given."""
+    into: list[Tensor | None] = [out, *([None] * len(wanted))]
+    return [
+        (torch.empty_like(grad_out) if given is None else given) if want else None
+        for want, given in zip(wanted, into, strict=False)
+    ]
+
+
 def address(t: Tensor | None) -> int:
     """Where a tensor's first element is; 0 for none."""
     return 0 if t is None else t.data_ptr()

@@ -85,9 +85,10 @@ class _Backward:
             formed = self._formed_end(grad_out, gate, branches)
         else:
             formed = self._pending_end(grad_out, gate, branches)
+        # Given away one by one: each is as large as an activation, and of no use once it was used.
         if side is not None:
-            self._projection(formed[1])
-        self._main_path(formed[0])
+            self._projection(formed.pop())
+        self._main_path(formed)
 
     def _pending_end(
         self, grad_out: Tensor, gate: Gate, branches: tuple[Branch, ...]
@@ -111,9 +112,7 @@ class _Backward:
         """The same gradients formed at once, and with them the residual's."""
         shortcut, needs = self.spec.shortcut, self.needs
         given = shortcut == "tensor" and needs.residual
-        # Held until the first convolution's data gradient is added to it.
-        passes_on = shortcut == "identity" and needs.x and gate.applied != "none"
-        passes_on = passes_on and self.spec.memory != "lean"
+        passes_on = shortcut == "identity" and needs.x and self._takes_formed_residual(gate)
         whole = self.plan.whole("bn_act_backward", gate.applied)
         assert whole is not None
         count = self._count(self.last)
@@ -124,6 +123,14 @@ class _Backward:
         elif passes_on:
             self.end = residual
         return [Formed(grad, _own_sums(sums, i)) for i, grad in enumerate(grads)]
+
+    def _takes_formed_residual(self, gate: Gate) -> bool:
+        """Whether the first convolution's data gradient is best added to g itself, held until then:
+        not where memory is short, nor where its kernel forms g on the way in.
+        """
+        first = self.plan.convs[0]
+        formed_there = first is not None and first.joint is not None
+        return gate.applied != "none" and self.spec.memory != "lean" and not formed_there
 
     def _projection(self, incoming: Incoming) -> None:
         index = self.last + 1
@@ -136,8 +143,9 @@ class _Backward:
             grad = _unpool(self.spec, grad, self.x)
         self.grad_x = grad
 
-    def _main_path(self, incoming: Incoming) -> None:
+    def _main_path(self, given: list[Incoming]) -> None:
         for index in range(self.last, -1, -1):
+            incoming = given.pop()
             self.sums[index] = incoming.sums
             below = self._below(index)
             if not (below or self.needs.units[index].weight):
@@ -149,10 +157,13 @@ class _Backward:
             reduce = self._reduction(index - 1, branch) if branch else None
             accumulate = self._residual_gradient() if index == 0 and below else None
             grad, sums = self._unit(index, incoming, self._input(index), below, accumulate, reduce)
+            del incoming
             if index == 0:
                 self.grad_x = grad
-            elif grad is not None and branch is not None:
-                incoming = self._inner(index - 1, grad, branch, sums)
+            elif grad is None or branch is None:
+                return
+            else:
+                given.append(self._inner(index - 1, grad, branch, sums))
 
     def _reduction(self, index: int, branch: Branch) -> tuple[Gate, Branch] | None:
         """The sums that the unit behind `index` is to deliver for it, if it is."""

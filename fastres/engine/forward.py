@@ -62,6 +62,7 @@ class _Forward:
             raw, state = self._convolve(i, current)
             current = self._normalised(i, raw, state)
         raw, state = self._convolve(self.last, current)
+        del current  # an activation that nobody reads any more
         residual_stats = None
         if spec.shortcut == "identity":
             residual = x

@@ -7,7 +7,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastres.backends.common import ACT_CODES, address, branch_tensors, gate_code, new_mask
+from fastres.backends.common import (
+    ACT_CODES,
+    address,
+    branch_tensors,
+    floats,
+    gate_code,
+    new_grads,
+    new_mask,
+    zeros,
+)
 from fastres.backends.cuda.module import module, where, why_not
 from fastres.backends.cuda.tiling import Shape, Tiling, choose, partials
 from fastres.primitives import Branch, Gate, register
@@ -18,8 +27,8 @@ def channel_stats(y: Tensor, state: Tensor | None = None, prior_count: int = 0) 
     """(mean, M2) per channel, float32 [2, C]; merged with `state` where it is given."""
     channels = y.shape[1]
     if y.numel() == 0:
-        return torch.zeros(2, channels, device=y.device) if state is None else state.clone()
-    found = torch.empty(2, channels, device=y.device)
+        return zeros(2, channels, device=y.device) if state is None else state.clone()
+    found = floats(2, channels, device=y.device)
     _statistics(y, (address(state), prior_count, found.data_ptr(), 0, 0, 0.0, 0))
     return found
 
@@ -30,7 +39,7 @@ def batch_stats(y: Tensor, weight: Tensor | None, bias: Tensor | None, eps: floa
     if y.numel() == 0:
         state = channel_stats(y)
         return finalize_stats(state, 0, None, weight, bias, eps, acc=torch.float32)
-    stats = torch.empty(5, channels, device=y.device)
+    stats = floats(5, channels, device=y.device)
     _statistics(y, (0, 0, 0, address(weight), address(bias), eps, stats.data_ptr()))
     return stats
 
@@ -63,7 +72,7 @@ def finalize_stats(
     given = [dense_float(t) for t in (state, mean, var, weight, bias)]
     some = next(t for t in given if t is not None)
     channels = some.shape[-1]
-    stats = torch.empty(5, channels, device=some.device)
+    stats = floats(5, channels, device=some.device)
     if channels == 0:
         return stats
     first, *others = map(address, given)
@@ -115,11 +124,11 @@ def bn_act_backward_reduce(
     """`sums` float32 [3, C]; added to `sums` where it is given."""
     shape, device = Shape.of(grad_out), grad_out.device
     if shape.empty:
-        return torch.zeros(3, shape.c, device=device) if sums is None else sums.clone()
+        return zeros(3, shape.c, device=device) if sums is None else sums.clone()
     rows = 1 + len(branches)
 
     def run(tiling: Tiling) -> Tensor:
-        found = torch.empty(3, shape.c, device=device)
+        found = floats(3, shape.c, device=device)
         parts = partials(grad_out, tiling, rows, torch.float32)
         module().bn_act_backward_reduce(
             grad_out.data_ptr(), gate_code(gate), address(gate.tensor),
@@ -144,9 +153,7 @@ def bn_act_backward_apply(
     out: Tensor | None = None,
 ) -> tuple[list[Tensor | None], Tensor | None]:
     """grad_y per branch, and the gated gradient itself on demand, in one pass."""
-    grads: list[Tensor | None] = [torch.empty_like(grad_out) if w else None for w in want_grads]
-    if out is not None and want_grads[0]:
-        grads[0] = out
+    grads = new_grads(grad_out, want_grads, out)
     residual = torch.empty_like(grad_out) if want_residual else None
     apply(
         grad_out, gate, branches, sums if count else None, count, (*grads, None)[:2], residual,

@@ -31,6 +31,8 @@ DEVICES = ("cuda", "cpu") if EMULATED else ("cuda",)
 
 #: Multiprocessors of the emulation: one, so that blocks walk there too.
 _EMULATED_PROCESSORS = 1
+#: Its L2 cache: that of an H200.
+_EMULATED_CACHE = 50 << 20
 
 
 def module() -> ModuleType:
@@ -69,18 +71,29 @@ def _why_not_gpu(index: int) -> str | None:
     major, minor = (int(n) for n in kernels.toolkit().split(".")[:2])
     driver = kernels.driver()
     if driver // 1000 < major:
-        return (
-            f"the driver must support CUDA {major}, got {driver // 1000}.{driver % 1000 // 10}; "
-            f"update it, or build fastres with an older toolkit than {major}.{minor}"
-        )
+        return f"{_driver_knows(driver)}; it must support CUDA {major}: update it, {_OLDER}"
     capability = torch.cuda.get_device_capability(index)
-    if covering(kernels.archs(), capability) is None:
-        found = ".".join(map(str, capability))
+    found = covering(kernels.archs(), capability)
+    if found is None:
+        needed = ".".join(map(str, capability))
         return (
             f"fastres._cuda was built for {kernels.archs()}, and the GPU has compute capability "
-            f"{found}; rebuild with FASTRES_CUDA_ARCHS={found.replace('.', '')}"
+            f"{needed}; rebuild with FASTRES_CUDA_ARCHS={needed.replace('.', '')}"
+        )
+    # A driver takes older toolkits' PTX alone, and machine code of its own major version.
+    if found.startswith("PTX") and driver < 1000 * major + 10 * minor:
+        return (
+            f"{_driver_knows(driver)}, and only PTX of CUDA {major}.{minor} runs on this GPU: "
+            f"update it, {_OLDER}, or rebuild with FASTRES_CUDA_ARCHS for this GPU"
         )
     return None
+
+
+_OLDER = "or build fastres with an older toolkit"
+
+
+def _driver_knows(driver: int) -> str:
+    return f"the driver supports CUDA {driver // 1000}.{driver % 1000 // 10}"
 
 
 def why_not_here() -> str | None:
@@ -110,6 +123,16 @@ def where(t: Tensor) -> tuple[int, int]:
         return 0, 0
     index = t.device.index
     return index, torch._C._cuda_getCurrentRawStream(index)
+
+
+def cache_bytes(device: torch.device) -> int:
+    """Size of a device's L2 cache."""
+    return _EMULATED_CACHE if EMULATED else _cache_bytes(device.index)
+
+
+@lru_cache(maxsize=16)
+def _cache_bytes(index: int | None) -> int:
+    return torch.cuda.get_device_properties(index).L2_cache_size  # type: ignore[arg-type]
 
 
 def processors(device: torch.device) -> int:

@@ -13,7 +13,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastres.backends.common import ACT_CODES, address, branch_tensors, gate_code, new_mask
+from fastres.backends.common import (
+    ACT_CODES,
+    address,
+    branch_tensors,
+    floats,
+    gate_code,
+    new_mask,
+)
 from fastres.backends.cuda.batch_norm import (
     batch_stats,
     bn_act_backward_apply,
@@ -21,7 +28,7 @@ from fastres.backends.cuda.batch_norm import (
     dense_float,
     scale_shift_act,
 )
-from fastres.backends.cuda.module import binary, module, where, why_not
+from fastres.backends.cuda.module import binary, cache_bytes, module, where, why_not
 from fastres.backends.cuda.tiling import Shape, Tiling, partials, slab_tilings
 from fastres.backends.tuned import tuned
 from fastres.primitives import Branch, Gate, register
@@ -40,12 +47,30 @@ def _resident(direction: str, dtype: int, second: bool, device: torch.device) ->
     return found
 
 
-def ways(direction: str, t: Tensor, second: bool) -> tuple[Way, ...]:
-    """How a batch norm over `t` can be run, in a direction; `second`: with two branches."""
-    shape = Shape.of(t)
-    if shape.empty or not shape.vectors or t.data_ptr() % 16:
+def ways(direction: str, tensors: Sequence[Tensor | None], second: bool) -> tuple[Way, ...]:
+    """How a batch norm can be run, in a direction; `second`: with two branches.
+
+    `tensors` are the activations that it reads, the one that is normalised first. Slabs take
+    vectors of all of them. Beside other processes of a distributed run there are none: their
+    launch waits until the whole grid fits, and so for a collective that holds multiprocessors.
+    """
+    first = next(t for t in tensors if t is not None)
+    shape = Shape.of(first)
+    whole = all(t is None or t.data_ptr() % 16 == 0 for t in tensors)
+    if shape.empty or not shape.vectors or not whole or _distributed():
         return (PASSES,)
-    return PASSES, *slab_tilings(shape, _resident(direction, shape.dtype, second, t.device))
+    bytes_per_value = first.element_size() * sum(t is not None for t in tensors)
+    blocks = _resident(direction, shape.dtype, second, first.device)
+    return PASSES, *slab_tilings(shape, blocks, cache_bytes(first.device) // bytes_per_value)
+
+
+def _distributed() -> bool:
+    distributed = torch.distributed
+    return (
+        distributed.is_available()
+        and distributed.is_initialized()
+        and distributed.get_world_size() > 1
+    )
 
 
 class Forward(NamedTuple):
@@ -80,7 +105,7 @@ def bn_act_forward(
         return Forward(stats, *scale_shift_act(y, stats, **end))
 
     given = (act, want_mask, residual is None, residual_stats is None)
-    candidates = ways("forward", y, residual_stats is not None)
+    candidates = ways("forward", (y, residual), residual_stats is not None)
     name, sizes = "cuda/bn_act_forward", (*Shape.of(y), *given)
     return run(tuned(name, binary(), sizes, candidates, run, y.device))
 
@@ -98,7 +123,7 @@ def forward_in_slabs(
     want_mask: bool,
 ) -> Forward:
     """`bn_act_forward`, one slab after the other."""
-    stats = torch.empty(5, y.shape[1], device=y.device)
+    stats = floats(5, y.shape[1], device=y.device)
     out, mask = torch.empty_like(y), new_mask(y) if want_mask else None
     parts = partials(y, tiling, 2, torch.float64)
     module().bn_act_forward(
@@ -138,7 +163,10 @@ def bn_act_backward(
         )
         return Backward(sums, *found)
 
-    candidates = ways("backward", grad_out, len(branches) > 1)
+    read = (grad_out, *(branch.y for branch in branches))
+    candidates = ways(
+        "backward", (*read, gate.tensor if gate.kind == "out" else None), len(branches) > 1
+    )
     name = "cuda/bn_act_backward"
     sizes = (*Shape.of(grad_out), gate.kind, len(branches), count > 0, want_residual)
     return run(tuned(name, binary(), sizes, candidates, run, grad_out.device))
@@ -153,7 +181,7 @@ def backward_in_slabs(
     want_residual: bool,
 ) -> Backward:
     """`bn_act_backward`, one slab after the other."""
-    sums = torch.empty(3, grad_out.shape[1], device=grad_out.device)
+    sums = floats(3, grad_out.shape[1], device=grad_out.device)
     grads: list[Tensor | None] = [torch.empty_like(grad_out) for _ in branches]
     residual = torch.empty_like(grad_out) if want_residual else None
     parts = partials(grad_out, tiling, 1 + len(branches), torch.float32)

@@ -97,14 +97,19 @@ def sum_tilings(shape: Shape, multiprocessors: int) -> tuple[Tiling, ...]:
 
 
 @lru_cache(maxsize=1024)
-def slab_tilings(shape: Shape, blocks: int) -> tuple[Tiling, ...]:
-    """For slabs of channels: each of `blocks` resident blocks has its rows in every slab."""
+def slab_tilings(shape: Shape, blocks: int, values: int) -> tuple[Tiling, ...]:
+    """For slabs of channels: each of `blocks` resident blocks has its rows in every slab.
+
+    As wide as `values` elements allow, and narrower: to 32 bytes in a row, what memory reads at
+    once. None where not even that fits.
+    """
     if not shape.vectors:
         return ()
     chunk = -(-shape.rows // blocks)
-    widths = dict.fromkeys(min(w, _power_above(shape.packs)) for w in (8, 4, 16, 32))
     made = []
-    for width in widths:
+    for width in (32, 16, 8, 4, 2):
+        if width // 2 >= shape.packs or shape.rows * width * VECTOR > values:
+            continue
         lanes = SLAB_THREADS // width
         made.append(Tiling(SLAB_THREADS, width, -(-chunk // lanes) * lanes))
     return tuple(made)

@@ -7,7 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastres.backends.common import branch_tensors, gate_code, new_mask
+from fastres.backends.common import (
+    branch_tensors,
+    floats,
+    gate_code,
+    new_grads,
+    new_mask,
+    zeros,
+)
 from fastres.backends.triton.launch import kernel_of, launch
 from fastres.backends.triton.support import Matrix, why_not
 from fastres.backends.triton.walk import (
@@ -30,13 +37,13 @@ def channel_stats(y: Tensor, state: Tensor | None = None, prior_count: int = 0) 
     """(mean, M2) per channel, float32 [2, C]; merged with `state` where it is given."""
     m = Matrix.of(y)
     if m.rows == 0 or m.cols == 0:
-        return torch.zeros(2, m.channels, device=y.device) if state is None else state.clone()
+        return zeros(2, m.channels, device=y.device) if state is None else state.clone()
 
     def run(tiling: object) -> tuple[Tensor, Tensor]:
         extra = state is not None and prior_count > 0
         count = partials_of(m, tiling)
-        partials = torch.empty(count + extra, 3, m.channels, device=y.device)
-        counts = torch.empty(count + extra, device=y.device)
+        partials = floats(count + extra, 3, m.channels, device=y.device)
+        counts = floats(count + extra, device=y.device)
         launch_walk("channel_stats", kernel, m, tiling, (y, partials, counts), {})
         if state is not None and extra:
             partials[-1, ::2].copy_(state)
@@ -66,7 +73,7 @@ def finalize_stats(
     given = [None if t is None else t.contiguous() for t in (state, mean, var, weight, bias)]
     some = next(t for t in given if t is not None)
     channels = some.shape[-1]
-    stats = torch.empty(5, channels, device=some.device)
+    stats = floats(5, channels, device=some.device)
     constants = {
         "HAS_STATE": state is not None,
         "HAS_WEIGHT": weight is not None,
@@ -115,7 +122,7 @@ def bn_act_backward_reduce(
     """`sums` float32 [3, C]; added to `sums` where it is given."""
     m = Matrix.of(grad_out)
     if m.rows == 0 or m.cols == 0:
-        return torch.zeros(3, m.channels, device=grad_out.device) if sums is None else sums.clone()
+        return zeros(3, m.channels, device=grad_out.device) if sums is None else sums.clone()
     given = (grad_out, gate.tensor, *branch_tensors(branches))
     flags = {"GATE": gate_code(gate), "HAS_SECOND": len(branches) > 1}
     kernel = "bn_act_reduce_bwd_kernel"
@@ -123,7 +130,7 @@ def bn_act_backward_reduce(
     def run(tiling: object) -> Tensor:
         extra = sums is not None
         count = partials_of(m, tiling)
-        partials = torch.empty(count + extra, 3, m.channels, device=grad_out.device)
+        partials = floats(count + extra, 3, m.channels, device=grad_out.device)
         launch_walk("bn_act", kernel, m, tiling, (*given, partials), flags)
         if sums is not None:
             partials[-1].copy_(sums)
@@ -146,9 +153,7 @@ def bn_act_backward_apply(
     out: Tensor | None = None,
 ) -> tuple[list[Tensor | None], Tensor | None]:
     """grad_y per branch, and the gated gradient itself on demand, in one pass."""
-    grads: list[Tensor | None] = [torch.empty_like(grad_out) if w else None for w in want_grads]
-    if out is not None and want_grads[0]:
-        grads[0] = out
+    grads = new_grads(grad_out, want_grads, out)
     residual = torch.empty_like(grad_out) if want_residual else None
     second = grads[1] if len(grads) > 1 else None
     flags = {

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
+from fastres.backends.common import floats, zeros
 from fastres.backends.triton.launch import MAX_REGISTERS, Described, kernel_of, launch
 from fastres.backends.triton.products import (
     Problem,
@@ -52,8 +52,8 @@ def _forward(
         y, tiles = empty(p.out_shape, x), -(-p.out_pixels // tile.m)
         partials = counts = None
         if epilogue.want_state:
-            partials = torch.empty(tiles, 3, p.out_channels, device=x.device)
-            counts = torch.empty(tiles, device=x.device)
+            partials = floats(tiles, 3, p.out_channels, device=x.device)
+            counts = floats(tiles, device=x.device)
         if tile.descriptors:
             _launch_described(tile, flags, x, x_stats, weight, y, partials, counts)
             return y, partials, counts
@@ -75,7 +75,7 @@ def _forward(
     if partials is None or counts is None:
         return y, None
     if p.out_pixels == 0:
-        return y, torch.zeros(2, p.out_channels, device=x.device)
+        return y, zeros(2, p.out_channels, device=x.device)
     return y, merge_stats(partials, counts)
 
 

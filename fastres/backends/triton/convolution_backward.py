@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastres.backends.common import gate_code
+from fastres.backends.common import floats, gate_code
 from fastres.backends.triton.batch_norm import bn_act_backward_apply
 from fastres.backends.triton.launch import kernel_of, launch
 from fastres.backends.triton.products import (
@@ -94,7 +94,7 @@ def data_gradient(
         grad_x, tiles = torch.empty_like(like), sh * sw * -(-class_pixels // tile.m)
         partials = None
         if reduce is not None:
-            partials = torch.empty(tiles, 3, p.channels, device=like.device)
+            partials = floats(tiles, 3, p.channels, device=like.device)
         launch(
             kernel_of("conv_bwd_data", "conv_bwd_data_kernel"),
             (tiles * conv.groups * -(-group_in // tile.n),),
@@ -139,7 +139,7 @@ def weight_gradient(
     def run(tile: Any) -> Tensor:
         programs = kh * kw * conv.groups * -(-group_out // tile.m) * -(-group_in // tile.n)
         steps, splits = _splits(p.out_pixels, tile.k, programs, device_of(x).processors)
-        parts = torch.empty(splits, p.out_channels, kh, kw, group_in, device=x.device)
+        parts = floats(splits, p.out_channels, kh, kw, group_in, device=x.device)
         launch(
             kernel_of("conv_bwd_weight", "conv_bwd_weight_kernel"),
             (programs * splits,),

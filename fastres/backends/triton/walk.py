@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastres.backends.common import floats
 from fastres.backends.triton.launch import kernel_of, launch, tuned
 from fastres.backends.triton.support import Matrix, device_of
 
@@ -112,8 +113,8 @@ def merge_stats(partials: Tensor, counts: Tensor) -> Tensor:
     while True:
         groups = -(-len(partials) // constants["GROUP"])
         last = groups == 1
-        merged = torch.empty(groups, 2 if last else 3, channels, device=device)
-        merged_counts = torch.empty(groups, device=device)
+        merged = floats(groups, 2 if last else 3, channels, device=device)
+        merged_counts = floats(groups, device=device)
         grid = (groups * -(-channels // constants["CHANNELS"]),)
         tensors = (partials, counts, merged, merged_counts)
         launch(kernel, grid, tensors, (len(partials), channels), {"LAST": last, **constants})
