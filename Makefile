@@ -13,10 +13,10 @@ export FASTRES_CUDA ?= $(if $(shell command -v nvcc),1,auto)
 export NVCC_APPEND_FLAGS ?= -Werror all-warnings
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench gpu-check clean
 
 help:  ## list the verbs
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
 
 demo: $(INSTALLED)  ## train a ResNet on handwritten digits, stock and fused; writes report.html
 	$(BIN)/fastres demo --out report.html
@@ -42,7 +42,12 @@ lint: $(INSTALLED)  ## check style, types, layers and C++ formatting
 	$(BIN)/clang-format --dry-run -Werror $(SOURCES) $(TEST_SOURCES)
 
 bench: $(INSTALLED)  ## measure speed and memory against eager PyTorch
-	$(BIN)/python -m bench --readme
+	$(BIN)/python -m bench block
+
+# Without an environment made by make, the one at hand is used.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+gpu-check:  ## all that a GPU can tell, within nine minutes; STAGE=build|parity|..., DRY=1 on a CPU
+	$(GPU_PYTHON) -m bench.gpu_check $(if $(STAGE),--stage '$(STAGE)') $(if $(DRY),--dry)
 
 clean:  ## remove the environment and everything that was built
 	rm -rf $(VENV) build dist *.egg-info report.html .ruff_cache .mypy_cache .pytest_cache \

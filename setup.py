@@ -249,6 +249,10 @@ def architectures(known: Toolkit) -> list[str]:
         archs = list(dict.fromkeys(re.split(r"[;,\s]+", choice.strip(";, "))))
         if not any(map(wrong, archs)):
             return archs
+    if not given:
+        raise RuntimeError(
+            f"nvcc {known.version} knows none of {CUDA_ARCHS}; name others by FASTRES_CUDA_ARCHS"
+        )
     raise SystemExit(
         "error: FASTRES_CUDA_ARCHS must list GPU architectures, as in '80;90a;100+PTX', that nvcc "
         f"{known.version} knows ({', '.join(known.archs)}), got {choices[-1]!r}"
@@ -361,6 +365,7 @@ class BuildWithNinja(build_ext):
 setup(
     packages=[
         *find_packages(include=["fastres", "fastres.*"]),
+        "fastres.bench",
         "fastres.triton_kernels",
         *(f"fastres.triton_kernels.{name}" for name in find_packages(str(ROOT / "triton_kernels"))),
     ],

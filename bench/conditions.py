@@ -37,10 +37,11 @@ def stamp(found: dict[str, Any]) -> str:
 
 
 def _cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
+    listed = Path("/proc/cpuinfo")
+    for line in listed.read_text().splitlines() if listed.exists() else ():
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
-    return platform.processor()
+    return platform.processor() or platform.machine()
 
 
 def _triton() -> str:
@@ -51,7 +52,12 @@ def _triton() -> str:
 
 
 def _commit() -> str:
+    """Of the checkout; empty for an installed package."""
+    if not (ROOT.parent / ".git").exists():
+        return ""
     command = ["git", "describe", "--always", "--dirty"]
-    return subprocess.run(
-        command, capture_output=True, text=True, cwd=ROOT, check=False
-    ).stdout.strip()
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    except FileNotFoundError:
+        return ""  # without git
+    return done.stdout.strip()

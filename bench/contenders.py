@@ -1,111 +1,186 @@
-"""What is timed: one step of a block, by eager torch, by fastres, and by its convolutions alone."""
+"""Who runs in a race: stock torch in two layouts and compiled, others' kernels, and fastres."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib.util
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 import fastres
-from bench.shapes import BlockShape
 
-Step = Callable[[], object]
+from .models import Subject
+from .rivals import with_cudnn, with_inplace_abn
 
-
-CLASSES: dict[str, type[nn.Module]] = {
-    "eager": fastres.nn.stock.Bottleneck,
-    "fastres": fastres.Bottleneck,
-}
+#: Told apart from a plain contender by where its memory comes from, `bench.race.KEEP`.
+KEPT = ", kept"
 
 
-def _block(cls: type[nn.Module], shape: BlockShape, dtype: torch.dtype) -> nn.Module:
-    torch.manual_seed(0)
-    downsample = None
-    if shape.projected:
-        downsample = nn.Sequential(
-            nn.Conv2d(shape.channels, shape.outputs, 1, shape.stride, bias=False),
-            nn.BatchNorm2d(shape.outputs),
-        )
-    block = cls(shape.channels, shape.width, shape.stride, downsample)
-    return block.to(dtype).to(memory_format=torch.channels_last)
+@dataclass(frozen=True)
+class Job:
+    """Everything that decides what one step computes and how; sent to workers as JSON."""
+
+    kind: str
+    name: str
+    batch: int
+    size: int
+    contender: str
+    mode: str = "train"
+    dtype: str = "float32"
+    amp: bool = False
+    channels_last: bool = True
+    backend: str = "auto"
+    memory: str = "auto"
+    level: str = "auto"
+    device: str = "cpu"
+
+    @property
+    def subject(self) -> Subject:
+        """The network or block."""
+        return Subject(self.kind, self.name, self.batch, self.size)
+
+    @property
+    def who(self) -> Contender:
+        """The contender, kept or not."""
+        return CONTENDERS[self.contender.removesuffix(KEPT)]
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Of activations: that of the parameters, or autocast's."""
+        found: torch.dtype = getattr(torch, self.dtype)
+        return torch.bfloat16 if self.amp and found == torch.float32 else found
+
+    @property
+    def parameter_dtype(self) -> torch.dtype:
+        """Of parameters and inputs."""
+        return torch.float32 if self.amp else self.compute_dtype
+
+    @property
+    def nhwc(self) -> bool:
+        """Whether activations are channels_last."""
+        return self.channels_last if self.who.nhwc is None else self.who.nhwc
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """The layout of activations and weights."""
+        return torch.channels_last if self.nhwc else torch.contiguous_format
+
+    def place(self, t: Tensor) -> Tensor:
+        """A batch on the device, in dtype and layout."""
+        return t.to(self.device, self.parameter_dtype).contiguous(memory_format=self.memory_format)
+
+    def stock(self) -> nn.Module:
+        """The stock module, placed, in its mode."""
+        return self._placed(self.subject.build(fused=False))
+
+    def module(self) -> nn.Module:
+        """The contender's module, placed, in its mode, and compiled where it is to be."""
+        module = self._placed(self.subject.build(self.who.fused))
+        if self.who.change is not None:
+            self.who.change(module)
+        if self.who.compiled is not None:
+            # Between the two on a GPU: everybody gets a CUDA graph of the whole step.
+            graphs = self.who.compiled == "max-autotune" and self.device == "cuda"
+            module.compile(mode=f"{self.who.compiled}{'-no-cudagraphs' if graphs else ''}")
+        return module
+
+    def _placed(self, module: nn.Module) -> nn.Module:
+        module = module.to(self.device, self.parameter_dtype).to(memory_format=self.memory_format)  # type: ignore[call-overload]
+        return module.train(self.mode == "train")
+
+    @contextmanager
+    def settings(self) -> Iterator[None]:
+        """What the user chose for fastres is in force inside.
+
+        Raises:
+            ValueError: for a backend, memory mode or level that does not exist.
+            RuntimeError: for a backend that cannot run here.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(fastres.use_backend(self.backend))
+            stack.enter_context(fastres.use_memory(self.memory))
+            stack.enter_context(fastres.use_level(self.level))
+            yield
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Around a forward pass: autocast where it is asked for."""
+        return torch.autocast(self.device, self.compute_dtype, enabled=self.amp)
 
 
-def _input(shape: BlockShape, dtype: torch.dtype) -> Tensor:
-    torch.manual_seed(1)
-    x = torch.randn(shape.batch, shape.channels, shape.size, shape.size, dtype=dtype)
-    return x.to(memory_format=torch.channels_last)
+@dataclass(frozen=True)
+class Contender:
+    """One way to run a subject.
+
+    Attributes:
+        meaning: for the help.
+        nhwc: its layout; None follows --channels-last.
+        fused: whether fastres runs it.
+        compiled: torch.compile's mode, or None.
+        change: what is done to a placed stock module.
+        kinds: the subjects it can run.
+        why_not: (device, mode) -> why it cannot run, or None.
+    """
+
+    meaning: str
+    nhwc: bool | None = None
+    fused: bool = False
+    compiled: str | None = None
+    change: Callable[[nn.Module], None] | None = None
+    kinds: tuple[str, ...] = ("block", "model", "train")
+    why_not: Callable[[str, str], str | None] = lambda device, mode: None
 
 
-def training_step(cls: type[nn.Module], shape: BlockShape, dtype: torch.dtype) -> Step:
-    """Forward and backward of one block, gradients of x and every parameter."""
-    block, x = _block(cls, shape, dtype), _input(shape, dtype).requires_grad_()
-    grad = torch.randn_like(block(x).detach())
-    wanted = [x, *block.parameters()]
-
-    def step() -> object:
-        return torch.autograd.grad(block(x), wanted, grad)
-
-    return step
+def _no_compiler(device: str, mode: str) -> str | None:
+    if device == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
+        return "torch.compile needs a C++ compiler on a CPU, and there is none"
+    if device == "cuda" and importlib.util.find_spec("triton") is None:
+        return "torch.compile needs triton on a GPU, which is not installed"
+    return None
 
 
-def inference_step(cls: type[nn.Module], shape: BlockShape, dtype: torch.dtype) -> Step:
-    """One block in eval mode, without gradients."""
-    block, x = _block(cls, shape, dtype).eval(), _input(shape, dtype)
-
-    def step() -> object:
-        with torch.no_grad():
-            return block(x)
-
-    return step
+def _no_inplace_abn(device: str, mode: str) -> str | None:
+    if importlib.util.find_spec("inplace_abn") is None:
+        return "the package inplace_abn is not installed"
+    return None
 
 
-def convolutions_step(shape: BlockShape, dtype: torch.dtype) -> Step:
-    """The block's convolutions alone, forward and backward, on inputs of the right shapes."""
-    block = _block(CLASSES["eager"], shape, dtype)
-    convs = [m for m in block.modules() if isinstance(m, nn.Conv2d)]
-    seen: dict[nn.Module, Tensor] = {}
-    hooks = [
-        m.register_forward_pre_hook(lambda m, args: seen.update({m: args[0].detach()}))
-        for m in convs
-    ]
-    block(_input(shape, dtype))
-    for hook in hooks:
-        hook.remove()
-    inputs = [(m, seen[m].clone().requires_grad_()) for m in convs]
-    grads = [torch.randn_like(m(x).detach()) for m, x in inputs]
-
-    def step() -> object:
-        outputs = [m(x) for m, x in inputs]
-        return [
-            torch.autograd.grad(y, [x, m.weight], g)
-            for y, (m, x), g in zip(outputs, inputs, grads, strict=True)
-        ]
-
-    return step
+def _no_cudnn(device: str, mode: str) -> str | None:
+    if device != "cuda":
+        return "cuDNN runs on NVIDIA GPUs only"
+    if mode == "train":
+        return "torch exposes cuDNN's fused convolutions for inference only"
+    return None if torch.backends.cudnn.is_available() else "this torch has no cuDNN"
 
 
-def make_step(contender: str, mode: str, shape: BlockShape, dtype: torch.dtype) -> Step:
-    """The step that a contender's name stands for."""
-    if contender == "convolutions":
-        return convolutions_step(shape, dtype)
-    make = training_step if mode == "train" else inference_step
-    return make(CLASSES[contender], shape, dtype)
+CONTENDERS = {
+    "eager": Contender("stock torch, contiguous (NCHW)", nhwc=False),
+    "channels_last": Contender("stock torch, channels_last (NHWC)", nhwc=True),
+    "compile": Contender("torch.compile", compiled="default", why_not=_no_compiler),
+    "compile-max-autotune": Contender(
+        "torch.compile(mode='max-autotune')", compiled="max-autotune", why_not=_no_compiler
+    ),
+    "inplace_abn": Contender(
+        "InPlaceABN with leaky ReLU for the blocks' inner norms", change=with_inplace_abn,
+        why_not=_no_inplace_abn,
+    ),
+    "cudnn": Contender(
+        "norms folded into cuDNN's convolution + add + ReLU, inference", change=with_cudnn,
+        nhwc=True, why_not=_no_cudnn,
+    ),
+    "convolutions": Contender(
+        "a block's convolutions alone: a bound", nhwc=True, kinds=("block",)
+    ),
+    "fastres": Contender("fused by fastres; always runs", fused=True),
+}  # fmt: skip
 
 
-def saved_bytes(contender: str, shape: BlockShape, dtype: torch.dtype) -> int:
-    """Bytes that one forward keeps for backward, each storage once, parameters left out."""
-    block, x = _block(CLASSES[contender], shape, dtype), _input(shape, dtype).requires_grad_()
-    parameters = {p.untyped_storage().data_ptr() for p in block.parameters()}
-    storages: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in parameters:
-            storages[storage.data_ptr()] = t.numel() * t.element_size()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = block(x)
-    del out
-    return sum(storages.values())
+def why_not(name: str, kind: str, device: str, mode: str) -> str | None:
+    """Why a contender cannot run a subject of a kind there, or None."""
+    who = CONTENDERS[name]
+    if kind not in who.kinds:
+        return f"{kind} has none"
+    return who.why_not(device, mode)

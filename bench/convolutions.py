@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.conditions import ROOT, conditions, stamp
-from bench.registry import QUICK_ROUNDS, ROUNDS, race, timer_for, why_wrong
 from fastres.backends import BACKENDS, aten
 from fastres.backends.triton import batch_norm, convolution, convolution_backward
 from fastres.primitives import Branch, ConvSpec, Gate, PendingGrad, Prologue, implementations
 from fastres.testing import CASES
+
+from .conditions import ROOT, conditions, stamp
+from .registry import QUICK_ROUNDS, ROUNDS, race, timer_for, why_wrong
 
 Step = Callable[[], object]
 
@@ -49,6 +50,12 @@ class Shape:
     def conv(self) -> ConvSpec:
         """Its geometry."""
         return ConvSpec((self.stride,) * 2, (self.kernel // 2,) * 2)
+
+    @property
+    def flops(self) -> int:
+        """Of its forward pass."""
+        h, w = self.conv.output_size((self.size,) * 2, (self.kernel,) * 2)
+        return 2 * self.batch * h * w * self.out_channels * self.channels * self.kernel**2
 
 
 #: He et al. 2015, table 1: reduce, 3x3 and expand of each stage, and what strides.
@@ -171,13 +178,14 @@ def rows(shapes: Sequence[Shape], device: str, rounds: int) -> Iterator[dict[str
                 for name, timing in found.items():
                     yield {
                         "shape": str(shape), "batch": shape.batch, "direction": direction,
+                        "size": shape.size, "flops": shape.flops * (1 + (direction == "backward")),
                         "contender": name, "ms": round(timing.median, 5),
                         "low": round(timing.low, 5), "high": round(timing.high, 5),
                         "over_cudnn": round(timing.median / found["cuDNN alone"].median, 3),
                     }  # fmt: skip
 
 
-def _why_wrong(device: str) -> str | None:
+def why_wrong_on(device: str) -> str | None:
     """What fails the parity harness in bfloat16, channels_last; nothing is timed then."""
     like = next(c for c in CASES if c.dtype == torch.bfloat16 and c.channels_last)
     for primitive in ("conv_forward", "conv_backward", "channel_stats", "scale_shift_act"):
@@ -200,7 +208,7 @@ def main(arguments: Sequence[str]) -> int:
     if reason is not None or (device == "cpu" and not quick):
         print(f"nothing can be measured here: {reason or 'there is no GPU that torch can use'}")
         return 1
-    if wrong := _why_wrong(device):
+    if wrong := why_wrong_on(device):
         print(f"refused: {wrong}")
         return 1
     kept = []

@@ -7,6 +7,8 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +16,17 @@ from typing import Any
 
 #: glibc keeps freed memory instead of returning it to the system at once.
 KEEP = {"MALLOC_MMAP_THRESHOLD_": str(4 << 30), "MALLOC_TRIM_THRESHOLD_": str(32 << 30)}
+
+#: What a process is killed with where the machine has no memory left.
+_KILLED = -9
+
+
+class NoMemoryError(Exception):
+    """A contender does not fit."""
+
+
+class FailedError(Exception):
+    """A contender cannot run, for a reason that has nothing to do with memory."""
 
 
 @dataclass(frozen=True)
@@ -26,34 +39,87 @@ class Timing:
 
     @classmethod
     def of(cls, samples: list[float]) -> Timing:
-        """The quartiles of a list of milliseconds."""
-        low, median, high = statistics.quantiles(samples, n=4)
+        """The quartiles of a list of milliseconds; of a single one, itself."""
+        if len(samples) == 1:
+            return cls(*samples * 3)
+        low, median, high = statistics.quantiles(samples, n=4, method="inclusive")
         return cls(median, low, high)
 
 
-class Worker:
-    """A process of its own that times steps; see `bench.worker`."""
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during the rounds; `samples` has those that were complete, of every contender."""
 
-    def __init__(self, kept: bool) -> None:
+    def __init__(self, samples: dict[str, list[float]]) -> None:
+        super().__init__()
+        self.samples = samples
+
+
+def alternate(contenders: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of every contender, one per round, each round in the same order.
+
+    Raises:
+        Interrupted: after Ctrl-C, with the complete rounds.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    done = 0
+    try:
+        while done < rounds:
+            for name, milliseconds in contenders.items():
+                samples[name].append(milliseconds())
+            done += 1
+    except KeyboardInterrupt:
+        raise Interrupted({name: times[:done] for name, times in samples.items()}) from None
+    return samples
+
+
+class Worker:
+    """A process of its own that measures; see `bench.worker`."""
+
+    def __init__(self, kept: bool = False) -> None:
         environment = {**os.environ, **(KEEP if kept else {})}
+        self._said = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115  (closed in __exit__)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "bench.worker"],
+            [sys.executable, "-m", f"{__package__}.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            stderr=self._said,
             text=True,
             env=environment,
-            cwd=Path(__file__).resolve().parent.parent,
+            # The folder of the package, where that is a checkout and not installed.
+            cwd=Path(__file__).resolve().parents[1] if __package__ == "bench" else None,
         )
 
-    def ask(self, **request: Any) -> float:
-        """One answer of the process: milliseconds, or bytes."""
+    def ask(self, **request: Any) -> Any:
+        """One answer of the process.
+
+        Raises:
+            NoMemoryError: where there was not enough for it.
+            FailedError: where it failed for another reason, with that.
+        """
+        answer = self._exchange(json.dumps(request))
+        if "value" in answer:
+            return answer["value"]
+        raise (NoMemoryError if answer["error"] == "memory" else FailedError)(answer["message"])
+
+    def _exchange(self, line: str) -> dict[str, Any]:
         assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"the timing process ended with {self._process.wait()}")
-        return float(json.loads(line))
+        try:
+            self._process.stdin.write(line + "\n")
+            self._process.stdin.flush()
+            found = self._process.stdout.readline()
+        except BrokenPipeError:
+            found = ""
+        if not found:
+            return self._obituary()
+        answer: dict[str, Any] = json.loads(found)
+        return answer
+
+    def _obituary(self) -> dict[str, Any]:
+        status = self._process.wait()
+        self._said.seek(0)
+        last = (self._said.read().strip().splitlines() or ["it said nothing"])[-1]
+        message = f"the process ended with status {status}: {last}"
+        return {"error": "memory" if status == _KILLED else "other", "message": message}
 
     def __enter__(self) -> Worker:
         return self
@@ -66,22 +132,4 @@ class Worker:
     ) -> None:
         self._process.kill()
         self._process.wait()
-
-
-def race(
-    contenders: dict[str, tuple[Worker, str]], rounds: int, **request: Any
-) -> dict[str, Timing]:
-    """Time contenders in turn.
-
-    Args:
-        contenders: name of the row -> (process, what it runs).
-        rounds: how often each is timed.
-        request: block, mode and dtype of the step.
-    """
-    samples: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(rounds):
-        for name, (worker, contender) in contenders.items():
-            samples[name].append(worker.ask(what="time", contender=contender, **request))
-    for worker, _ in contenders.values():
-        worker.ask(what="drop", contender="", mode="", block=request["block"], dtype="float32")
-    return {name: Timing.of(values) for name, values in samples.items()}
+        self._said.close()

@@ -15,14 +15,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.conditions import ROOT, conditions, stamp
-from bench.race import Timing
-from bench.traffic import bytes_of, flops_of
 from fastres.backends import BACKENDS
 from fastres.primitives import (
     PRIMITIVES,
@@ -33,6 +31,10 @@ from fastres.primitives import (
 )
 from fastres.testing import BENCH_CASES, CASES, Call, Case, calls, check_implementation
 from fastres.tuning.measure import Timer, gpu_timer
+
+from .conditions import ROOT, conditions, stamp
+from .race import Timing, alternate
+from .traffic import bytes_of, flops_of
 
 #: Channels and pixels per side of the activations of ResNet-50 at 224 pixels (He et al. 2015).
 SIZES = ((64, 112), (64, 56), (256, 56), (128, 28), (512, 28), (256, 14), (1024, 14), (512, 7),
@@ -70,9 +72,12 @@ class MadeThere(Case):
         return torch.randn(n, c, h, w, dtype=self.dtype, device=device, generator=g)
 
 
-def cases_of(primitive: str, device: str, quick: bool) -> list[Case]:
-    """What a primitive is timed on."""
-    batch, dtype = SCALE[device]
+def cases_of(
+    primitive: str, device: str, quick: bool, batch: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> list[Case]:  # fmt: skip
+    """What a primitive is timed on; `SCALE` says with which batch and dtype, if nobody does."""
+    batch, dtype = batch or SCALE[device][0], dtype or SCALE[device][1]
     if primitive.startswith("conv_"):
         found = [case for case in BENCH_CASES if case.dtype == dtype]
         if quick:
@@ -118,14 +123,11 @@ def race(
     contenders: dict[str, Callable[[], object]], timer: Timer, rounds: int
 ) -> dict[str, Timing]:
     """Every contender once per round, after warming up."""
-    for thunk in contenders.values():
+    timed = {name: partial(timer, thunk) for name, thunk in contenders.items()}
+    for milliseconds in timed.values():
         for _ in range(WARM_UPS):
-            timer(thunk)
-    samples: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(rounds):
-        for name, thunk in contenders.items():
-            samples[name].append(timer(thunk))
-    return {name: Timing.of(values) for name, values in samples.items()}
+            milliseconds()
+    return {name: Timing.of(values) for name, values in alternate(timed, rounds).items()}
 
 
 # ---------------------------------------------------------------- the run
@@ -133,11 +135,18 @@ def race(
 
 @dataclass
 class Run:
-    """One run over primitives and cases: its rows, and who was left out and why."""
+    """One run over primitives and cases: its rows, and who was left out and why.
+
+    `batch` and `dtype` are those of `SCALE` where they are None; `say` is told every line.
+    """
 
     device: str
     quick: bool
     timer: Timer
+    rounds: int | None = None
+    batch: int | None = None
+    dtype: torch.dtype | None = None
+    say: Callable[[str], None] = lambda line: print(line, flush=True)
     rows: list[dict[str, Any]] = field(default_factory=list)
     declined: dict[str, list[str]] = field(default_factory=dict)
     refused: dict[str, str] = field(default_factory=dict)
@@ -146,7 +155,7 @@ class Run:
     def primitive(self, primitive: str, entries: Sequence[Implementation]) -> None:
         """Time every call of a primitive; all backends' implementations of it take turns."""
         backends = list(dict.fromkeys(entry.backend for entry in entries))
-        for case in cases_of(primitive, self.device, self.quick):
+        for case in cases_of(primitive, self.device, self.quick, self.batch, self.dtype):
             made = [calls(primitive, case, backend, self.device) for backend in backends]
             # The same calls for each, but for the dtypes that a backend hands itself.
             for alike in zip(*made, strict=True):
@@ -168,7 +177,8 @@ class Run:
         source = torch.empty(max(moved.values()) // 2 + 1, dtype=torch.uint8, device=self.device)
         target = torch.empty_like(source)
         contenders = {**thunks, "copy": lambda: target.copy_(source)}
-        found = race(contenders, self.timer, QUICK_ROUNDS if self.quick else ROUNDS)
+        rounds = self.rounds or (QUICK_ROUNDS if self.quick else ROUNDS)
+        found = race(contenders, self.timer, rounds)
         copied = 2 * source.numel() / found["copy"].median / 1e6
         for entry in able:
             name = str(entry)
@@ -197,7 +207,7 @@ class Run:
         if flops := flops_of(entry.primitive, call, case):
             row |= {"flops": flops, "tflop_per_s": round(flops / timing.median / 1e9, 3)}
         self.rows.append(row)
-        print(_line(row), flush=True)
+        self.say(_line(row))
 
     def _able(self, entry: Implementation, call: Call, case: Case) -> bool:
         """Whether an implementation takes a call and is right on small ones like it."""
@@ -213,7 +223,7 @@ class Run:
                 self._passed.add(key)
             else:
                 self.refused[key] = wrong
-                print(f"refused: {key}: {wrong}", flush=True)
+                self.say(f"refused: {key}: {wrong}")
         return key in self._passed
 
 

@@ -19,7 +19,6 @@ from typing import NamedTuple
 import torch
 
 import fastres
-from bench import cuda_resources
 from fastres.backends.triton.launch import Launch
 from fastres.testing.ahead import (
     DEVICES,
@@ -28,6 +27,8 @@ from fastres.testing.ahead import (
     described_launches,
     resnet_launches,
 )
+
+from . import cuda_resources
 
 PATH = Path(__file__).resolve().parent.parent / "docs" / "kernels.md"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

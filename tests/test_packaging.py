@@ -19,6 +19,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 #: What a build may need from the source tree; a copy keeps its leftovers out of the checkout.
 SOURCES = (
+    "bench",
     "csrc",
     "fastres",
     "triton_kernels",
@@ -40,7 +41,8 @@ def _tree(folder: Path) -> Path:
     tree.mkdir()
     listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "--", *SOURCES]
     done = subprocess.run(listed, cwd=ROOT, check=True, capture_output=True, text=True)
-    for name in done.stdout.split():
+    # One that is deleted stays listed until that is committed.
+    for name in filter(lambda name: (ROOT / name).exists(), done.stdout.split()):
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
         (tree / name).write_bytes((ROOT / name).read_bytes())
     return tree
@@ -78,6 +80,8 @@ def test_only_top_level_name_is_fastres(wheel: Path) -> None:
     tops = {name.split("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"fastres"}
     assert "fastres/triton_kernels/add_act.py" in names
+    assert "fastres/bench/command.py" in names
+    assert not any(name.startswith("fastres/bench/results/") for name in names)
     assert "fastres/py.typed" in names
     assert any(name.startswith("fastres/_cpu.") for name in names)
     assert any(name.startswith("fastres/_cuda.") for name in names) == NVCC

@@ -6,7 +6,7 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from fastres.cli.errors import CommandError
 
@@ -15,6 +15,7 @@ COMMANDS = {
     "doctor": "what is installed, what can run here, and what is missing",
     "explain": "which blocks of a model are fused, and why the others are not",
     "demo": "train a ResNet on handwritten digits, stock and fused, and write a report",
+    "bench": "measure speed and memory beside stock PyTorch, or compare two results",
 }
 
 INTERRUPTED = 130
@@ -31,16 +32,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         one sentence on stderr), 130 after Ctrl-C.
     """
     args = _parser().parse_args(argv)
+
+    def run() -> int:
+        status: int = importlib.import_module(f"fastres.cli.{args.command}").main(args.arguments)
+        return status
+
+    return guarded(args.command, run)
+
+
+def guarded(name: str, run: Callable[[], int]) -> int:
+    """The exit status of a command's `run`, whatever ends it; see `main`."""
     try:
-        command = importlib.import_module(f"fastres.cli.{args.command}")
-        status: int = command.main(args.arguments)
+        status = run()
         sys.stdout.flush()
         return status
     except CommandError as error:
-        print(f"fastres {args.command}: {error}", file=sys.stderr)
+        print(f"fastres {name}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"fastres {args.command}: interrupted", file=sys.stderr)
+        print(f"fastres {name}: interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         # `fastres doctor | head`: the reader has what it wanted. Python would complain at exit.

@@ -19,6 +19,7 @@ from fastres.testing.maker import Call
 from fastres.testing.modules import check_block
 from fastres.testing.parity import Outcome, check_implementation
 from fastres.testing.poison import poisoned_allocations
+from fastres.testing.saved import saved_bytes
 
 __all__ = [
     "BENCH_BLOCKS",
@@ -39,4 +40,5 @@ __all__ = [
     "check_block",
     "check_implementation",
     "poisoned_allocations",
+    "saved_bytes",
 ]

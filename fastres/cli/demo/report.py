@@ -11,36 +11,21 @@ from typing import Any
 import torch
 
 from fastres import __version__
+from fastres.cli import html
 from fastres.cli.demo import parity
 from fastres.cli.demo.plot import Axes, Line, svg
 from fastres.cli.demo.training import Contender
 
 ACCURACY_GOAL = 0.97
 
+#: What `plot` draws with.
 STYLE = """
-:root { color-scheme: light dark; --ink: #1c2430; --soft: #5b6675; --line: #d5dae1;
-  --paper: #fff; --stock: #1f6fb4; --fused: #d9560b; --good: #17733a; --bad: #b3261e; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ee; --soft: #9aa5b4; --line: #39424e;
-  --paper: #12161c; --stock: #6db3ee; --fused: #ff9a5c; --good: #6fcf8e; --bad: #ff8a80; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.5rem 1rem 3rem; max-width: 46rem; color: var(--ink);
-  background: var(--paper); font: 1rem/1.55 system-ui, sans-serif; }
-h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .5rem; }
-h2 { font-size: 1.15rem; margin: 2.2rem 0 .5rem; }
-p { margin: .5rem 0; } .soft, figcaption, caption { color: var(--soft); font-size: .9rem; }
-figure { margin: 1rem 0; } svg { display: block; width: 100%; height: auto; }
 svg text { font: 12px system-ui, sans-serif; fill: var(--ink); }
 .end { text-anchor: end; } .middle { text-anchor: middle; }
 .grid { stroke: var(--line); } .axis { stroke: var(--soft); fill: none; }
 .line { fill: none; stroke-width: 2; stroke-linejoin: round; }
 .stock { stroke: var(--stock); } .fused { stroke: var(--fused); stroke-dasharray: 6 4; }
 .allowed { stroke: var(--soft); stroke-dasharray: 2 3; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; width: 100%; }
-th, td { text-align: left; padding: .3rem .7rem .3rem 0; border-bottom: 1px solid var(--line);
-  vertical-align: top; } .figures td, .figures th { font-variant-numeric: tabular-nums; }
-.figures :is(td, th):not(:first-child) { text-align: right; }
-.good { color: var(--good); } .bad { color: var(--bad); } .good, .bad { font-weight: 600; }
-code { font-size: .9em; white-space: nowrap; }
 """
 
 
@@ -163,24 +148,12 @@ def page(result: Result) -> str:
         _rounding(result.verdict) if result.verdict is not None else "",
         _blocks_table(result.blocks),
     ]  # fmt: skip
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>fastres demo</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
-        + "\n".join(sections)
-        + "\n</body>\n</html>\n"
-    )
+    return html.page("fastres demo", sections, STYLE)
 
 
 def _figures_table(result: Result) -> str:
-    rows = "".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>"
-        for row in figures(result)
-    )
-    return (
-        '<div class="scroll"><table class="figures"><tr><th></th><th>stock</th><th>fused</th>'
-        f"<th>fused / stock</th></tr>{rows}</table></div>"
-    )
+    rows = ([escape(cell) for cell in row] for row in figures(result))
+    return html.table(("", "stock", "fused", "fused / stock"), rows)
 
 
 def _curves(result: Result) -> str:
@@ -189,16 +162,12 @@ def _curves(result: Result) -> str:
         for c in (result.stock, result.fused)
     ]
     plot = svg(Axes("Training loss of both networks", "step", "training loss"), lines)
-    accuracies = "".join(
-        f"<tr><td>{epoch}</td><td>{a:.2%}</td><td>{b:.2%}</td></tr>"
-        for epoch, (a, b) in enumerate(
-            zip(result.stock.accuracies, result.fused.accuracies, strict=False), start=1
-        )
-    )
+    pairs = zip(result.stock.accuracies, result.fused.accuracies, strict=False)
+    accuracies = ([str(epoch), f"{a:.2%}", f"{b:.2%}"] for epoch, (a, b) in enumerate(pairs, 1))
     return (
         f"<h2>Learning curves</h2><figure>{plot}<figcaption>Training loss, every step, same "
-        'batches.</figcaption></figure><div class="scroll"><table class="figures"><tr><th>epoch'
-        f"</th><th>stock, test accuracy</th><th>fused</th></tr>{accuracies}</table></div>"
+        "batches.</figcaption></figure>"
+        + html.table(("epoch", "stock, test accuracy", "fused"), accuracies)
     )
 
 
@@ -219,13 +188,13 @@ def _rounding(verdict: parity.Verdict) -> str:
 
 def _blocks_table(blocks: dict[str, Any]) -> str:
     rows: Sequence[dict[str, Any]] = blocks["rows"]
-    body = "".join(
-        f"<tr><td><code>{escape(str(row['name']))}</code></td><td>{escape(str(row['type']))}</td>"
-        f'<td class="{"good" if row["fused"] else "bad"}">{"yes" if row["fused"] else "no"}</td>'
-        f"<td>{escape(str(row.get('reason') or row.get('level') or ''))}</td></tr>"
+    cells = (
+        [
+            f"<code>{escape(str(row['name']))}</code>",
+            escape(str(row["type"])),
+            html.mark(row["fused"], "yes" if row["fused"] else "no"),
+            escape(str(row.get("reason") or row.get("level") or "")),
+        ]
         for row in rows
     )
-    return (
-        '<h2>What was fused</h2><div class="scroll"><table><tr><th>block</th><th>type</th>'
-        f"<th>fused</th><th>level</th></tr>{body}</table></div>"
-    )
+    return "<h2>What was fused</h2>" + html.table(("block", "type", "fused", "level"), cells, "")

@@ -1,0 +1,207 @@
+"""`fastres bench`: speed and memory beside stock PyTorch, on the machine at hand.
+
+Before a contender is timed, its numbers are held to stock PyTorch's; what differs gets no speed.
+Contenders alternate round by round; medians and quartiles are shown, losses like wins. Under
+torchrun, `model` measures all processes together.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from fastres.cli.errors import CommandError
+
+from . import adapters, distributed, results
+from .arguments import MODES, OTHERS, parse, shown
+from .conditions import conditions
+from .contenders import KEPT, Job, why_not
+from .models import DIGITS, Subject, find
+from .race import FailedError
+from .shapes import BLOCKS
+from .suite import Suite
+from .training import Course, pipeline
+
+Doing = Callable[[str], None]
+
+_MODULES = {"kernels": "registry"}
+
+#: Of a table that goes into a file.
+WIDTH = 120
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Measure, print, and keep the result; 1 where nothing could be timed.
+
+    Raises:
+        CommandError: for input that cannot be used.
+        KeyboardInterrupt: after Ctrl-C, once what was finished is written.
+    """
+    if arguments and arguments[0] in OTHERS:
+        name = _MODULES.get(arguments[0], arguments[0])
+        status: int = import_module(f".{name}", __package__).main(arguments[1:])
+        return status
+    return Session(parse(arguments), arguments).run()
+
+
+class Session:
+    """One run of a command: what is said on the way, and what is kept in the end.
+
+    `found` is the result so far: its rows, the machine's peaks, and curves.
+    """
+
+    def __init__(self, options: argparse.Namespace, arguments: Sequence[str]) -> None:
+        self.options = options
+        self.command = " ".join(["fastres bench", *arguments])
+        self.found: dict[str, Any] = {"rows": [], "machine": {}}
+        # Everything but the table goes to stderr: the table can be piped.
+        quiet = not distributed.leads()
+        self.talk = Console(stderr=True, highlight=False, quiet=quiet)
+        self.console = Console(highlight=False, quiet=quiet)
+        if not self.console.is_terminal:
+            self.console.width = WIDTH
+
+    def run(self) -> int:
+        """Measure; then, and also where that ends before its time, print and write what there is.
+
+        Raises:
+            CommandError: where a measuring process failed in the middle.
+            KeyboardInterrupt: after Ctrl-C.
+        """
+        try:
+            with self._status() as doing:
+                getattr(self, f"_{self.options.kind}")(doing)
+        except (KeyboardInterrupt, FailedError, CommandError) as stop:
+            if self.found["rows"]:
+                self._publish("interrupted; ")
+            if isinstance(stop, FailedError):
+                raise CommandError(f"the measurement failed: {stop}") from stop
+            raise
+        self._publish()
+        return 0 if any(one["ms"] for one in self.found["rows"]) else 1
+
+    def say(self, sentence: str) -> None:
+        """Tell the user something that stays on the screen."""
+        self.talk.print(Text(sentence), soft_wrap=True)
+
+    @contextmanager
+    def _status(self) -> Iterator[Doing]:
+        with self.talk.status("starting") as status:
+            yield lambda text: status.update(Text(text))
+
+    # ------------------------------------------------------------ the kinds
+
+    def _kernel(self, doing: Doing) -> None:
+        for row in adapters.kernel_rows(self.options, doing):
+            self.found["rows"].append(row)
+
+    def _conv(self, doing: Doing) -> None:
+        for row in adapters.conv_rows(self.options, doing):
+            self.found["rows"].append(row)
+
+    def _block(self, doing: Doing) -> None:
+        options = self.options
+        names = [*BLOCKS][:: len(BLOCKS) - 1] if options.quick else [*BLOCKS]
+        subjects = [Subject("block", n, options.batch_size, options.img_size) for n in names]
+        self._race(doing, subjects)
+
+    def _model(self, doing: Doing) -> None:
+        options = self.options
+        name = options.model or "resnet50"
+        source, plain = find(name)
+        self.say(f"{plain} of {'fastres.models' if source == 'fastres' else source}")
+        if distributed.active():
+            base = self._base(name=name, batch=options.batch_size, size=options.img_size)
+            names = self._contenders(("train",))
+            self.found["rows"] += distributed.rows(base, names, options.rounds, self.say)
+            return
+        self._race(doing, [Subject("model", name, options.batch_size, options.img_size)])
+
+    def _race(self, doing: Doing, subjects: Sequence[Subject]) -> None:
+        modes = MODES[self.options.mode]
+        names = self._contenders(modes)
+        if self.options.device == "cpu" and not self.options.quick:
+            names += [name + KEPT for name in names]
+        suite = Suite(self._base(), names, self.options.rounds, self.say, doing)
+        self.found |= {"rows": suite.rows, "machine": suite.machine, "layers": suite.layers}
+        suite.run(subjects, modes)
+
+    def _train(self, doing: Doing) -> None:
+        options = self.options
+        data = pipeline(options.model, options.data, options.img_size)
+        name = options.model or (DIGITS if options.data is None else "resnet18")
+        base = self._base(name=name, batch=options.batch_size, size=options.img_size)
+        course = Course(
+            base, self._contenders(("train",)), data, options.epochs, options.workers,
+            name, self.say, doing,
+        )  # fmt: skip
+        try:
+            course.run()
+        finally:
+            self.found |= {"rows": course.rows, "curves": course.curves}
+
+    def _base(self, **more: Any) -> Job:
+        """What all jobs share."""
+        options = self.options
+        subject = {"name": "", "batch": 0, "size": 0} | more
+        settings = ("dtype", "amp", "channels_last", "backend", "memory", "level", "device")
+        given = {name: getattr(options, name) for name in settings}
+        return Job(kind=options.kind, contender="", **subject, **given)
+
+    def _contenders(self, modes: Sequence[str]) -> list[str]:
+        """What was asked for and can run, and fastres; what cannot is named with the reason."""
+        able = []
+        for name in dict.fromkeys([*self.options.against, "fastres"]):
+            reasons = [
+                why_not(name, self.options.kind, self.options.device, mode) for mode in modes
+            ]
+            if None in reasons:
+                able.append(name)
+            else:
+                said = dict.fromkeys(filter(None, reasons))
+                self.say(f"absent: {name}: {'; '.join(said)}")
+        return able
+
+    # ------------------------------------------------------------ what is kept
+
+    def _publish(self, how: str = "") -> None:
+        rows = results.with_speedups(self.found["rows"])
+        if not distributed.leads():
+            return
+        if not rows:
+            self.say(f"{how}nothing was measured, nothing is written")
+            return
+        self.console.print(results.table(rows))
+        if self.options.csv is not None:
+            self.say(f"{how}rows written to {results.write_csv(rows, self.options.csv)}")
+        if self.options.writes:
+            self._write(rows, how)
+        else:
+            self.say(f"{how}quick: a smoke test and not a measurement; no result is written")
+
+    def _write(self, rows: list[results.Row], how: str) -> None:
+        where = conditions(self.options.device)
+        subjects = {one["subject"] for one in rows}
+        name = results.name_of(
+            where, self.options.kind, subjects.pop() if len(subjects) == 1 else ""
+        )
+        found = {key: value for key, value in self.found.items() if key != "machine"}
+        result = {**where, "command": self.command, **self.found["machine"], **found, "rows": rows}
+        path = results.write(result, self.options.out, name)
+        self.say(f"{how}written to {shown(path)}")
+        if self.options.report:
+            self._report(result, path.stem)
+
+    def _report(self, result: dict[str, Any], name: str) -> None:
+        try:
+            report = import_module(".report", __package__)
+        except ImportError as error:
+            self.say(f"no report: {error}")
+            return
+        self.say(f"report in {shown(report.write_report(result, self.options.out, name))}")

@@ -1,0 +1,186 @@
+"""Parity before speed: a contender whose numbers are not stock torch's gets no time.
+
+On a small batch, in the dtype, layout and mode that are to be timed:
+
+- each kind of fused block alone, on activations as wide as in the network, by the harness' own
+  check (`fastres.testing.check_block`): output, every gradient, every buffer within the 2x rule;
+- the whole network's output within the 2x rule;
+- all its gradients together: the root mean square of their relative errors against float64 may be
+  twice the largest of stock torch's own. Not value by value: between a network's input and its
+  gradients, rounding decides on which side of zero a few ReLUs are, in each run of stock torch on
+  others, and each moves single values by far more than rounding.
+
+Stock torch's own errors are those of the same network as it is and with the batch in other
+orders; the truth is the same network in float64. With InPlaceABN the stock network is the one
+with its leaky ReLUs.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fastres
+from fastres.testing import assert_parity, check_block
+
+from .contenders import Job
+from .measure import first_line, logits, out_of_memory
+from .rivals import leaky_twin
+
+#: Images, and pixels per side at most: 2x2 pixels of 8 images are left in a ResNet's last stage.
+BATCH, SIZE = 8, 64
+
+#: Of a block's activations, by bytes per value: coarse rounding opens more ReLUs, and which ones
+#: is luck unless there are many.
+BLOCK_SIZES = {4: 8, 2: 16}
+
+#: Stock torch on the batch rolled by so many images: the same terms in other orders.
+ROLLS = (0, 1, 2, 3)
+
+
+def verdict(job: Job) -> str:
+    """ "ok", or "failed: " and what differs, for a job's contender."""
+    who = job.who
+    if not who.fused and who.compiled is None and who.change is None:
+        return "ok"  # stock torch itself
+    small = replace(job, batch=BATCH, size=min(job.size, SIZE) if job.kind != "block" else job.size)
+    try:
+        with job.settings(), _without_tf32():
+            _check(small)
+    except Exception as error:  # one that crashes is as wrong as one that is off
+        if out_of_memory(error):
+            raise
+        kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
+        return f"failed: {kind}{first_line(error)}"
+    return "ok"
+
+
+def _check(job: Job) -> None:
+    stock, module = job.stock(), job.module()
+    if job.contender.startswith("inplace_abn"):
+        leaky_twin(stock)
+    for each in (stock, module):
+        _without_chance(each)
+    x = job.place(job.subject.input(seed=7))
+    if job.who.fused:
+        _check_blocks(job, stock, module, x)
+    target = None
+    if job.kind != "block":
+        classes = logits(copy.deepcopy(stock)(x)).shape[1]
+        target = torch.arange(len(x), device=x.device) % classes
+    run = _Run(job, target)
+    truth = run(copy.deepcopy(stock).double(), x.double())
+    stocks = [run(copy.deepcopy(stock), x, roll) for roll in ROLLS]
+    found = run(module, x)
+    assert_parity(
+        found.pop("out"), truth.pop("out"), [s.pop("out") for s in stocks], what="the output",
+        pool="tensor",
+    )  # fmt: skip
+    if truth:
+        error, allowed = _distance(found, truth), 2 * max(_distance(s, truth) for s in stocks)
+        if not error <= allowed:
+            raise AssertionError(
+                f"the gradients are {error:.2e} from the truth, relative root mean square; "
+                f"allowed {allowed:.2e}"
+            )
+
+
+class _Run:
+    """Forward, and in training loss and backward: the output and every gradient."""
+
+    def __init__(self, job: Job, target: Tensor | None) -> None:
+        self._job, self._target = job, target
+
+    def __call__(self, module: nn.Module, x: Tensor, roll: int = 0) -> dict[str, Tensor]:
+        x = x.roll(roll, 0)
+        training = self._job.mode == "train"
+        with torch.set_grad_enabled(training), self._job.autocast():
+            out = logits(module(x))
+        found = {"out": out.detach().roll(-roll, 0)}
+        if not training:
+            return found
+        self._loss(out, roll).backward()
+        grads = {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
+        return found | grads
+
+    def _loss(self, out: Tensor, roll: int) -> Tensor:
+        if self._target is not None:
+            return F.cross_entropy(out, self._target.roll(roll, 0))
+        generator = torch.Generator().manual_seed(0)
+        grad = torch.randn(out.shape, generator=generator).to(out.device).roll(roll, 0)
+        return (out * grad.to(out.dtype)).sum()
+
+
+def _distance(found: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
+    """Root mean square over the parameters of their gradients' relative errors (L2)."""
+    if found.keys() != truth.keys():
+        raise AssertionError(f"gradients must be of {sorted(truth)}, got {sorted(found)}")
+    squares = [
+        float((found[n].double() - t).square().sum() / t.square().sum().clamp_min(1e-300))
+        for n, t in truth.items()
+    ]
+    return math.sqrt(sum(squares) / len(squares))
+
+
+def _check_blocks(job: Job, stock: nn.Module, module: nn.Module, x: Tensor) -> None:
+    """Every kind of fused block; of several that differ in their weights alone, the first."""
+    names = [row.name for row in fastres.explain(module).rows if row.fused]
+    own, fused = dict(stock.named_modules()), dict(module.named_modules())
+    kinds = {repr(own[name]): name for name in reversed(names) if name}
+    inputs = _inputs(stock, list(kinds.values()), x, job) if job.kind != "block" else {"": x}
+    for name, given in inputs.items():
+        given = given.requires_grad_(job.mode == "train")
+        with torch.set_grad_enabled(job.mode == "train"), job.autocast():
+            check_block(own[name], fused[name], given, what=name or "the block")
+
+
+def _inputs(stock: nn.Module, names: list[str], x: Tensor, job: Job) -> dict[str, Tensor]:
+    """Activations such as blocks get in a network, of `BLOCK_SIZES` pixels per side."""
+    seen: dict[str, Tensor] = {}
+    size = BLOCK_SIZES[job.compute_dtype.itemsize]
+
+    def watch(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            small = args[0].detach()
+            wide = small.new_empty(BATCH, small.shape[1], size, size)
+            seen[name] = wide.contiguous(memory_format=job.memory_format).normal_().relu_()
+
+        return hook
+
+    model = copy.deepcopy(stock)
+    for name in names:
+        model.get_submodule(name).register_forward_pre_hook(watch(name))
+    torch.manual_seed(0)
+    with torch.no_grad(), job.autocast():
+        model(x)
+    return seen
+
+
+def _without_chance(model: nn.Module) -> None:
+    """No dropout, of values or of whole branches: no two runs drop the same."""
+    for module in model.modules():
+        if type(module).__name__.startswith(("Dropout", "StochasticDepth")):
+            module.p = 0.0
+        if hasattr(module, "drop_prob"):
+            module.drop_prob = 0.0
+
+
+@contextmanager
+def _without_tf32() -> Iterator[None]:
+    """TF32 is no float32."""
+    parts = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [part.allow_tf32 for part in parts]
+    try:
+        for part in parts:
+            part.allow_tf32 = False
+        yield
+    finally:
+        for part, value in zip(parts, before, strict=True):
+            part.allow_tf32 = value

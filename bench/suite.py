@@ -1,0 +1,199 @@
+"""The measurement of networks and blocks: gate, preparation, alternating rounds, rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from fastres.backends import preference
+
+from .bounds import Bounds
+from .contenders import KEPT, Job
+from .models import Subject
+from .race import FailedError, Interrupted, NoMemoryError, Timing, Worker, alternate
+from .results import Row, row
+
+
+@dataclass
+class Suite:
+    """One run over subjects and modes.
+
+    Attributes:
+        base: what all jobs share; subject, mode and contender are replaced.
+        names: the contenders, in the order of the rows.
+        rounds: how often each is timed.
+        say: tells the user a sentence.
+        doing: shows what goes on now.
+        rows: what is finished.
+        machine: bandwidth and arithmetic peak, as measured.
+        layers: what each block of a network takes, by fastres and by the fastest stock torch.
+    """
+
+    base: Job
+    names: Sequence[str]
+    rounds: int
+    say: Callable[[str], None]
+    doing: Callable[[str], None]
+    rows: list[Row] = field(default_factory=list)
+    machine: dict[str, float] = field(default_factory=dict)
+    layers: list[dict[str, Any]] = field(default_factory=list)
+    _verdicts: dict[Job, str] = field(default_factory=dict)
+
+    def run(self, subjects: Sequence[Subject], modes: Sequence[str]) -> None:
+        """Measure everything; `rows` has what is finished, also after Ctrl-C."""
+        self.doing("what the machine can do")
+        with Worker() as worker:
+            dtype = str(self.base.compute_dtype).removeprefix("torch.")
+            self.machine |= worker.ask(what="roof", device=self.base.device, dtype=dtype)
+        for subject in subjects:
+            for mode in modes:
+                self._subject(subject, mode)
+
+    def _subject(self, subject: Subject, mode: str) -> None:
+        """All contenders on one subject, with half the batch where memory does not suffice."""
+        note, batch = None, subject.batch
+        while batch:
+            job = replace(
+                self.base, kind=subject.kind, name=subject.name, batch=batch, size=subject.size,
+                mode=mode,
+            )  # fmt: skip
+            try:
+                with self._workers() as workers:
+                    return self._race(job, workers, note)
+            except NoMemoryError as error:
+                batch //= 2
+                note = f"batch halved from {subject.batch}, out of memory"
+                then = f"batch {job.batch} -> {batch}" if batch else "not even one image fits"
+                self.say(f"{subject.label}, {mode}: out of memory ({error}); {then}")
+        jobs = [replace(job, contender=name) for name in self.names]
+        self.rows += [
+            row(job.kind, subject.label, each.contender, **settings_of(each), note="out of memory")
+            for each in jobs
+        ]
+
+    @contextmanager
+    def _workers(self) -> Iterator[dict[str, Worker]]:
+        """A process per contender on a CPU; one for all on a GPU."""
+        with ExitStack() as stack:
+            if self.base.device == "cuda":
+                yield dict.fromkeys(self.names, stack.enter_context(Worker()))
+            else:
+                yield {n: stack.enter_context(Worker(n.endswith(KEPT))) for n in self.names}
+
+    # ------------------------------------------------------------ one subject, one mode
+
+    def _race(self, job: Job, workers: dict[str, Worker], note: str | None) -> None:
+        jobs = {name: replace(job, contender=name) for name in self.names}
+        verdicts = self._gate(jobs)
+        facts: dict[str, dict[str, Any]] = {}
+        for name in (n for n in self.names if verdicts[n] == "ok"):
+            self.doing(f"{job.subject.label}, {job.mode}: {name} warms up")
+            facts[name] = self._prepared(workers[name], jobs[name])
+        able = [name for name, found in facts.items() if found.get("error") is None]
+        steps = {n: partial(workers[n].ask, what="time", job=asdict(jobs[n])) for n in able}
+        self.doing(f"{job.subject.label}, {job.mode}: {self.rounds} rounds of {len(able)}")
+        made = _Rows(jobs, verdicts, facts, note, Bounds.of(job, self.machine))
+        try:
+            self.rows += made(alternate(steps, self.rounds))
+        except Interrupted as stop:
+            if able and len(stop.samples[able[0]]) > 1:
+                self.rows += made(stop.samples)
+            raise KeyboardInterrupt from None
+        if job.kind == "model" and not self.layers:
+            self._layers({name: jobs[name] for name in able}, made)
+
+    def _layers(self, jobs: dict[str, Job], made: _Rows) -> None:
+        """The blocks one by one, of stock torch and fastres, in their own processes in turn."""
+        stock = next((n for n in ("channels_last", "eager") if n in jobs), None)
+        names = made.bounds.blocks
+        for name in filter(jobs.__contains__, (stock, "fastres")) if names else ():
+            job, level = jobs[name], made.facts[name]["level"]
+            self.doing(f"{job.subject.label}, {job.mode}: the blocks of {name}")
+            with Worker() as worker:
+                found = worker.ask(what="blocks", job=asdict(job), names=names)
+            self.layers += [
+                {
+                    "name": block, "contender": name, "mode": job.mode, "ms": ms,
+                    "bound_ms": made.bounds.of_block(job, level, block),
+                }
+                for block, ms in found.items()
+            ]  # fmt: skip
+
+    def _gate(self, jobs: dict[str, Job]) -> dict[str, str]:
+        """Parity of every contender, found out in a process that is then thrown away."""
+        found: dict[str, str] = {}
+        with Worker() as judge:
+            for name, job in jobs.items():
+                key = replace(job, contender=name.removesuffix(KEPT), batch=0)
+                if key not in self._verdicts:
+                    self.doing(f"{job.subject.label}, {job.mode}: parity of {key.contender}")
+                    self._verdicts[key] = self._judged(judge, replace(key, batch=job.batch))
+                found[name] = self._verdicts[key]
+        return found
+
+    def _judged(self, judge: Worker, job: Job) -> str:
+        try:
+            verdict: str = judge.ask(what="gate", job=asdict(job))
+        except FailedError as error:
+            verdict = f"failed: {error}"
+        if verdict != "ok":
+            self.say(f"{job.subject.label}, {job.mode}, {job.contender}: parity {verdict}")
+        return verdict
+
+    def _prepared(self, worker: Worker, job: Job) -> dict[str, Any]:
+        try:
+            facts: dict[str, Any] = worker.ask(what="prepare", job=asdict(job))
+        except FailedError as error:
+            self.say(f"{job.subject.label}, {job.mode}, {job.contender}: cannot run: {error}")
+            return {"error": f"cannot run: {error}"}
+        return facts
+
+
+@dataclass
+class _Rows:
+    """Makes the rows of one subject and mode out of what is known of each contender."""
+
+    jobs: dict[str, Job]
+    verdicts: dict[str, str]
+    facts: dict[str, dict[str, Any]]
+    note: str | None
+    bounds: Bounds
+
+    def __call__(self, samples: dict[str, list[float]]) -> list[Row]:
+        return [self._row(name, job, samples.get(name, [])) for name, job in self.jobs.items()]
+
+    def _row(self, name: str, job: Job, times: list[float]) -> Row:
+        facts = self.facts.get(name, {})
+        notes = (self.note, facts.get("error"), facts.get("note"))
+        return row(
+            job.kind, job.subject.label, name, **settings_of(job, facts.get("level")),
+            **(times_of(times) if times else {}),
+            **self.bounds.of_contender(job, facts.get("level")),
+            peak_bytes=facts.get("peak_bytes"), saved_bytes=facts.get("saved_bytes"),
+            parity=self.verdicts[name], note="; ".join(filter(None, notes)) or None,
+        )  # fmt: skip
+
+
+def settings_of(job: Job, level: str | None = None) -> dict[str, Any]:
+    """What a row says of how a job ran; `level` is the one that fastres chose."""
+    chosen: dict[str, Any] = dict.fromkeys(("backend", "memory", "level"))
+    if job.who.fused:
+        backend = preference(job.backend, job.device)[0]
+        chosen = {"backend": backend, "memory": job.memory, "level": level}
+    return {
+        "mode": job.mode, "batch": job.batch, "size": job.subject.pixels,
+        "dtype": str(job.compute_dtype).removeprefix("torch."), "amp": job.amp,
+        "layout": "nhwc" if job.nhwc else "nchw", "device": job.device, **chosen,
+    }  # fmt: skip
+
+
+def times_of(samples: list[float]) -> dict[str, Any]:
+    """Median, quartiles and number of a contender's times, as rows have them."""
+    timing = Timing.of(samples)
+    return {
+        "ms": round(timing.median, 4), "low": round(timing.low, 4),
+        "high": round(timing.high, 4), "rounds": len(samples),
+    }  # fmt: skip
