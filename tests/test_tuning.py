@@ -741,7 +741,7 @@ def test_tables_land_in_a_build(tmp_path: Path) -> None:
         pytest.skip("pyproject.toml needs setuptools 77")
     tree = tmp_path / "tree"
     skip = shutil.ignore_patterns("__pycache__", "*.so")
-    for name in ("fastres", "triton_kernels"):
+    for name in ("fastres", "triton_kernels", "bench"):
         shutil.copytree(ROOT / name, tree / name, ignore=skip)
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tree / name)
