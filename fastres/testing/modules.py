@@ -69,7 +69,10 @@ def _reordered(
 ) -> dict[str, Tensor]:
     """Stock torch on the batch rolled by `shift`: the same result, summed in another order."""
     given = x.detach().roll(shift, 0).contiguous(memory_format=fmt)
-    found = _run(stock, given.requires_grad_(x.requires_grad), grad_out.roll(shift, 0), steps)
+    grad = grad_out.roll(shift, 0)
+    if grad.dim() == 4:  # Torch's batch norm sums by the format of both.
+        grad = grad.contiguous(memory_format=fmt)
+    found = _run(stock, given.requires_grad_(x.requires_grad), grad, steps)
     batch = ("out", "grad of x")
     return {k: v.roll(-shift, 0) if k in batch else v for k, v in found.items()}
 

@@ -37,6 +37,12 @@ needs_device = pytest.mark.skipif(
     not (INTERPRETED or torch.cuda.is_available()), reason="needs a GPU or TRITON_INTERPRET=1"
 )
 
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
 OURS = [entry for entry in implementations(backend="triton") if entry.name == "silu"]
 
 
