@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,6 +33,7 @@ from fastres.tuning.measure import Timer, gpu_timer
 
 from .conditions import ROOT, conditions, stamp
 from .race import Timing, alternate
+from .results import slug
 from .traffic import bytes_of, flops_of
 
 #: Channels and pixels per side of the activations of ResNet-50 at 224 pixels (He et al. 2015).
@@ -301,8 +301,7 @@ def _options(arguments: Sequence[str]) -> argparse.Namespace:
 def _write(run: Run) -> str:
     found = conditions(run.device)
     name = found["cpu"] if run.device == "cpu" else found["gpu"]
-    slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    path = ROOT / "results" / f"{stamp(found)}-{slug}-kernels.json"
+    path = ROOT / "results" / f"{stamp(found)}-{slug(name)}-kernels.json"
     path.parent.mkdir(exist_ok=True)
     result = {**found, "rows": run.rows, "refused": run.refused, "declined": run.declined}
     with path.open("x") as file:  # never over another run's

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from collections.abc import Iterator
 from types import ModuleType
 
 # Before torch loads OpenMP: threads that spin while others compute make a busy machine with few
@@ -53,6 +54,16 @@ def torchvision_or_skip() -> ModuleType:
         return importlib.import_module("torchvision.models.resnet")
     except ImportError as error:
         pytest.skip(f"torchvision cannot be imported: {error}")
+
+
+@pytest.fixture
+def _poison() -> Iterator[None]:
+    """Memory that nobody wrote is NaN."""
+    # Not before the CUDA backend's tests have chosen which compiled module fastres finds.
+    from fastres.testing import poisoned_allocations
+
+    with poisoned_allocations():
+        yield
 
 
 @pytest.fixture(autouse=True)

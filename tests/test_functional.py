@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -23,17 +22,12 @@ from fastres.testing import (
     FunctionalBlock,
     assert_parity,
     check_block,
-    poisoned_allocations,
 )
+
+pytestmark = pytest.mark.usefixtures("_poison")
 
 BACKENDS_HERE = [n for n, b in BACKENDS.items() if "cpu" in b.devices and b.why_not() is None]
 MODES = ("speed", "balanced", "lean")
-
-
-@pytest.fixture(autouse=True)
-def _poison() -> Iterator[None]:
-    with poisoned_allocations():
-        yield
 
 
 # ---------------------------------------------------------------- numbers

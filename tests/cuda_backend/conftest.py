@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 EMULATED = "FASTRES_CUDA_EMULATION_MODULE" in os.environ
@@ -23,7 +22,6 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from fastres.backends import BACKENDS  # noqa: E402
-from fastres.testing import poisoned_allocations  # noqa: E402
 
 
 @pytest.fixture(scope="session")
@@ -37,9 +35,3 @@ def device() -> str:
     # error, neither side does.
     torch.backends.cudnn.allow_tf32 = False
     return "cuda"
-
-
-@pytest.fixture
-def _poison() -> Iterator[None]:
-    with poisoned_allocations():
-        yield

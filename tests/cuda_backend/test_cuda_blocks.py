@@ -8,6 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from backend_checks import (
+    check_far_offsets,
+    check_float64_is_refused,
+    check_graph_capture,
+    needs_gpu,
+)
 
 import fastres
 from fastres.backends.cuda import slab
@@ -105,13 +111,7 @@ def _refusing(real: Any, *primitives: str) -> Any:
 
 
 def test_float64_is_an_error_with_its_reason(device: str) -> None:
-    x = torch.randn(2, 4, 3, 3, dtype=torch.float64, device=device)
-    mean, var = torch.zeros(4, dtype=x.dtype, device=device), torch.ones_like(x[0, :, 0, 0])
-    with (
-        fastres.use_backend("cuda"),
-        pytest.raises(NotImplementedError, match="dtype must be float32, bfloat16 or float16"),
-    ):
-        fastres.functional.bn_relu(x, mean, var, training=True)
+    check_float64_is_refused("cuda", device)
 
 
 # ---------------------------------------------------------------- planted faults
@@ -158,38 +158,13 @@ def test_fault_is_found(planted: tuple[Any, ...], device: str, monkeypatch) -> N
 # ---------------------------------------------------------------- GPUs alone
 
 
-def _needs_gpu(device: str) -> None:
-    if device != "cuda":
-        pytest.skip("for a GPU")
-
-
 def test_a_block_is_captured_in_a_graph(device: str) -> None:
-    _needs_gpu(device)
-    case = BlockCase("graph", dtype=torch.bfloat16, shape=(4, 64, 14, 14), width=16)
-    block = FunctionalBlock.of(case.stock(device))
-    x, grad = case.input(device=device).requires_grad_(), case.input("grad", device)
-
-    def step() -> list[torch.Tensor]:
-        with fastres.use_backend("cuda"):
-            out = block(x)
-            return [out, *torch.autograd.grad(out, [x, *block.parameters()], grad)]
-
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        expected = step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        found = step()
-    graph.replay()
-    torch.cuda.synchronize()
-    for a, b in zip(found, expected, strict=True):
-        assert torch.equal(a, b)
+    check_graph_capture("cuda", "auto", device)
 
 
 def test_work_follows_the_current_stream(device: str) -> None:
     """What is computed on a side stream is ordered behind that stream's work."""
-    _needs_gpu(device)
+    needs_gpu(device)
     y = torch.zeros(64, 256, 28, 28, device=device).to(memory_format=torch.channels_last)
     stats = torch.ones(5, 256, device=device)
     torch.cuda.synchronize()
@@ -204,12 +179,4 @@ def test_work_follows_the_current_stream(device: str) -> None:
 
 
 def test_offsets_past_2_to_the_31(device: str) -> None:
-    """A stem's output at batch 4096 has more elements than 32 bits count."""
-    _needs_gpu(device)
-    shape = (2700, 64, 112, 112)
-    y = torch.empty(shape, dtype=torch.bfloat16, device=device, memory_format=torch.channels_last)
-    y.normal_()
-    mean, var = torch.zeros(64, device=device), torch.ones(64, device=device)
-    with fastres.use_backend("cuda"), torch.no_grad():
-        out = fastres.functional.bn_relu(y, mean, var)
-    assert torch.equal(out[-1], (y[-1].float() / (1 + 1e-5) ** 0.5).relu().bfloat16())
+    check_far_offsets("cuda", device)

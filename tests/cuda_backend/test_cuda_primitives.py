@@ -7,11 +7,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from backend_checks import check_cases, check_repeats
 from torch import Tensor
 
 from fastres.backends.cuda import batch_norm, slab, tiling
 from fastres.primitives import PRIMITIVES, Branch, Gate, Implementation, implementations
-from fastres.testing import CASES, Case, calls, check_implementation
+from fastres.testing import CASES, Case
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("_poison")]
 
@@ -28,23 +29,12 @@ NORMS = [entry for entry in ENTRIES if entry.primitive in ("bn_act_forward", "bn
 TILED = [e for e in ENTRIES if not e.primitive.startswith(("conv_", "finalize")) and e not in NORMS]
 
 
-def _check(entry: Implementation, cases: list[Case], device: str) -> int:
-    failures, ran = [], 0
-    for case in cases:
-        try:
-            ran += len(check_implementation(entry, case, device=device).ran)
-        except Exception as error:  # One that crashes is a failure like the others.
-            failures.append(f"{case}: {error!r}")
-    assert not failures, f"{len(failures)} cases fail, the first five:\n" + "\n".join(failures[:5])
-    return ran
-
-
 @pytest.mark.parametrize("cases", PORTIONS, ids=lambda cases: f"from {cases[0]}")
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda e: f"{e}-{e.primitive}")
 def test_implementation_is_right_on_every_case(
     entry: Implementation, cases: list[Case], device: str
 ) -> None:
-    assert _check(entry, cases, device) > 0, "everything was declined"
+    assert check_cases(entry, cases, device) > 0, "everything was declined"
 
 
 def test_every_primitive_around_the_convolutions_has_one() -> None:
@@ -67,7 +57,7 @@ def test_blocks_of_any_shape(
 ) -> None:
     forced = tiling.Tiling(*shape)
     monkeypatch.setattr(batch_norm, "choose", lambda *args, **kwargs: forced)
-    assert _check(entry, VARIED[:: 1 if device == "cuda" else 3], device) > 0
+    assert check_cases(entry, VARIED[:: 1 if device == "cuda" else 3], device) > 0
 
 
 @pytest.mark.parametrize("device_size", [1, 7, 132])
@@ -111,7 +101,7 @@ def test_slabs_are_right(entry: Implementation, position: int, device: str, monk
 
     monkeypatch.setattr(slab, "ways", forced)
     cases = [case for case in CASES if case.dtype != torch.float64 and case.channels_last]
-    assert _check(entry, cases[position::6] if device == "cpu" else cases, device) > 0
+    assert check_cases(entry, cases[position::6] if device == "cpu" else cases, device) > 0
     assert ran, "no case was run in slabs"
 
 
@@ -207,33 +197,8 @@ def _assert_untouched(buffer: Tensor, elements: int, size: int) -> None:
 @pytest.mark.parametrize("primitive", sorted({e.primitive for e in ENTRIES}))
 def test_two_runs_give_the_same_bits(primitive: str, device: str) -> None:
     """250 repeats on a GPU, where a race would show; the emulation shuffles blocks and threads."""
-    repeats = 250 if device == "cuda" else 4
-    case = next(c for c in CASES if c.shape == (2, 16, 6, 5) and c.dtype == torch.bfloat16)
-    for entry in (e for e in ENTRIES if e.primitive == primitive):
-        for call in _accepted(entry, case, device):
-            first = _tensors(entry.run(*call.args, **call.kwargs))
-            for _ in range(repeats - 1):
-                again = _tensors(entry.run(*call.args, **call.kwargs))
-                for a, b in zip(first, again, strict=True):
-                    assert torch.equal(a.nan_to_num(), b.nan_to_num())
-
-
-def _accepted(entry: Implementation, case: Case, device: str) -> list:
-    found = calls(entry.primitive, case, entry.backend, device)
-    return [
-        c
-        for c in found
-        if entry.why_not(c.request) is None and c.in_place is None and "overwrite" not in c.kwargs
-    ]
-
-
-def _tensors(result: object) -> list[Tensor]:
-    if isinstance(result, Tensor):
-        # The third row of sums without a second branch is nobody's.
-        return [result[:2] if result.dim() == 2 and len(result) == 3 else result]
-    if isinstance(result, (tuple, list)):
-        return [t for part in result for t in _tensors(part)]
-    return []
+    own = (entry for entry in ENTRIES if entry.primitive == primitive)
+    check_repeats(own, device, 250 if device == "cuda" else 4)
 
 
 @pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])

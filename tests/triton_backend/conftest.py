@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterator
 
 import pytest
 import torch
-
-from fastres.testing import poisoned_allocations
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -31,12 +28,6 @@ def device() -> str:
     # error, neither side does.
     torch.backends.cudnn.allow_tf32 = False
     return "cuda"
-
-
-@pytest.fixture
-def _poison() -> Iterator[None]:
-    with poisoned_allocations():
-        yield
 
 
 def _patch_once() -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from backend_checks import check_far_offsets, check_float64_is_refused, check_graph_capture
 
 import fastres
 from fastres.engine import LEVELS, make_plan
@@ -86,49 +87,13 @@ def test_what_triton_declines_runs_on_torchs_convolutions(device: str) -> None:
 
 
 def test_float64_is_an_error_with_its_reason(device: str) -> None:
-    x = torch.randn(2, 4, 3, 3, dtype=torch.float64, device=device)
-    mean, var = torch.zeros(4, dtype=x.dtype, device=device), torch.ones_like(x[0, :, 0, 0])
-    with (
-        fastres.use_backend("triton"),
-        pytest.raises(NotImplementedError, match="dtype must be float32, bfloat16 or float16"),
-    ):
-        fastres.functional.bn_relu(x, mean, var, training=True)
+    check_float64_is_refused("triton", device)
 
 
 @pytest.mark.parametrize("level", ["b'", "c"])
 def test_a_block_is_captured_in_a_graph(level: str, device: str) -> None:
-    if device != "cuda":
-        pytest.skip("graphs are a GPU's")
-    case = BlockCase("graph", dtype=torch.bfloat16, shape=(4, 64, 14, 14), width=16)
-    block = FunctionalBlock.of(case.stock(device))
-    x, grad = case.input(device=device).requires_grad_(), case.input("grad", device)
-
-    def step() -> list[torch.Tensor]:
-        with fastres.use_backend("triton"), fastres.use_level(level):
-            out = block(x)
-            return [out, *torch.autograd.grad(out, [x, *block.parameters()], grad)]
-
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        expected = step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        found = step()
-    graph.replay()
-    torch.cuda.synchronize()
-    for a, b in zip(found, expected, strict=True):
-        assert torch.equal(a, b)
+    check_graph_capture("triton", level, device)
 
 
 def test_offsets_past_2_to_the_31(device: str) -> None:
-    """A stem's output at batch 4096 has more elements than 32 bits count."""
-    if device != "cuda":
-        pytest.skip("8 GB of activations are for a GPU")
-    shape = (2700, 64, 112, 112)
-    y = torch.empty(shape, dtype=torch.bfloat16, device=device, memory_format=torch.channels_last)
-    y.normal_()
-    mean, var = torch.zeros(64, device=device), torch.ones(64, device=device)
-    with fastres.use_backend("triton"), torch.no_grad():
-        out = fastres.functional.bn_relu(y, mean, var)
-    assert torch.equal(out[-1], (y[-1].float() / (1 + 1e-5) ** 0.5).relu().bfloat16())
+    check_far_offsets("triton", device)

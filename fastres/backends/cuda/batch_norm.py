@@ -47,13 +47,13 @@ def batch_stats(y: Tensor, weight: Tensor | None, bias: Tensor | None, eps: floa
 def _statistics(y: Tensor, wanted: tuple[float, ...]) -> None:
     """Launch the reduction; `wanted` says what to join, and what to make of it."""
 
-    def run(tiling: Tiling) -> None:
-        parts = partials(y, tiling, 2, torch.float64)
-        module().channel_stats(
-            y.data_ptr(), parts.data_ptr(), *wanted, Shape.of(y), tiling, where(y)
-        )
+    shape = Shape.of(y)
 
-    run(choose("channel_stats", y, (), run, sums=True))
+    def run(tiling: Tiling) -> None:
+        parts = partials(shape, tiling, 2, torch.float64, y.device)
+        module().channel_stats(y.data_ptr(), parts.data_ptr(), *wanted, shape, tiling, where(y))
+
+    run(choose("channel_stats", shape, y.device, (), run, sums=True))
 
 
 @register("finalize_stats", "cuda", why_not=why_not)
@@ -113,7 +113,7 @@ def scale_shift_act(
         )  # fmt: skip
 
     given = (stats is None, residual is None, residual_stats is None, act, want_mask)
-    run(choose("scale_shift_act", y, given, None if in_place else run))
+    run(choose("scale_shift_act", shape, y.device, given, None if in_place else run))
     return found, mask
 
 
@@ -129,7 +129,7 @@ def bn_act_backward_reduce(
 
     def run(tiling: Tiling) -> Tensor:
         found = floats(3, shape.c, device=device)
-        parts = partials(grad_out, tiling, rows, torch.float32)
+        parts = partials(shape, tiling, rows, torch.float32, device)
         module().bn_act_backward_reduce(
             grad_out.data_ptr(), gate_code(gate), address(gate.tensor),
             *map(address, branch_tensors(branches)), parts.data_ptr(), address(sums),
@@ -137,7 +137,8 @@ def bn_act_backward_reduce(
         )  # fmt: skip
         return found
 
-    return run(choose("bn_act_backward_reduce", grad_out, (gate.kind, rows), run, sums=True))
+    flags = (gate.kind, rows)
+    return run(choose("bn_act_backward_reduce", shape, device, flags, run, sums=True))
 
 
 @register("bn_act_backward_apply", "cuda", why_not=why_not)
@@ -187,4 +188,5 @@ def apply(
 
     absent = [t is None for t in (sums, *grads, residual)]
     wanted: tuple[str | bool, ...] = (gate.kind, *absent)
-    run(choose("bn_act_backward_apply", grad_out, wanted, None if in_place else run))
+    repeatable = None if in_place else run
+    run(choose("bn_act_backward_apply", shape, grad_out.device, wanted, repeatable))

@@ -7,6 +7,7 @@ from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -127,19 +128,14 @@ def where(t: Tensor) -> tuple[int, int]:
 
 def cache_bytes(device: torch.device) -> int:
     """Size of a device's L2 cache."""
-    return _EMULATED_CACHE if EMULATED else _cache_bytes(device.index)
-
-
-@lru_cache(maxsize=16)
-def _cache_bytes(index: int | None) -> int:
-    return torch.cuda.get_device_properties(index).L2_cache_size  # type: ignore[arg-type]
+    return _EMULATED_CACHE if EMULATED else _properties(device.index).L2_cache_size
 
 
 def processors(device: torch.device) -> int:
     """Multiprocessors of a device."""
-    return _EMULATED_PROCESSORS if EMULATED else _processors(device.index)
+    return _EMULATED_PROCESSORS if EMULATED else _properties(device.index).multi_processor_count
 
 
 @lru_cache(maxsize=16)
-def _processors(index: int | None) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count  # type: ignore[arg-type]
+def _properties(index: int) -> Any:
+    return torch.cuda.get_device_properties(index)

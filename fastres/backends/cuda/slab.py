@@ -125,11 +125,12 @@ def forward_in_slabs(
     """`bn_act_forward`, one slab after the other."""
     stats = floats(5, y.shape[1], device=y.device)
     out, mask = torch.empty_like(y), new_mask(y) if want_mask else None
-    parts = partials(y, tiling, 2, torch.float64)
+    shape = Shape.of(y)
+    parts = partials(shape, tiling, 2, torch.float64, y.device)
     module().bn_act_forward(
         y.data_ptr(), parts.data_ptr(), address(weight), address(bias), eps, stats.data_ptr(),
         address(residual), address(residual_stats), out.data_ptr(), address(mask),
-        ACT_CODES[act], Shape.of(y), tiling, where(y),
+        ACT_CODES[act], shape, tiling, where(y),
     )  # fmt: skip
     return Forward(stats, out, mask)
 
@@ -184,11 +185,12 @@ def backward_in_slabs(
     sums = floats(3, grad_out.shape[1], device=grad_out.device)
     grads: list[Tensor | None] = [torch.empty_like(grad_out) for _ in branches]
     residual = torch.empty_like(grad_out) if want_residual else None
-    parts = partials(grad_out, tiling, 1 + len(branches), torch.float32)
+    shape = Shape.of(grad_out)
+    parts = partials(shape, tiling, 1 + len(branches), torch.float32, grad_out.device)
     module().bn_act_backward(
         grad_out.data_ptr(), gate_code(gate), address(gate.tensor),
         *map(address, branch_tensors(branches)), parts.data_ptr(), sums.data_ptr(), count,
         *map(address, (*grads, None)[:2]), address(residual),
-        Shape.of(grad_out), tiling, where(grad_out),
+        shape, tiling, where(grad_out),
     )  # fmt: skip
     return Backward(sums, grads, residual)

@@ -117,25 +117,23 @@ def slab_tilings(shape: Shape, blocks: int, values: int) -> tuple[Tiling, ...]:
 
 def choose(
     name: str,
-    t: Tensor,
+    shape: Shape,
+    device: torch.device,
     flags: tuple[int | str | bool, ...],
     run: Callable[[Tiling], object] | None,
     *,
     sums: bool = False,
 ) -> Tiling:
     """The tiling for a kernel: tuned where `run` may be repeated, else the heuristic's."""
-    shape = Shape.of(t)
-    candidates = (sum_tilings if sums else map_tilings)(shape, processors(t.device))
+    candidates = (sum_tilings if sums else map_tilings)(shape, processors(device))
     if run is None:
         return candidates[0]
-    return tuned(f"cuda/{name}", binary(), (*shape, *flags), candidates, run, t.device)
+    return tuned(f"cuda/{name}", binary(), (*shape, *flags), candidates, run, device)
 
 
-def chunks(t: Tensor, tiling: Tiling) -> int:
-    """How many partial results a reduction leaves."""
-    return -(-Shape.of(t).rows // tiling.chunk_rows)
-
-
-def partials(t: Tensor, tiling: Tiling, rows: int, dtype: torch.dtype) -> Tensor:
-    """Memory for them."""
-    return torch.empty(chunks(t, tiling), rows, t.shape[1], dtype=dtype, device=t.device)
+def partials(
+    shape: Shape, tiling: Tiling, rows: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Memory for the partial results that a reduction leaves: one per chunk."""
+    chunks = -(-shape.rows // tiling.chunk_rows)
+    return torch.empty(chunks, rows, shape.c, dtype=dtype, device=device)
