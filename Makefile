@@ -13,7 +13,7 @@ export FASTRES_CUDA ?= $(if $(shell command -v nvcc),1,auto)
 export NVCC_APPEND_FLAGS ?= -Werror all-warnings
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench gpu-check clean
+.PHONY: help demo test lint bench bench-pytest gpu-check clean
 
 help:  ## list the verbs
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -43,6 +43,9 @@ lint: $(INSTALLED)  ## check style, types, layers and C++ formatting
 
 bench: $(INSTALLED)  ## measure speed and memory against eager PyTorch
 	$(BIN)/python -m bench block
+
+bench-pytest: $(INSTALLED)  ## the same kernels, convolutions and blocks under pytest-benchmark
+	$(BIN)/python -m pytest bench/suites --benchmark-columns=min,median,iqr,rounds $(PYTEST_ARGS)
 
 # Without an environment made by make, the one at hand is used.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))

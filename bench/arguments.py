@@ -26,7 +26,7 @@ MODES = {"train": ("train",), "infer": ("infer",), "both": ("train", "infer")}
 #: What each command measures; the others have a command line of their own.
 KINDS = {
     "kernel": "every registered implementation of a primitive, against a copy of its bytes",
-    "conv": "Triton's fused convolutions, against cuDNN's and separate passes",
+    "conv": "ResNet-50's convolutions, each with its batch norm and ReLU, forward and backward",
     "block": "ResNet-50's blocks, forward and backward",
     "model": "a whole network's step: forward, loss, backward, update; or inference",
     "train": "training from start to end, data loading included, with learning curves",
@@ -35,8 +35,7 @@ OTHERS = {
     "compare": "what moved between two result files",
     "report": "the page of a result file, drawn again",
     "readme": "README.md's tables, from the result files that it names",
-    "kernels": "as kernel, one line per implementation, with its own options",
-    "convolutions": "as conv, one line per way, with its own options",
+    "convolutions": "Triton's fused convolutions, beside cuDNN's and separate passes",
     "launches": "what a launch costs on the host",
     "resources": "what the GPU kernels take once compiled; writes docs/kernels.md",
 }
@@ -92,11 +91,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_options(parser: argparse.ArgumentParser, kind: str) -> None:
     add = parser.add_argument
-    own = {"kernel": _kernel_options, "conv": lambda add: None, "train": _train_options}
+    own = {"kernel": _kernel_options, "train": _train_options}
     own.get(kind, _race_options)(add)
     if kind in ("model", "train"):
         add("--model", help="of torchvision, timm or fastres.models; LIBRARY:NAME names one")
-    if kind in ("block", "model", "train"):
+    if kind != "kernel":
         _step_options(add)
     if kind != "train":
         add("--rounds", type=int, help=f"how often each contender is timed (default: {ROUNDS})")
@@ -118,6 +117,8 @@ def _kernel_options(add: Callable[..., Any]) -> None:
 def _race_options(add: Callable[..., Any]) -> None:
     add("--mode", default="both", help="train, infer or both (default)")
     add("--against", metavar="A,B", help=f"contenders beside fastres (default: {AGAINST})")
+    add("--kept", action=argparse.BooleanOptionalAction, default=True,
+        help="on a CPU, all once more with malloc keeping freed memory (default)")  # fmt: skip
 
 
 def _train_options(add: Callable[..., Any]) -> None:
@@ -163,7 +164,7 @@ def _fill_in(options: argparse.Namespace) -> None:
         defaults = dict(QUICK_TRAIN if quick else TRAIN)
         if options.data is not None and not quick:
             defaults["img_size"] = FOLDER_SIZE
-    elif options.kind in ("block", "model"):
+    elif options.kind != "kernel":
         defaults |= {
             "batch_size": QUICK_BATCH if quick else BATCH[options.device],
             "img_size": QUICK_SIZE if quick else SIZE,

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from . import canvas
 from .canvas import BAD, GOOD, INK, LINE, OTHER, OURS, PALE, PAPER, SOFT, Drawing, unit_of
-from .results import Row, memory_text
-from .verdicts import Setting, competes, failed, is_ours, silence, speed, spread
+from .results import Row, failed, memory_text
+from .verdicts import Setting, competes, is_ours, silence, speed, spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -26,7 +26,7 @@ class Bounds:
         subject = job.subject
         try:
             model = subject.build(fused=True)  # what can be fused is seen in fused blocks
-            return cls(machine, layers(model, subject.pixels, image=job.kind != "block"))
+            return cls(machine, layers(model, subject.pixels, image=not subject.part))
         except (ValueError, NotImplementedError):
             return cls(machine, None)  # no network of images, or one that meta tensors cannot run
 
@@ -54,7 +54,7 @@ class Bounds:
             self.found or [], level_of(job, level), job.compute_dtype.itemsize,
             job.mode == "train", job.batch,
         )  # fmt: skip
-        return [one for one in found if one.flops] if job.who.kinds == ("block",) else found
+        return [one for one in found if one.flops] if job.who.bare else found
 
     def sums(self, job: Job, some: Iterable[Operation]) -> dict[str, Any]:
         """The columns of a row that some operations come to."""

@@ -13,39 +13,37 @@ from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.text import Text
 
 from fastres.cli.errors import CommandError
 
-from . import adapters, distributed, results
+from . import distributed, registry, results
 from .arguments import MODES, OTHERS, parse, shown
 from .conditions import conditions
 from .contenders import KEPT, Job, why_not
-from .models import DIGITS, Subject, find
+from .models import DIGITS, PARTS, Subject, find
 from .race import FailedError
-from .shapes import BLOCKS
 from .suite import Suite
 from .training import Course, pipeline
+from .verdicts import is_ours
 
 Doing = Callable[[str], None]
-
-_MODULES = {"kernels": "registry"}
 
 #: Of a table that goes into a file.
 WIDTH = 120
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Measure, print, and keep the result; 1 where nothing could be timed.
+    """Measure, print, and keep the result; 1 where nothing was timed, or a kernel of ours is wrong.
 
     Raises:
         CommandError: for input that cannot be used.
         KeyboardInterrupt: after Ctrl-C, once what was finished is written.
     """
     if arguments and arguments[0] in OTHERS:
-        name = _MODULES.get(arguments[0], arguments[0])
-        status: int = import_module(f".{name}", __package__).main(arguments[1:])
+        status: int = import_module(f".{arguments[0]}", __package__).main(arguments[1:])
         return status
     return Session(parse(arguments), arguments).run()
 
@@ -84,7 +82,9 @@ class Session:
                 raise CommandError(f"the measurement failed: {stop}") from stop
             raise
         self._publish()
-        return 0 if any(one["ms"] for one in self.found["rows"]) else 1
+        rows = self.found["rows"]
+        wrong = any(results.failed(one) for one in rows if is_ours(one))
+        return int(wrong or not any(one["ms"] for one in rows))
 
     def say(self, sentence: str) -> None:
         """Tell the user something that stays on the screen."""
@@ -98,18 +98,33 @@ class Session:
     # ------------------------------------------------------------ the kinds
 
     def _kernel(self, doing: Doing) -> None:
-        for row in adapters.kernel_rows(self.options, doing):
-            self.found["rows"].append(row)
+        options = self.options
+        dtype = None if options.dtype is None else getattr(torch, options.dtype)
+        backend = None if options.backend == "auto" else options.backend
+        with registry.timer_for(options.device) as timer:
+            run = registry.Run(
+                options.device, options.quick, timer, options.rounds, options.batch_size, dtype,
+                doing,
+            )  # fmt: skip
+            self.found["rows"] = run.rows
+            for primitive in [options.primitive] if options.primitive else registry.MEMORY_BOUND:
+                run.primitive(primitive, registry.entries_of(primitive, backend))
+        for what, reasons in run.declined.items():
+            self.say(f"declined: {what}: {'; '.join(reasons)}")
 
     def _conv(self, doing: Doing) -> None:
-        for row in adapters.conv_rows(self.options, doing):
-            self.found["rows"].append(row)
+        self._parts(doing)
 
     def _block(self, doing: Doing) -> None:
+        self._parts(doing)
+
+    def _parts(self, doing: Doing) -> None:
+        """All of a network's parts of the kind; quick, the first and the last."""
         options = self.options
-        names = [*BLOCKS][:: len(BLOCKS) - 1] if options.quick else [*BLOCKS]
-        subjects = [Subject("block", n, options.batch_size, options.img_size) for n in names]
-        self._race(doing, subjects)
+        names = [*PARTS[options.kind]]
+        names = names[:: len(names) - 1] if options.quick else names
+        given = options.batch_size, options.img_size
+        self._race(doing, [Subject(options.kind, name, *given) for name in names])
 
     def _model(self, doing: Doing) -> None:
         options = self.options
@@ -126,7 +141,7 @@ class Session:
     def _race(self, doing: Doing, subjects: Sequence[Subject]) -> None:
         modes = MODES[self.options.mode]
         names = self._contenders(modes)
-        if self.options.device == "cpu" and not self.options.quick:
+        if self.options.kept and self.options.device == "cpu" and not self.options.quick:
             names += [name + KEPT for name in names]
         suite = Suite(self._base(), names, self.options.rounds, self.say, doing)
         self.found |= {"rows": suite.rows, "machine": suite.machine, "layers": suite.layers}
@@ -156,7 +171,8 @@ class Session:
 
     def _contenders(self, modes: Sequence[str]) -> list[str]:
         """What was asked for and can run, and fastres; what cannot is named with the reason."""
-        able = []
+        able: list[str] = []
+        absent: dict[str, str] = {}
         for name in dict.fromkeys([*self.options.against, "fastres"]):
             reasons = [
                 why_not(name, self.options.kind, self.options.device, mode) for mode in modes
@@ -164,8 +180,10 @@ class Session:
             if None in reasons:
                 able.append(name)
             else:
-                said = dict.fromkeys(filter(None, reasons))
-                self.say(f"absent: {name}: {'; '.join(said)}")
+                absent[name] = "; ".join(dict.fromkeys(filter(None, reasons)))
+                self.say(f"absent: {name}: {absent[name]}")
+        if absent:
+            self.found["absent"] = "; ".join(f"{name}: {why}" for name, why in absent.items())
         return able
 
     # ------------------------------------------------------------ what is kept

@@ -26,7 +26,7 @@ from .results import Row, memory_text, read
 THRESHOLD = 0.03
 
 _KEYS = ("kind", "subject", "contender", "mode", "batch", "size", "dtype", "amp", "layout",
-         "backend", "memory", "level", "device")  # fmt: skip
+         "backend", "memory", "level", "device", "allocator")  # fmt: skip
 #: Conditions without which two times are of different machines or different programs.
 _CONDITIONS = ("cpu", "gpu", "driver", "threads", "torch", "triton", "fastres", "python", "commit")
 

@@ -16,7 +16,7 @@ import fastres
 from .models import Subject
 from .rivals import with_cudnn, with_inplace_abn
 
-#: Told apart from a plain contender by where its memory comes from, `bench.race.KEEP`.
+#: What a contender's name ends in whose malloc keeps freed memory, `bench.race.KEEP`.
 KEPT = ", kept"
 
 
@@ -44,9 +44,19 @@ class Job:
         return Subject(self.kind, self.name, self.batch, self.size)
 
     @property
+    def plain(self) -> str:
+        """The contender's name, wherever its memory comes from."""
+        return self.contender.removesuffix(KEPT)
+
+    @property
+    def kept(self) -> bool:
+        """Whether its malloc keeps freed memory."""
+        return self.contender.endswith(KEPT)
+
+    @property
     def who(self) -> Contender:
-        """The contender, kept or not."""
-        return CONTENDERS[self.contender.removesuffix(KEPT)]
+        """The contender, wherever its memory comes from."""
+        return CONTENDERS[self.plain]
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -121,6 +131,7 @@ class Contender:
         fused: whether fastres runs it.
         compiled: torch.compile's mode, or None.
         change: what is done to a placed stock module.
+        bare: whether it runs the convolutions alone, which is no contender but a bound.
         kinds: the subjects it can run.
         why_not: (device, mode) -> why it cannot run, or None.
     """
@@ -130,7 +141,8 @@ class Contender:
     fused: bool = False
     compiled: str | None = None
     change: Callable[[nn.Module], None] | None = None
-    kinds: tuple[str, ...] = ("block", "model", "train")
+    bare: bool = False
+    kinds: tuple[str, ...] = ("conv", "block", "model", "train")
     why_not: Callable[[str, str], str | None] = lambda device, mode: None
 
 
@@ -156,6 +168,9 @@ def _no_cudnn(device: str, mode: str) -> str | None:
     return None if torch.backends.cudnn.is_available() else "this torch has no cuDNN"
 
 
+#: What others' kernels fuse.
+_WHOLE_BLOCKS = ("block", "model", "train")
+
 CONTENDERS = {
     "eager": Contender("stock torch, contiguous (NCHW)", nhwc=False),
     "channels_last": Contender("stock torch, channels_last (NHWC)", nhwc=True),
@@ -165,14 +180,14 @@ CONTENDERS = {
     ),
     "inplace_abn": Contender(
         "InPlaceABN with leaky ReLU for the blocks' inner norms", change=with_inplace_abn,
-        why_not=_no_inplace_abn,
+        kinds=_WHOLE_BLOCKS, why_not=_no_inplace_abn,
     ),
     "cudnn": Contender(
         "norms folded into cuDNN's convolution + add + ReLU, inference", change=with_cudnn,
-        nhwc=True, why_not=_no_cudnn,
+        nhwc=True, kinds=_WHOLE_BLOCKS, why_not=_no_cudnn,
     ),
     "convolutions": Contender(
-        "a block's convolutions alone: a bound", nhwc=True, kinds=("block",)
+        "the convolutions alone: a bound", nhwc=True, bare=True, kinds=("conv", "block")
     ),
     "fastres": Contender("fused by fastres; always runs", fused=True),
 }  # fmt: skip

@@ -1,6 +1,6 @@
-"""`python -m bench convolutions`: Triton's fused convolutions beside cuDNN's and separate passes.
+"""`fastres bench convolutions`: Triton's fused convolutions beside cuDNN's and separate passes.
 
-The convolutions of ResNet-50's stages at batch 256 in bfloat16, forward and backward, each against
+ResNet-50's convolutions at batch 256 in bfloat16, forward and backward, each against
 the unfused way to the same results; contenders alternate, medians. --quick runs two tiny shapes,
 in Triton's interpreter where there is no GPU: a smoke test, not a measurement.
 """
@@ -11,7 +11,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,72 +23,33 @@ from fastres.primitives import Branch, ConvSpec, Gate, PendingGrad, Prologue, im
 from fastres.testing import CASES
 
 from .conditions import ROOT, conditions, stamp
-from .registry import QUICK_ROUNDS, ROUNDS, race, timer_for, why_wrong
+from .registry import race, timer_for, why_wrong
+from .shapes import CONVOLUTIONS, ConvShape
 
 Step = Callable[[], object]
 
 BATCH = 256
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A convolution: channels in and out, pixels per side of its input, kernel, stride."""
-
-    channels: int
-    out_channels: int
-    size: int
-    kernel: int = 1
-    stride: int = 1
-    batch: int = BATCH
-
-    def __str__(self) -> str:
-        stride = f" stride {self.stride}" if self.stride > 1 else ""
-        what = f"{self.kernel}x{self.kernel}{stride}"
-        return f"{what} {self.channels}-{self.out_channels} {self.size}x{self.size}"
-
-    @property
-    def conv(self) -> ConvSpec:
-        """Its geometry."""
-        return ConvSpec((self.stride,) * 2, (self.kernel // 2,) * 2)
-
-    @property
-    def flops(self) -> int:
-        """Of its forward pass."""
-        h, w = self.conv.output_size((self.size,) * 2, (self.kernel,) * 2)
-        return 2 * self.batch * h * w * self.out_channels * self.channels * self.kernel**2
-
-
-#: He et al. 2015, table 1: reduce, 3x3 and expand of each stage, and what strides.
-SHAPES = tuple(
-    shape
-    for width, size in ((64, 56), (128, 28), (256, 14), (512, 7))
-    for shape in (
-        Shape(4 * width, width, size),
-        Shape(width, width, size, 3),
-        Shape(width, 4 * width, size),
-        *((Shape(width, width, 2 * size, 3, 2), Shape(2 * width, 4 * width, 2 * size, 1, 2))
-          if width > 64 else (Shape(64, 64, 56), Shape(64, 256, 56))),
-    )
-)  # fmt: skip
-QUICK = (Shape(32, 64, 4, batch=2), Shape(32, 32, 4, 3, 2, batch=2))
+ROUNDS, QUICK_ROUNDS = 25, 2
+QUICK = (ConvShape(32, 64, 4, batch=2), ConvShape(32, 32, 4, 3, 2, batch=2))
 
 
 class Tensors:
     """A convolution's tensors, random; the input raw, with its normalisation pending."""
 
-    def __init__(self, shape: Shape, device: str) -> None:
-        h, w = shape.conv.output_size((shape.size,) * 2, (shape.kernel,) * 2)
-        self.conv = shape.conv
+    def __init__(self, shape: ConvShape, device: str) -> None:
+        self.conv = ConvSpec((shape.stride,) * 2, (shape.kernel // 2,) * 2)
+        h, w = self.conv.output_size((shape.size,) * 2, (shape.kernel,) * 2)
         self.x = self._random((shape.batch, shape.channels, shape.size, shape.size), device)
         self.weight = self._random(
-            (shape.out_channels, shape.channels, shape.kernel, shape.kernel), device
+            (shape.outputs, shape.channels, shape.kernel, shape.kernel), device
         )
-        self.y = self._random((shape.batch, shape.out_channels, h, w), device)
+        self.y = self._random((shape.batch, shape.outputs, h, w), device)
         self.grad = torch.randn_like(self.y)
+        self.flops = 2 * self.y.numel() * self.weight[0].numel()
         self.prologue = Prologue(_stats(self.x), "relu")
         self.branch = Branch(self.y, _stats(self.y))
         self.gate = Gate("affine", None, "relu")
-        sums = torch.randn(3, shape.out_channels, device=device)
+        sums = torch.randn(3, shape.outputs, device=device)
         count = shape.batch * h * w
         self.pending = PendingGrad(self.grad, self.gate, self.branch, sums, count)
 
@@ -168,7 +129,7 @@ def _single(below: tuple[Gate, Branch]) -> tuple[Gate, tuple[Branch]]:
     return below[0], (below[1],)
 
 
-def rows(shapes: Sequence[Shape], device: str, rounds: int) -> Iterator[dict[str, Any]]:
+def rows(shapes: Sequence[ConvShape], device: str, rounds: int) -> Iterator[dict[str, Any]]:
     """One row per shape, direction and contender."""
     with timer_for(device) as timer:
         for shape in shapes:
@@ -176,9 +137,10 @@ def rows(shapes: Sequence[Shape], device: str, rounds: int) -> Iterator[dict[str
             for direction, steps in (("forward", forward_steps), ("backward", backward_steps)):
                 found = race(steps(tensors), timer, rounds)
                 for name, timing in found.items():
+                    products = 2 if direction == "backward" else 1
                     yield {
-                        "shape": str(shape), "batch": shape.batch, "direction": direction,
-                        "size": shape.size, "flops": shape.flops * (1 + (direction == "backward")),
+                        "shape": shape.name, "batch": shape.batch, "direction": direction,
+                        "size": shape.size, "flops": products * tensors.flops,
                         "contender": name, "ms": round(timing.median, 5),
                         "low": round(timing.low, 5), "high": round(timing.high, 5),
                         "over_cudnn": round(timing.median / found["cuDNN alone"].median, 3),
@@ -198,7 +160,7 @@ def why_wrong_on(device: str) -> str | None:
 def main(arguments: Sequence[str]) -> int:
     """Measure, print, and keep the result; 1 where nothing can run."""
     parser = argparse.ArgumentParser(
-        prog="python -m bench convolutions", description=__doc__,
+        prog="fastres bench convolutions", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="a smoke test, not a measurement")
@@ -212,10 +174,11 @@ def main(arguments: Sequence[str]) -> int:
         print(f"refused: {wrong}")
         return 1
     kept = []
-    for row in rows(QUICK if quick else SHAPES, device, QUICK_ROUNDS if quick else ROUNDS):
+    shapes = QUICK if quick else [replace(s, batch=BATCH) for s in CONVOLUTIONS.values()]
+    for row in rows(shapes, device, QUICK_ROUNDS if quick else ROUNDS):
         kept.append(row)
         print(
-            f"{row['shape']:<26} {row['direction']:<9} {row['contender']:<30} "
+            f"{row['shape']:<34} {row['direction']:<9} {row['contender']:<30} "
             f"{row['ms']:>9.4f} ms  {row['over_cudnn']:>6.2f} of cuDNN alone",
             flush=True,
         )

@@ -50,7 +50,7 @@ def verdict(job: Job) -> str:
     who = job.who
     if not who.fused and who.compiled is None and who.change is None:
         return "ok"  # stock torch itself
-    small = replace(job, batch=BATCH, size=min(job.size, SIZE) if job.kind != "block" else job.size)
+    small = replace(job, batch=BATCH, size=job.size if job.subject.part else min(job.size, SIZE))
     try:
         with job.settings(), _without_tf32():
             _check(small)
@@ -72,7 +72,7 @@ def _check(job: Job) -> None:
     if job.who.fused:
         _check_blocks(job, stock, module, x)
     target = None
-    if job.kind != "block":
+    if not job.subject.part:
         classes = logits(copy.deepcopy(stock)(x)).shape[1]
         target = torch.arange(len(x), device=x.device) % classes
     run = _Run(job, target)
@@ -134,7 +134,7 @@ def _check_blocks(job: Job, stock: nn.Module, module: nn.Module, x: Tensor) -> N
     names = [row.name for row in fastres.explain(module).rows if row.fused]
     own, fused = dict(stock.named_modules()), dict(module.named_modules())
     kinds = {repr(own[name]): name for name in reversed(names) if name}
-    inputs = _inputs(stock, list(kinds.values()), x, job) if job.kind != "block" else {"": x}
+    inputs = {"": x} if job.subject.part else _inputs(stock, list(kinds.values()), x, job)
     for name, given in inputs.items():
         given = given.requires_grad_(job.mode == "train")
         with torch.set_grad_enabled(job.mode == "train"), job.autocast():

@@ -104,10 +104,10 @@ def _sanitize(dry: bool) -> list[Command]:
 
 def _kernels(dry: bool) -> list[Command]:
     if dry:
-        return [Command(_python("-m bench kernels --quick --device cpu"), 1)]
+        return [Command(_python("-m bench kernel --quick --device cpu"), 1)]
     return [
-        Command(_python("-m bench kernels --backend cuda"), 1),
-        Command(_python("-m bench kernels --backend triton"), 1.5),
+        Command(_python("-m bench kernel --backend cuda"), 1),
+        Command(_python("-m bench kernel --backend triton"), 1.5),
         Command(_python("-m bench convolutions"), 2),
     ]
 

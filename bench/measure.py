@@ -1,6 +1,6 @@
 """One step of a contender: how it is made, warmed up and timed, and what memory it takes.
 
-A network's training step is forward, loss, backward and SGD; a block's is forward and the
+A network's training step is forward, loss, backward and SGD; a part's is forward and the
 gradients of its input and parameters. Inference is the forward pass without gradients.
 """
 
@@ -48,7 +48,7 @@ def training(job: Job, module: nn.Module, x: Tensor) -> Run:
     """A training step on a batch like `x`."""
     with torch.no_grad(), job.autocast():
         out = logits(module.forward(x))  # which nobody compiles: only the shape is asked for
-    if job.kind == "block":
+    if job.subject.part:
         grad, wanted = torch.randn_like(out), [p for p in module.parameters() if p.requires_grad]
 
         def gradients(x: Tensor) -> object:
@@ -85,7 +85,7 @@ def inference(job: Job, module: nn.Module, x: Tensor) -> Run:
 
 
 def convolutions(job: Job, module: nn.Module, x: Tensor) -> Run:
-    """A block's convolutions alone, on inputs of the right shapes, forward and backward."""
+    """A part's convolutions alone, on inputs of the right shapes, forward and backward."""
     convs = [m for m in module.modules() if isinstance(m, nn.Conv2d)]
     seen: dict[nn.Module, Tensor] = {}
     hooks = [
@@ -113,7 +113,7 @@ def convolutions(job: Job, module: nn.Module, x: Tensor) -> Run:
 
 def step_of(job: Job, module: nn.Module, x: Tensor) -> Run:
     """The step that a job stands for."""
-    if job.who.kinds == ("block",):
+    if job.who.bare:
         return convolutions(job, module, x)
     return (training if job.mode == "train" else inference)(job, module, x)
 
@@ -256,12 +256,12 @@ def first_line(error: BaseException) -> str:
 
 
 def _saved(job: Job, module: nn.Module, x: Tensor) -> int | None:
-    if job.mode != "train" or job.who.kinds == ("block",):
+    if job.mode != "train" or job.who.bare:
         return None
 
     def forward() -> object:
         with job.autocast():
-            return module(x.detach().requires_grad_(job.kind == "block"))
+            return module(x.detach().requires_grad_(job.subject.part))
 
     # A compiled graph may refuse the hooks that count.
     try:

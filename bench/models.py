@@ -7,6 +7,7 @@ A network's name is looked up in torchvision, then timm, then `fastres.models`;
 from __future__ import annotations
 
 import difflib
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,11 +21,15 @@ from fastres.cli.errors import CommandError
 from fastres.cli.libraries import library
 from fastres.nn import FusedModule, stock
 
-from .shapes import BLOCKS, BlockShape
+from .shapes import BLOCKS, CONVOLUTIONS, BlockShape, ConvShape
 
-#: Pixels per side of the images that ResNet's blocks in `bench.shapes` belong to.
+#: Pixels per side of the images that the shapes in `bench.shapes` belong to.
 IMAGE_SIZE = 224
 
+#: Parts of a network that are measured alone, by kind and name.
+PARTS: dict[str, dict[str, BlockShape] | dict[str, ConvShape]] = {
+    "block": BLOCKS, "conv": CONVOLUTIONS,
+}  # fmt: skip
 
 #: The network of `fastres demo`, for handwritten digits: one channel, 10 classes.
 DIGITS = "digits"
@@ -145,13 +150,13 @@ _STOCK_BLOCKS = (stock.BasicBlock, stock.Bottleneck)
 
 @dataclass(frozen=True)
 class Subject:
-    """A network or a block, and the size of its input.
+    """A network or a part of one, and the size of its input.
 
     Attributes:
-        kind: "block" for one of `bench.shapes`; any other is a network.
-        name: of the network, or of the block's shape at 224 pixels.
+        kind: one of `PARTS`; any other is a network.
+        name: of the network, or of the part's shape at 224 pixels.
         batch: images.
-        size: pixels per side of the image; a block's input is smaller by its own factor.
+        size: pixels per side of the image; a part's input is smaller by its own factor.
     """
 
     kind: str
@@ -160,38 +165,55 @@ class Subject:
     size: int
 
     @property
-    def shape(self) -> BlockShape:
-        """A block's geometry at this size and batch."""
-        given = BLOCKS[self.name]
+    def part(self) -> bool:
+        """Whether it is a part of a network, whose input has a gradient."""
+        return self.kind in PARTS
+
+    @property
+    def shape(self) -> BlockShape | ConvShape:
+        """A part's geometry at this size and batch."""
+        given = PARTS[self.kind][self.name]
         size = max(given.stride, given.size * self.size // IMAGE_SIZE)
         return replace(given, size=size, batch=self.batch)
 
     @property
     def label(self) -> str:
         """What rows and tables call it."""
-        return self.shape.name if self.kind == "block" else self.name
+        return self.shape.name if self.part else self.name
 
     @property
     def pixels(self) -> int:
         """Per side of its input."""
-        return self.shape.size if self.kind == "block" else self.size
+        return self.shape.size if self.part else self.size
 
     def build(self, fused: bool) -> nn.Module:
         """The module in training mode, on the CPU, with the weights of seed 0."""
-        if self.kind != "block":
+        if not self.part:
             return network(self.name, fused).train()
         torch.manual_seed(0)
-        return _block(fastres.Bottleneck if fused else stock.Bottleneck, self.shape).train()
+        shape = self.shape
+        if isinstance(shape, ConvShape):
+            return _unit(shape, fused).train()
+        return _block(fastres.Bottleneck if fused else stock.Bottleneck, shape).train()
 
     def input(self, seed: int, batch: int | None = None) -> Tensor:
         """A standard normal batch, float32: images are normalised before they come to a network."""
         generator = torch.Generator().manual_seed(seed)
         channels = 1 if self.name == DIGITS else 3
-        if self.kind == "block":
+        if self.part:
             channels = self.shape.channels
         return torch.randn(
             batch or self.batch, channels, self.pixels, self.pixels, generator=generator
         )
+
+
+def _unit(shape: ConvShape, fused: bool) -> nn.Module:
+    """The convolution with batch norm and ReLU."""
+    geometry = (shape.channels, shape.outputs, shape.kernel, shape.stride, shape.kernel // 2)
+    if fused:
+        return fastres.nn.ConvBNReLU(*geometry)
+    conv, norm = nn.Conv2d(*geometry, bias=False), nn.BatchNorm2d(shape.outputs)
+    return nn.Sequential(OrderedDict(conv=conv, bn=norm, relu=nn.ReLU(inplace=True)))
 
 
 def _block(cls: type[nn.Module], shape: BlockShape) -> nn.Module:

@@ -18,9 +18,9 @@ from fastres.cli.errors import CommandError
 
 from .bars import figure_text
 from .conditions import ROOT
-from .results import Row, memory_text, read
+from .results import Row, failed, memory_text, read
 from .summary import headline, shared
-from .verdicts import Setting, failed, settings_of
+from .verdicts import Setting, settings_of
 
 MARKS = {"faster": "▲", "level": "●", "slower": "▼"}
 README = ROOT.parent / "README.md"

@@ -1,15 +1,12 @@
-"""`python -m bench kernels`: every registered implementation of a primitive, whoever registered it.
+"""`fastres bench kernel`: every registered implementation of a primitive, whoever registered it.
 
 Timed are the calls that the parity harness makes (`fastres.testing.calls`), on ResNet-50's shapes,
 each beside a copy of as many bytes in the same rounds. An implementation that fails the harness on
-a small case is refused. Without --quick, results go to a new file under bench/results/.
+a small case is refused.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -20,20 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastres.backends import BACKENDS
-from fastres.primitives import (
-    PRIMITIVES,
-    Implementation,
-    dense,
-    implementations,
-    load_extensions,
-)
+from fastres.primitives import PRIMITIVES, Implementation, dense, implementations
 from fastres.testing import BENCH_CASES, CASES, Call, Case, calls, check_implementation
 from fastres.tuning.measure import Timer, gpu_timer
 
-from .conditions import ROOT, conditions, stamp
 from .race import Timing, alternate
-from .results import slug
+from .results import Row, row
 from .traffic import bytes_of, flops_of
 
 #: Channels and pixels per side of the activations of ResNet-50 at 224 pixels (He et al. 2015).
@@ -43,11 +32,13 @@ SIZES = ((64, 112), (64, 56), (256, 56), (128, 28), (512, 28), (256, 14), (1024,
 #: Batch and dtype to measure with, by device.
 SCALE = {"cuda": (256, torch.bfloat16), "cpu": (16, torch.float32)}
 
-#: Rounds and warm-ups of a measurement, and of a smoke test.
-ROUNDS, QUICK_ROUNDS, WARM_UPS = 25, 2, 2
+WARM_UPS = 2
 
 #: What a CPU's caches hold at most: overwritten before each timed call.
 FLUSH_BYTES = 128 << 20
+
+#: What is timed where nobody names one: the rest is bound by arithmetic.
+MEMORY_BOUND = tuple(name for name in PRIMITIVES if not name.startswith("conv_"))
 
 QUICK = (
     Case("quick-f32", (2, 16, 6, 5)),
@@ -137,25 +128,25 @@ def race(
 class Run:
     """One run over primitives and cases: its rows, and who was left out and why.
 
-    `batch` and `dtype` are those of `SCALE` where they are None; `say` is told every line.
+    `batch` and `dtype` are those of `SCALE` where they are None; `doing` is told what goes on.
     """
 
     device: str
     quick: bool
     timer: Timer
-    rounds: int | None = None
-    batch: int | None = None
-    dtype: torch.dtype | None = None
-    say: Callable[[str], None] = lambda line: print(line, flush=True)
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    rounds: int
+    batch: int | None
+    dtype: torch.dtype | None
+    doing: Callable[[str], None]
+    rows: list[Row] = field(default_factory=list)
     declined: dict[str, list[str]] = field(default_factory=dict)
-    refused: dict[str, str] = field(default_factory=dict)
-    _passed: set[str] = field(default_factory=set)
+    _wrong: dict[tuple[str, ...], str | None] = field(default_factory=dict)
 
     def primitive(self, primitive: str, entries: Sequence[Implementation]) -> None:
         """Time every call of a primitive; all backends' implementations of it take turns."""
         backends = list(dict.fromkeys(entry.backend for entry in entries))
         for case in cases_of(primitive, self.device, self.quick, self.batch, self.dtype):
+            self.doing(f"{primitive}, {case.name}")
             made = [calls(primitive, case, backend, self.device) for backend in backends]
             # The same calls for each, but for the dtypes that a backend hands itself.
             for alike in zip(*made, strict=True):
@@ -177,37 +168,15 @@ class Run:
         source = torch.empty(max(moved.values()) // 2 + 1, dtype=torch.uint8, device=self.device)
         target = torch.empty_like(source)
         contenders = {**thunks, "copy": lambda: target.copy_(source)}
-        rounds = self.rounds or (QUICK_ROUNDS if self.quick else ROUNDS)
-        found = race(contenders, self.timer, rounds)
-        copied = 2 * source.numel() / found["copy"].median / 1e6
+        found = race(contenders, self.timer, self.rounds)
         for entry in able:
-            name = str(entry)
-            self._row(entry, by_backend[entry.backend], case, found[name], moved[name], copied)
-
-    def _row(
-        self, entry: Implementation, call: Call, case: Case, timing: Timing, moved: int,
-        copied: float,
-    ) -> None:  # fmt: skip
-        """Keep and print one row; `copied` is the copy's GB/s."""
-        speed = moved / timing.median / 1e6
-        row: dict[str, Any] = {
-            "primitive": entry.primitive,
-            "implementation": str(entry),
-            "variant": call.label,
-            "shape": "x".join(map(str, case.shape)),
-            "dtype": str(case.dtype).removeprefix("torch."),
-            "layout": _layout(case),
-            "ms": round(timing.median, 5),
-            "low": round(timing.low, 5),
-            "high": round(timing.high, 5),
-            "bytes": moved,
-            "gb_per_s": round(speed, 2),
-            "share_of_copy": round(speed / copied, 4),
-        }
-        if flops := flops_of(entry.primitive, call, case):
-            row |= {"flops": flops, "tflop_per_s": round(flops / timing.median / 1e9, 3)}
-        self.rows.append(row)
-        self.say(_line(row))
+            # The bound: what a copy of as many bytes takes.
+            copy = found["copy"].median * moved[str(entry)] / (2 * source.numel())
+            call = by_backend[entry.backend]
+            self.rows.append(_row(
+                entry, call, case, found[str(entry)], rounds=self.rounds, device=self.device,
+                bytes=moved[str(entry)], bound_ms=copy,
+            ))  # fmt: skip
 
     def _able(self, entry: Implementation, call: Call, case: Case) -> bool:
         """Whether an implementation takes a call and is right on small ones like it."""
@@ -216,15 +185,12 @@ class Run:
             reasons = self.declined.setdefault(f"{entry.primitive} {entry}", [])
             reasons += [] if reason in reasons else [reason]
             return False
-        key = f"{entry.primitive} {entry} {case.dtype} {_layout(case)}"
-        if key not in self._passed and key not in self.refused:
-            wrong = why_wrong(entry, case, self.device)
-            if wrong is None:
-                self._passed.add(key)
-            else:
-                self.refused[key] = wrong
-                self.say(f"refused: {key}: {wrong}")
-        return key in self._passed
+        key = entry.primitive, str(entry), str(case.dtype), _layout(case)
+        if key not in self._wrong:
+            self._wrong[key] = wrong = why_wrong(entry, case, self.device)
+            if wrong is not None:
+                self.rows.append(_named(entry, case, parity=f"failed: {wrong}"))
+        return self._wrong[key] is None
 
 
 def _layout(case: Case) -> str:
@@ -235,13 +201,24 @@ def _thunk(entry: Implementation, call: Call) -> Callable[[], object]:
     return lambda: entry.run(*call.args, **call.kwargs)
 
 
-def _line(row: dict[str, Any]) -> str:
-    return (
-        f"{row['primitive']:<23} {row['implementation']:<29} {row['variant']:<34} "
-        f"{row['shape']:>15} {row['dtype']:<8} {row['ms']:>10.4f} ms {row['gb_per_s']:>8.1f} GB/s "
-        f"{row['share_of_copy']:>6.1%} of copy"
-        + (f" {row['tflop_per_s']:>7.1f} TFLOP/s" if "flops" in row else "")
-    )
+def _row(entry: Implementation, call: Call, case: Case, timing: Timing, **values: Any) -> Row:
+    """What a call took."""
+    shape = "x".join(map(str, case.shape))
+    subject = ", ".join(filter(None, (entry.primitive, call.label, shape)))
+    return _named(
+        entry, case, subject, ms=round(timing.median, 5), low=round(timing.low, 5),
+        high=round(timing.high, 5), size=case.shape[2], parity="ok",
+        flops=flops_of(entry.primitive, call, case) or None,
+        note="the bound is a copy of as many bytes", **values,
+    )  # fmt: skip
+
+
+def _named(entry: Implementation, case: Case, subject: str = "", **values: Any) -> Row:
+    """A row of an implementation; the subject is its primitive where nothing was timed."""
+    return row(
+        "kernel", subject or entry.primitive, str(entry), backend=entry.backend,
+        dtype=str(case.dtype).removeprefix("torch."), layout=_layout(case), **values,
+    )  # fmt: skip
 
 
 def why_wrong(entry: Implementation, like: Case, device: str) -> str | None:
@@ -260,54 +237,3 @@ def entries_of(primitive: str, backend: str | None) -> list[Implementation]:
     """Who is timed; the truth, which nobody runs for its speed, only where it is asked for."""
     found = implementations(primitive, backend)
     return [entry for entry in found if backend or entry.backend != "reference"]
-
-
-def main(arguments: Sequence[str]) -> int:
-    """Time what is asked for; 1 where something was refused, or nothing could be timed."""
-    options = _options(arguments)
-    chosen = [options.primitive] if options.primitive else [
-        name for name in PRIMITIVES if not name.startswith("conv_")
-    ]  # fmt: skip
-    if options.quick:
-        print("quick: two tiny cases, a smoke test and not a measurement; nothing is written")
-    with timer_for(options.device) as timer:
-        run = Run(options.device, options.quick, timer)
-        for primitive in chosen:
-            run.primitive(primitive, entries_of(primitive, options.backend))
-    for what, reasons in run.declined.items():
-        print(f"declined: {what}: {'; '.join(reasons)}")
-    if not run.rows:
-        print("nothing was timed")
-    elif not options.quick:
-        print(f"written to {_write(run)}")
-    return int(bool(run.refused) or not run.rows)
-
-
-def _options(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench kernels", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    load_extensions()  # one may bring a backend
-    parser.add_argument("--backend", choices=sorted(BACKENDS), help="of one backend only")
-    parser.add_argument("--primitive", choices=PRIMITIVES,
-                        help="one only; by default all that are bound by memory")  # fmt: skip
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", choices=("cuda", "cpu"), default=default)
-    parser.add_argument("--quick", action="store_true", help="a smoke test, not a measurement")
-    return parser.parse_args(arguments)
-
-
-def _write(run: Run) -> str:
-    found = conditions(run.device)
-    name = found["cpu"] if run.device == "cpu" else found["gpu"]
-    path = ROOT / "results" / f"{stamp(found)}-{slug(name)}-kernels.json"
-    path.parent.mkdir(exist_ok=True)
-    result = {**found, "rows": run.rows, "refused": run.refused, "declined": run.declined}
-    with path.open("x") as file:  # never over another run's
-        file.write(json.dumps(result, indent=1) + "\n")
-    return str(path.relative_to(ROOT.parent))
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -2,7 +2,8 @@
 
 A result is one JSON object: the conditions of the run (`bench.conditions`), "command",
 "bandwidth_gb_s" and "peak_tflop_s" as measured in that run, "rows", and where there are any
-"layers" and "curves". A CSV file of the rows stands beside it. Result files are append-only.
+"layers", "curves" and the "absent" contenders. A CSV file of the rows stands beside it. Result
+files are append-only.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
@@ -42,6 +43,7 @@ class Row(TypedDict):
     memory: str | None
     level: str | None
     device: str | None  # cpu or cuda
+    allocator: str | None  # "kept" where malloc was told to keep freed memory
     ms: float | None  # median of the rounds, per step
     low: float | None  # its quartiles
     high: float | None
@@ -60,7 +62,7 @@ class Row(TypedDict):
 
 COLUMNS = tuple(Row.__annotations__)
 _NAMED = ("kind", "subject", "contender")
-_SETTING = ("kind", "subject", "mode", "size", "dtype", "amp", "device")
+_SETTING = ("kind", "subject", "mode", "size", "dtype", "amp", "device", "allocator")
 
 
 def row(kind: str, subject: str, contender: str, **values: Any) -> Row:
@@ -332,13 +334,24 @@ def table(rows: Iterable[Row], title: str | None = None) -> Table:
         if last != (last := setting(one)):
             found.add_row(Text(_subject(one), style="bold"))
         found.add_row(Text(one["contender"]), *(line[i] for i in filled))
-    remarks = [f"{one['contender']}: {note}" for one in kept if (note := _note(one))]
-    found.caption = Text("\n".join(dict.fromkeys(remarks))) if remarks else None
+    found.caption = Text("\n".join(_remarks(kept))) or None
     return found
 
 
+def _remarks(rows: Sequence[Row]) -> Iterator[str]:
+    """Every note once, with the contenders that it is about."""
+    about: dict[str, dict[str, None]] = {}
+    for one in rows:
+        if note := _note(one):
+            about.setdefault(note, {})[one["contender"]] = None
+    for note, names in about.items():
+        everyone = len(names) == len({one["contender"] for one in rows}) > 1
+        yield f"all: {note}" if everyone else f"{', '.join(names)}: {note}"
+
+
 def _subject(one: Row) -> str:
-    return f"{one['subject']}, {one['mode']}" if one["mode"] else one["subject"]
+    allocator = one["allocator"] and f"freed memory {one['allocator']}"
+    return ", ".join(filter(None, (one["subject"], one["mode"], allocator)))
 
 
 def _figures(one: Row) -> Iterator[Text]:
@@ -354,15 +367,16 @@ def _figures(one: Row) -> Iterator[Text]:
     if one["parity"] is None:
         yield Text("-")
     else:
-        yield Text("✗", style="bold red") if _failed(one) else Text("✓", style="green")
+        yield Text("✗", style="bold red") if failed(one) else Text("✓", style="green")
 
 
-def _failed(one: Row) -> bool:
+def failed(one: Row) -> bool:
+    """Whether its numbers were not stock torch's."""
     return one["parity"] not in (None, "ok")
 
 
 def _note(one: Row) -> str:
-    parity = f"parity {one['parity']}" if _failed(one) else None
+    parity = f"parity {one['parity']}" if failed(one) else None
     return "; ".join(filter(None, (parity, one["note"])))
 
 

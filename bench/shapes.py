@@ -1,4 +1,4 @@
-"""The blocks that the CPU benchmark times: ResNet-50's, batch 16."""
+"""The blocks and convolutions that are timed: ResNet-50's at 224 pixels (He et al. 2015)."""
 
 from __future__ import annotations
 
@@ -40,3 +40,43 @@ PROJECTION = (
     BlockShape(1024, 512, 14, 2),
 )
 BLOCKS = {shape.name: shape for shape in (*IDENTITY, *PROJECTION)}
+
+
+@dataclass(frozen=True)
+class ConvShape:
+    """A convolution: input [batch, channels, size, size], padded by half its square kernel."""
+
+    channels: int
+    outputs: int
+    size: int
+    kernel: int = 1
+    stride: int = 1
+    batch: int = 16
+
+    @property
+    def name(self) -> str:
+        """What tables call it."""
+        stride = f" stride {self.stride}" if self.stride > 1 else ""
+        square = f"{self.kernel}x{self.kernel}"
+        return f"{square}{stride}, {self.channels}-{self.outputs}, {self.size}x{self.size}"
+
+
+def _stage(width: int, size: int) -> tuple[ConvShape, ...]:
+    """Reduce, 3x3 and expand, and what a stage's first block has instead or besides."""
+    inner = (
+        ConvShape(4 * width, width, size),
+        ConvShape(width, width, size, 3),
+        ConvShape(width, 4 * width, size),
+    )
+    if width == 64:
+        return (*inner, ConvShape(64, 64, size))
+    shortcut = ConvShape(2 * width, 4 * width, 2 * size, 1, 2)
+    return (*inner, ConvShape(2 * width, width, 2 * size), ConvShape(width, width, 2 * size, 3, 2),
+            shortcut)  # fmt: skip
+
+
+CONVOLUTIONS = {
+    shape.name: shape
+    for width, size in ((64, 56), (128, 28), (256, 14), (512, 7))
+    for shape in _stage(width, size)
+}

@@ -70,7 +70,7 @@ class Suite:
                 self.say(f"{subject.label}, {mode}: out of memory ({error}); {then}")
         jobs = [replace(job, contender=name) for name in self.names]
         self.rows += [
-            row(job.kind, subject.label, each.contender, **settings_of(each), note="out of memory")
+            row(job.kind, subject.label, each.plain, **settings_of(each), note="out of memory")
             for each in jobs
         ]
 
@@ -127,7 +127,7 @@ class Suite:
         found: dict[str, str] = {}
         with Worker() as judge:
             for name, job in jobs.items():
-                key = replace(job, contender=name.removesuffix(KEPT), batch=0)
+                key = replace(job, contender=job.plain, batch=0)
                 if key not in self._verdicts:
                     self.doing(f"{job.subject.label}, {job.mode}: parity of {key.contender}")
                     self._verdicts[key] = self._judged(judge, replace(key, batch=job.batch))
@@ -169,7 +169,7 @@ class _Rows:
         facts = self.facts.get(name, {})
         notes = (self.note, facts.get("error"), facts.get("note"))
         return row(
-            job.kind, job.subject.label, name, **settings_of(job, facts.get("level")),
+            job.kind, job.subject.label, job.plain, **settings_of(job, facts.get("level")),
             **(times_of(times) if times else {}),
             **self.bounds.of_contender(job, facts.get("level")),
             peak_bytes=facts.get("peak_bytes"), saved_bytes=facts.get("saved_bytes"),
@@ -186,7 +186,8 @@ def settings_of(job: Job, level: str | None = None) -> dict[str, Any]:
     return {
         "mode": job.mode, "batch": job.batch, "size": job.subject.pixels,
         "dtype": str(job.compute_dtype).removeprefix("torch."), "amp": job.amp,
-        "layout": "nhwc" if job.nhwc else "nchw", "device": job.device, **chosen,
+        "layout": "nhwc" if job.nhwc else "nchw", "device": job.device,
+        "allocator": "kept" if job.kept else None, **chosen,
     }  # fmt: skip
 
 

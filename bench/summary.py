@@ -11,8 +11,8 @@ from typing import Any, cast
 from fastres.cli import html
 
 from .bars import figure_text
-from .results import Row, memory_text
-from .verdicts import Setting, competes, failed, is_ours, silence
+from .results import Row, failed, memory_text
+from .verdicts import Setting, competes, is_ours, silence
 
 #: Losses that the page names above its figures, the largest first.
 NAMED = 6

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from .compare import THRESHOLD
-from .results import Row, setting
+from .results import Row, failed, setting
 
 Outcome = Literal["faster", "level", "slower"]
 
@@ -22,6 +22,7 @@ _SHARED = {
     "dtype": "{}",
     "amp": "amp {}",
     "device": "{}",
+    "allocator": "freed memory {}",
 }
 #: What tells two rows of one contender apart.
 _VARIANT = ("backend", "level", "memory", "layout", "batch")
@@ -106,11 +107,6 @@ def is_ours(row: Row) -> bool:
 def competes(row: Row) -> bool:
     """Whether a row does the whole work."""
     return not row["contender"].startswith(_LIMITS)
-
-
-def failed(row: Row) -> bool:
-    """Whether a row failed the parity gate."""
-    return row["parity"] not in (None, "ok")
 
 
 def silence(row: Row) -> str:

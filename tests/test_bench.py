@@ -114,6 +114,35 @@ def test_our_own_networks_have_a_stock_twin(name: str) -> None:
     torch.testing.assert_close(stock.eval()(x), fused.eval()(x), rtol=1e-4, atol=1e-5)
 
 
+def test_the_convolutions_are_those_of_resnet50() -> None:
+    seen = {}
+
+    def watch(conv: nn.Conv2d, given: tuple[torch.Tensor], out: torch.Tensor) -> None:
+        shape = (conv.in_channels, conv.out_channels, given[0].shape[2])
+        seen[(*shape, conv.kernel_size[0], conv.stride[0])] = conv.padding[0]
+
+    model = subjects.network("fastres:resnet50", fused=False).eval().to("meta")
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(watch)
+    model(torch.empty(1, 3, 224, 224, device="meta"))
+    del seen[3, 64, 224, 7, 2]  # the stem's
+    assert seen == {
+        (s.channels, s.outputs, s.size, s.kernel, s.stride): s.kernel // 2
+        for s in subjects.PARTS["conv"].values()
+    }
+
+
+@pytest.mark.parametrize("name", [*subjects.PARTS["conv"]][::7])
+def test_a_convolution_is_fused_with_its_norm(name: str) -> None:
+    subject = subjects.Subject("conv", name, 2, 64)
+    stock, fused = (subject.build(f) for f in (False, True))
+    assert fastres.explain(fused).rows[0].fused
+    assert stock.state_dict().keys() == fused.state_dict().keys()
+    x = subject.input(0)
+    torch.testing.assert_close(stock(x), fused(x), rtol=1e-4, atol=1e-5)
+
+
 def test_blocks_shrink_with_the_image() -> None:
     subject = subjects.Subject("block", "1024-512, 14x14, stride 2, projection", 3, 64)
     assert (subject.pixels, subject.label) == (4, "1024-512, 4x4, stride 2, projection")
@@ -293,10 +322,13 @@ def test_memory_halves_the_batch_and_parity_keeps_the_speed(
     err = " ".join(capsys.readouterr().err.split())
     assert status == 0 and "absent: cudnn: cuDNN runs on NVIDIA GPUs only" in err
     assert "out of memory (can't allocate memory); batch 16 -> 8" in err and "batch 8 -> 4" in err
-    first = {row["contender"]: row for row in rows if row["subject"] == rows[0]["subject"]}
-    assert [*first] == [
-        f"{n}{k}" for k in ("", ", kept") for n in ("eager", "compile", "channels_last", "fastres")
+    found = json.loads(next(tmp_path.glob("*.json")).read_text())
+    assert found["absent"] == "cudnn: cuDNN runs on NVIDIA GPUs only"
+    one = [row for row in rows if row["subject"] == rows[0]["subject"]]
+    assert [(row["contender"], row["allocator"]) for row in one] == [
+        (n, a) for a in (None, "kept") for n in ("eager", "compile", "channels_last", "fastres")
     ]
+    first = {row["contender"]: row for row in one if row["allocator"] is None}
     fused = first["fastres"]
     assert (fused["batch"], fused["ms"], fused["speedup"]) == (4, 2.0, 1.5)
     assert fused["note"] == "batch halved from 16, out of memory" and fused["parity"] == "ok"
@@ -305,7 +337,9 @@ def test_memory_halves_the_batch_and_parity_keeps_the_speed(
     assert (
         first["channels_last"]["ms"] is None and "nothing works" in first["channels_last"]["note"]
     )
-    assert first["channels_last, kept"]["ms"] == 3.0
+    kept = {row["contender"]: row for row in one if row["allocator"] == "kept"}
+    assert kept["channels_last"]["ms"] == 3.0
+    assert kept["fastres"]["speedup"] == kept["eager"]["ms"] / kept["fastres"]["ms"]
 
 
 def test_not_one_image_fits(
@@ -457,3 +491,24 @@ def test_help_names_every_command_and_contender(capsys: pytest.CaptureFixture[st
     assert all(name in printed for name in (*arguments.KINDS, *arguments.OTHERS, *CONTENDERS))
     with pytest.raises(CommandError):
         subjects.find("nothing-like-it:at all")
+
+
+def test_the_suites_time_what_the_commands_time(tmp_path: Path) -> None:
+    """`make bench-pytest`, on tiny sizes: groups of contenders, with what they moved and kept."""
+    told = tmp_path / "found.json"
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "bench/suites", "--quick", "--device", "cpu", "-k",
+         "act_backward or block", "-p", "no:cacheprovider", f"--benchmark-json={told}"],
+        check=False, capture_output=True, text=True, timeout=500, cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:]
+    found = json.loads(told.read_text())["benchmarks"]
+    groups: dict[str, set[str]] = {}
+    for one in found:
+        info = one["extra_info"]
+        groups.setdefault(one["group"], set()).add(
+            info.get("contender", info.get("implementation"))
+        )
+        assert info["bytes"] > 0 if "bytes" in info else "saved_bytes" in info
+    assert groups["block 256-64, 8x8, train, batch 2"] == {"eager", "channels_last", "fastres"}
+    assert groups["act_backward, mask, 2x16x6x5"] == {"aten:formula", "cpu:act_backward"}

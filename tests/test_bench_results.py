@@ -255,7 +255,9 @@ def test_the_table_leaves_out_columns_that_nobody_fills() -> None:
 
 
 def test_a_narrow_terminal_loses_no_digit() -> None:
-    rows = results.with_speedups([timed("eager, kept", 1234.5, peak_bytes=10**9, bound_ms=1.0)])
+    rows = results.with_speedups(
+        [timed("eager", 1234.5, allocator="kept", peak_bytes=10**9, bound_ms=1.0)]
+    )
     wide, narrow = (printed(results.table(rows), width=width) for width in (120, 70))
     assert "…" not in narrow and "✓" in narrow
     assert sorted(filter(str.isdigit, narrow)) == sorted(filter(str.isdigit, wide))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
 import json
 import os
@@ -598,20 +599,21 @@ def test_its_kernels_compile_without_spills(installed: Path) -> None:
     assert own_tests(installed, "-k", "spills") == 6
 
 
-def test_its_rows_are_in_the_benchmark(installed: Path) -> None:
-    results = ROOT / "bench" / "results"
-    before = sorted(results.iterdir())
-    arguments = ["-m", "bench", "kernels", "--quick", "--device", "cpu", "--backend", "triton"]
-    for primitive in ("scale_shift_act", "bn_act_backward_reduce", "bn_act_backward_apply"):
-        done = python(
-            *arguments, "--primitive", primitive, site=installed, TRITON_INTERPRET="1"
-        )  # fmt: skip
-        assert done.returncode == 0, done.stdout + done.stderr
-        rows = [line.split() for line in done.stdout.splitlines() if " triton:silu " in line]
-        assert rows, done.stdout
-        assert all(row[0] == primitive and "silu" in " ".join(row[2:5]) for row in rows)
-        assert "a smoke test and not a measurement" in done.stdout.splitlines()[0]
-    assert sorted(results.iterdir()) == before
+@pytest.mark.parametrize(
+    "primitive", ["scale_shift_act", "bn_act_backward_reduce", "bn_act_backward_apply"]
+)
+def test_its_rows_are_in_the_benchmark(primitive: str, installed: Path, tmp_path: Path) -> None:
+    done = python(
+        "-m", "bench", "kernel", "--quick", "--device", "cpu", "--backend", "triton",
+        "--primitive", primitive, "--csv", str(tmp_path / "rows.csv"),
+        site=installed, TRITON_INTERPRET="1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "a smoke test and not a measurement" in done.stderr
+    with (tmp_path / "rows.csv").open() as file:
+        own = [row for row in csv.DictReader(file) if row["contender"] == "triton:silu"]
+    assert own and all(row["subject"].startswith(f"{primitive}, ") for row in own)
+    assert all("silu" in row["subject"] for row in own)
 
 
 #: The autotuner as if there were a GPU, with a clock that likes the third candidate best.

@@ -1,0 +1,1 @@
+"""pytest-benchmark suites: `make bench-pytest`, or pytest bench/suites in a checkout."""
