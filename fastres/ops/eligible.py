@@ -78,7 +78,8 @@ def _follow(
     shape: tuple[int, ...], x: Tensor, layer: ConvNorm
 ) -> tuple[str | None, tuple[int, ...]]:
     """Why a layer cannot take an input of `shape`, and the shape it would give."""
-    if layer.weight is not None and layer.conv is not None:
+    conv = layer.conv
+    if layer.weight is not None and conv is not None:
         k, c, kh, kw = layer.weight.shape
         if c * layer.groups != shape[1] or k % layer.groups:
             return f"weight has {c} input channels per group, x has {shape[1]} channels", shape
@@ -86,7 +87,7 @@ def _follow(
             return f"weight must be {x.dtype} on {x.device}", shape
         if layer.bias is not None and layer.bias.dtype != x.dtype:
             return f"bias must be {x.dtype}", shape
-        h, w = layer.conv.output_size(shape[2:], (kh, kw))
+        h, w = conv.output_size(shape[2:], (kh, kw))
         shape = (shape[0], k, h, w)
     if min(shape) < 1:
         return f"a layer's output would have shape {list(shape)}", shape

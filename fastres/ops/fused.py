@@ -148,14 +148,16 @@ def _update_running(
     out: Tensor,
 ) -> None:
     """running = (1 - momentum)*running + momentum*batch, with the unbiased variance, in place."""
+    if not any([layer.training for layer in layers]):
+        return
     size: tuple[int, ...] = tuple(shape[2:])
     updates: list[tuple[Tensor, Tensor, float | Tensor, float]] = []
     with torch.no_grad():
         for i, (layer, s) in enumerate(zip(layers, stats, strict=True)):
             if i >= main:
                 size = tuple(out.shape[2:])
-            elif layer.weight is not None and layer.conv is not None:
-                size = layer.conv.output_size(size, layer.weight.shape[2:])
+            elif layer.weight is not None and (conv := layer.conv) is not None:
+                size = conv.output_size(size, layer.weight.shape[2:])
             if not layer.training:
                 continue
             momentum = count_batch(layer)
