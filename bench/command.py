@@ -8,8 +8,7 @@ torchrun, `model` measures all processes together.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
@@ -24,12 +23,11 @@ from .arguments import MODES, OTHERS, parse, shown
 from .conditions import conditions
 from .contenders import KEPT, Job, why_not
 from .models import DIGITS, PARTS, Subject, find
+from .progress import Doing, progress
 from .race import FailedError
 from .suite import Suite
 from .training import Course, pipeline
 from .verdicts import is_ours
-
-Doing = Callable[[str], None]
 
 #: Of a table that goes into a file.
 WIDTH = 120
@@ -73,7 +71,7 @@ class Session:
             KeyboardInterrupt: after Ctrl-C.
         """
         try:
-            with self._status() as doing:
+            with progress(self.talk) as doing:
                 getattr(self, f"_{self.options.kind}")(doing)
         except (KeyboardInterrupt, FailedError, CommandError) as stop:
             if self.found["rows"]:
@@ -90,11 +88,6 @@ class Session:
         """Tell the user something that stays on the screen."""
         self.talk.print(Text(sentence), soft_wrap=True)
 
-    @contextmanager
-    def _status(self) -> Iterator[Doing]:
-        with self.talk.status("starting") as status:
-            yield lambda text: status.update(Text(text))
-
     # ------------------------------------------------------------ the kinds
 
     def _kernel(self, doing: Doing) -> None:
@@ -107,7 +100,9 @@ class Session:
                 doing,
             )  # fmt: skip
             self.found["rows"] = run.rows
-            for primitive in [options.primitive] if options.primitive else registry.MEMORY_BOUND:
+            chosen = [options.primitive] if options.primitive else registry.MEMORY_BOUND
+            for i, primitive in enumerate(chosen):
+                doing(primitive, i / len(chosen))
                 run.primitive(primitive, registry.entries_of(primitive, backend))
         for what, reasons in run.declined.items():
             self.say(f"declined: {what}: {'; '.join(reasons)}")

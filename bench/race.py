@@ -54,8 +54,13 @@ class Interrupted(KeyboardInterrupt):
         self.samples = samples
 
 
-def alternate(contenders: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+def alternate(
+    contenders: Mapping[str, Callable[[], float]], rounds: int,
+    begins: Callable[[int], object] = lambda number: None,
+) -> dict[str, list[float]]:  # fmt: skip
     """Milliseconds of every contender, one per round, each round in the same order.
+
+    `begins` is told the number of each round, from 1.
 
     Raises:
         Interrupted: after Ctrl-C, with the complete rounds.
@@ -64,6 +69,7 @@ def alternate(contenders: Mapping[str, Callable[[], float]], rounds: int) -> dic
     done = 0
     try:
         while done < rounds:
+            begins(done + 1)
             for name, milliseconds in contenders.items():
                 samples[name].append(milliseconds())
             done += 1

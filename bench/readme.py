@@ -7,11 +7,11 @@ below the repository's top. `--use FILE` lets README name another one.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from fastres.cli.errors import CommandError
@@ -83,7 +83,7 @@ def use(text: str, path: Path, top: Path) -> str:
     result, here = _read(path), path.resolve()
     if not here.is_relative_to(top.resolve()):
         raise CommandError(f"--use must name a file below {top}, got {path}")
-    kind = "block" if "blocks" in result else result["rows"][0]["kind"]
+    kind = result["rows"][0]["kind"]
     begin = rf"<!-- bench:begin {re.escape(kind)} \S+ -->"
     if not re.search(begin, text):
         raise CommandError(f"README.md must have a table of {kind}, got none for {path}")
@@ -92,13 +92,12 @@ def use(text: str, path: Path, top: Path) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A result with rows, or one of before there were rows."""
+    """A result with rows."""
     try:
-        old = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-        result: dict[str, Any] = old if isinstance(old, dict) and "blocks" in old else read(path)
+        result = read(path)
     except (OSError, ValueError) as error:
         raise CommandError(str(error)) from error
-    if not (result.get("rows") or result.get("blocks")):
+    if not result["rows"]:
         raise CommandError(f"{path} must be a result with rows, got one without")
     return result
 
@@ -149,7 +148,8 @@ def _said(result: Mapping[str, Any], settings: Sequence[Setting]) -> list[str]:
     commit = [f"commit {result['commit']}"] if result.get("commit") else []
     where = ", ".join([*machine, *versions, *commit, *shared(result["rows"])])
     command = f" `{result['command']}`" if result.get("command") else ""
-    return [f"**{headline(settings)}.** {where}; medians of alternating rounds.{command}"]
+    claim = f"**{headline(settings)}.** " if settings else ""
+    return [f"{claim}{where}; medians of alternating rounds.{command}"]
 
 
 def _cells(label: str, row: Row) -> list[str]:
@@ -170,67 +170,69 @@ def _cells(label: str, row: Row) -> list[str]:
     ]
 
 
-# ---------------------------------------------------------------- results of before there were rows
+# ---------------------------------------------------------------- many comparisons
 
 
-def _blocks(result: Mapping[str, Any]) -> list[str]:
-    """Blocks, then kernels, of a result that has them in lists of their own."""
-    said = (
-        f"{result['cpu']}, {result['threads']} threads, torch {result['torch']}, "
-        f"{result['blocks'][0]['dtype']}, channels_last, batch 16; bottleneck blocks, "
-        "milliseconds, medians of alternating rounds. *kept*: glibc told to keep freed memory."
-    )
-    cells = {(row["block"], row["mode"], row["contender"]): row for row in result["blocks"]}
-    header = ["block", "eager", "fastres", "speedup", "eager, kept", "fastres, kept",
-              "speedup, kept", "over convolutions, kept", "eval speedup", "saved MB, eager",
-              "saved MB, fastres"]  # fmt: skip
-    names = dict.fromkeys(row["block"] for row in result["blocks"])
-    table = _markdown(header, [_block(name, cells) for name in names])
-    return [said, "", *table, "", *_kernels(result["kernels"])]
-
-
-def _block(block: str, cells: Mapping[tuple[str, str, str], Mapping[str, Any]]) -> list[str]:
-    def ms(contender: str, mode: str = "train") -> float:
-        return float(cells[block, mode, contender]["ms"])
-
-    def ratio(a: str, b: str, mode: str = "train") -> str:
-        return f"{ms(a, mode) / ms(b, mode):.2f}x"
-
-    saved = [cells[block, "saved", name]["bytes"] / 1e6 for name in ("eager", "fastres")]
-    return [
-        block,
-        f"{ms('eager'):.1f}",
-        f"{ms('fastres'):.1f}",
-        ratio("eager", "fastres"),
-        f"{ms('eager, kept'):.1f}",
-        f"{ms('fastres, kept'):.1f}",
-        ratio("eager, kept", "fastres, kept"),
-        ratio("fastres, kept", "convolutions, kept"),
-        ratio("eager", "fastres", "infer"),
-        *(f"{megabytes:.0f}" for megabytes in saved),
+def _pivot(result: Mapping[str, Any]) -> list[str]:
+    """Blocks or convolutions: a line each, and fastres over the fastest other one in each mode."""
+    settings = settings_of(result["rows"])
+    by_place = {(_first(s)["subject"], _how(s)): s for s in settings}
+    ways = list(dict.fromkeys(way for _, way in by_place))
+    subjects = dict.fromkeys(subject for subject, _ in by_place)
+    lines = [
+        [subject, *(_verdict(by_place.get((subject, way))) for way in ways)] for subject in subjects
     ]
+    kind = result["rows"][0]["kind"]
+    said = "Each cell: fastres over the fastest other contender, its milliseconds, who that is."
+    return [*_said(result, settings), said, "", *_markdown([kind, *ways], lines)]
 
 
-def _kernels(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    found = {(row["kernel"], row["shape"], row["dtype"]): row["over_copy"] for row in rows}
-    shapes = list(dict.fromkeys((row["shape"], row["dtype"]) for row in rows))
-    kernels = dict.fromkeys(row["kernel"] for row in rows)
-    cells = [[f"`{k}`", *(f"{found[k, s, d]:.2f}x" for s, d in shapes)] for k in kernels]
-    header = ["kernel", *(f"{shape} {dtype}" for shape, dtype in shapes)]
-    return [
-        "Fused kernels, time over that of copying as many bytes:",
-        "",
-        *_markdown(header, cells),
+def _first(setting: Setting) -> Row:
+    return setting.rows[0][1]
+
+
+def _how(setting: Setting) -> str:
+    row = _first(setting)
+    return ", ".join(filter(None, (row["mode"], row["allocator"] and "freed memory kept")))
+
+
+def _verdict(setting: Setting | None) -> str:
+    """A comparison in one cell."""
+    if setting is None or setting.ours is None:
+        return "-"
+    ms = f"{setting.ours[1]['ms']:.4g} ms"
+    if setting.rival is None or setting.outcome is None:
+        return ms
+    return f"{MARKS[setting.outcome]} {setting.ratio:.2f}x, {ms} ({setting.rival[0]})"
+
+
+#: Tensors of fewer bytes measure the call, not the memory.
+_LEAST_BYTES = 1e6
+
+
+def _kernels(result: Mapping[str, Any]) -> list[str]:
+    """Primitives and shapes: the median over the variants of our share of a copy's speed."""
+    shares: dict[str, dict[str, list[float]]] = {}
+    for setting in settings_of(result["rows"]):
+        if setting.ours is None or (setting.ours[1]["bytes"] or 0) < _LEAST_BYTES:
+            continue
+        row = setting.ours[1]
+        primitive, *_, shape = row["subject"].split(", ")
+        shares.setdefault(primitive, {}).setdefault(shape, []).append(row["share"] or 0.0)
+    shapes = list(dict.fromkeys(shape for found in shares.values() for shape in found))
+    lines = [
+        [f"`{primitive}`", *(f"{median(found[s]):.0%}" if s in found else "-" for s in shapes)]
+        for primitive, found in shares.items()
     ]
-
-
-def _block_table(result: Mapping[str, Any]) -> list[str]:
-    return _blocks(result) if "blocks" in result else _rows(result)
+    said = "Share of the speed at which as many bytes are copied, median over a kernel's variants."
+    return [*_said(result, []), said, "", *_markdown(["kernel", *shapes], lines)]
 
 
 #: What may stand after `bench:begin`: the lines of its table.
 TABLES: dict[str, Callable[[Mapping[str, Any]], list[str]]] = {
-    "block": _block_table,
+    "kernel": _kernels,
+    "conv": _pivot,
+    "block": _pivot,
     "model": _rows,
     "train": _rows,
 }

@@ -21,6 +21,7 @@ from fastres.primitives import PRIMITIVES, Implementation, dense, implementation
 from fastres.testing import BENCH_CASES, CASES, Call, Case, calls, check_implementation
 from fastres.tuning.measure import Timer, gpu_timer
 
+from .progress import Doing
 from .race import Timing, alternate
 from .results import Row, row
 from .traffic import bytes_of, flops_of
@@ -137,7 +138,7 @@ class Run:
     rounds: int
     batch: int | None
     dtype: torch.dtype | None
-    doing: Callable[[str], None]
+    doing: Doing
     rows: list[Row] = field(default_factory=list)
     declined: dict[str, list[str]] = field(default_factory=dict)
     _wrong: dict[tuple[str, ...], str | None] = field(default_factory=dict)

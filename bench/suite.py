@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 from fastres.backends import preference
@@ -13,6 +14,7 @@ from fastres.backends import preference
 from .bounds import Bounds
 from .contenders import KEPT, Job
 from .models import Subject
+from .progress import Doing
 from .race import FailedError, Interrupted, NoMemoryError, Timing, Worker, alternate
 from .results import Row, row
 
@@ -28,7 +30,7 @@ class Suite:
         say: tells the user a sentence.
         doing: shows what goes on now.
         rows: what is finished.
-        machine: bandwidth and arithmetic peak, as measured.
+        machine: bandwidth and arithmetic peak, the best that the run has seen so far.
         layers: what each block of a network takes, by fastres and by the fastest stock torch.
     """
 
@@ -36,7 +38,7 @@ class Suite:
     names: Sequence[str]
     rounds: int
     say: Callable[[str], None]
-    doing: Callable[[str], None]
+    doing: Doing
     rows: list[Row] = field(default_factory=list)
     machine: dict[str, float] = field(default_factory=dict)
     layers: list[dict[str, Any]] = field(default_factory=list)
@@ -44,13 +46,9 @@ class Suite:
 
     def run(self, subjects: Sequence[Subject], modes: Sequence[str]) -> None:
         """Measure everything; `rows` has what is finished, also after Ctrl-C."""
-        self.doing("what the machine can do")
-        with Worker() as worker:
-            dtype = str(self.base.compute_dtype).removeprefix("torch.")
-            self.machine |= worker.ask(what="roof", device=self.base.device, dtype=dtype)
-        for subject in subjects:
-            for mode in modes:
-                self._subject(subject, mode)
+        for i, (subject, mode) in enumerate(product(subjects, modes)):
+            self.doing(f"{subject.label}, {mode}", i / (len(subjects) * len(modes)))
+            self._subject(subject, mode)
 
     def _subject(self, subject: Subject, mode: str) -> None:
         """All contenders on one subject, with half the batch where memory does not suffice."""
@@ -94,16 +92,32 @@ class Suite:
             facts[name] = self._prepared(workers[name], jobs[name])
         able = [name for name, found in facts.items() if found.get("error") is None]
         steps = {n: partial(workers[n].ask, what="time", job=asdict(jobs[n])) for n in able}
-        self.doing(f"{job.subject.label}, {job.mode}: {self.rounds} rounds of {len(able)}")
+        self._look_at_machine()
         made = _Rows(jobs, verdicts, facts, note, Bounds.of(job, self.machine))
         try:
-            self.rows += made(alternate(steps, self.rounds))
+            samples = alternate(steps, self.rounds, partial(self._round, job))
         except Interrupted as stop:
             if able and len(stop.samples[able[0]]) > 1:
                 self.rows += made(stop.samples)
             raise KeyboardInterrupt from None
+        try:
+            self._look_at_machine()
+        finally:  # after Ctrl-C too
+            self.rows += made(samples)
         if job.kind == "model" and not self.layers:
             self._layers({name: jobs[name] for name in able}, made)
+
+    def _look_at_machine(self) -> None:
+        """A machine's speed comes and goes: what bounds a time is the best of the whole run."""
+        self.doing("what the machine can do")
+        dtype = str(self.base.compute_dtype).removeprefix("torch.")
+        with Worker() as worker:
+            found = worker.ask(what="roof", device=self.base.device, dtype=dtype)
+        for name, value in found.items():
+            self.machine[name] = max(value, self.machine.get(name, 0.0))
+
+    def _round(self, job: Job, number: int) -> None:
+        self.doing(f"{job.subject.label}, {job.mode}: round {number} of {self.rounds}")
 
     def _layers(self, jobs: dict[str, Job], made: _Rows) -> None:
         """The blocks one by one, of stock torch and fastres, in their own processes in turn."""

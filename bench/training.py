@@ -26,6 +26,7 @@ from fastres.cli.libraries import library
 from .contenders import Job
 from .measure import first_line, out_of_memory
 from .models import DIGITS, network
+from .progress import Doing
 from .race import FailedError, Worker
 from .results import Row, row
 from .suite import settings_of, times_of
@@ -176,7 +177,7 @@ class Course:
     workers: int
     subject: str
     say: Callable[[str], None]
-    doing: Callable[[str], None]
+    doing: Doing
     trainings: dict[str, Training] = field(default_factory=dict)
     _verdicts: dict[str, str] = field(default_factory=dict)
 
@@ -219,9 +220,11 @@ class Course:
                 self.trainings[name] = self._training(name, self.epochs * steps)
         for epoch in range(self.epochs):
             order = list(self.trainings.items())
-            for name, each in order if epoch % 2 == 0 else reversed(order):
+            turns = order if epoch % 2 == 0 else order[::-1]
+            for turn, (name, each) in enumerate(turns):
+                done = (epoch + turn / len(turns)) / self.epochs
                 for loss in each.epoch(self.data.batches(batch, epoch, self.workers)):
-                    self.doing(f"{name}, epoch {epoch + 1} of {self.epochs}, loss {loss:.3f}")
+                    self.doing(f"{name}, epoch {epoch + 1} of {self.epochs}, loss {loss:.3f}", done)
                 each.test(self.data.tests(batch, self.workers))
 
     def _job(self, name: str) -> Job:

@@ -311,8 +311,7 @@ def test_readme_is_what_its_result_files_give() -> None:
 @pytest.fixture
 def top(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A repository of a README and two results."""
-    old = ROOT / "bench" / "results" / "2026-11-21T103359-cpu-float32.json"
-    (tmp_path / "old.json").write_text(old.read_text(encoding="utf-8"))
+    (tmp_path / "old.json").write_text(json.dumps(blocks_result()))
     (tmp_path / "new.json").write_text(json.dumps(full_result()))
     sections = "<!-- bench:begin {} -->\nstale\n<!-- bench:end -->"
     parts = ["# Title", *(sections.format(s) for s in ("block old.json", "model new.json")), "End"]
@@ -320,6 +319,20 @@ def top(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(readme, "README", tmp_path / "README.md")
     monkeypatch.setattr(readme, "ROOT", tmp_path / "bench")
     return tmp_path
+
+
+def blocks_result() -> dict[str, Any]:
+    """Two blocks, one of them also with malloc keeping freed memory, where it loses."""
+    rows = [
+        {**timed(name, ms, subject=subject, allocator=allocator), "kind": "block"}
+        for subject, allocator, times in (
+            ("64-64, 56x56", None, (30.0, 20.0, 10.0)),
+            ("64-64, 56x56", "kept", (11.0, 9.0, 10.0)),
+            ("512-128, 7x7", None, (30.0, 20.0, None)),
+        )
+        for name, ms in zip(("eager", "compile", "fastres"), times, strict=True)
+    ]
+    return {**FOUND, "rows": rows}
 
 
 def test_readme_is_rewritten_and_checked(top: Path) -> None:
@@ -330,7 +343,9 @@ def test_readme_is_rewritten_and_checked(top: Path) -> None:
     assert "stale" not in text
     assert text.startswith("# Title\n")
     assert text.endswith("\n\nEnd")
-    assert "| 256-64, 56x56 | 233.5 | 138.4 | 1.69x |" in text
+    assert "| block | train | train, freed memory kept |" in text
+    line = "| 64-64, 56x56 | ▲ 2.00x, 10 ms (compile) | ▼ 0.90x, 10 ms (compile) |"
+    assert line in text and "| 512-128, 7x7 | - | - |" in text
     assert "**fastres is faster in 2 of 2 comparisons.**" in text
     assert "| ms | eager | compile | fastres |" in text
     assert "| resnet50, batch 64 | 80 | 60 | 40 | - | - | ▲ 1.50x compile |" in text
@@ -345,6 +360,18 @@ def test_readme_shows_all_figures_of_a_single_comparison() -> None:
     assert table[0].startswith("**fastres is slower than eager: 0.75x its speed.** Some GPU, ")
     assert "| fastres | 1,600 | 20 | 19.8 to 20.2 | 0.75x | 3.2 GB | 2.6 GB | 40% | ✓ |" in table
     assert table[-1].endswith("| ✗ failed: 1 \\| 2 |")
+
+
+def test_readme_shows_kernels_by_shape() -> None:
+    rows = [
+        row("kernel", f"{primitive}, {variant}, 16x64x7x7", name, ms=ms, bound_ms=1.0, bytes=moved)
+        for primitive, moved in (("add_act", 2_000_000), ("finalize_stats", 1000))
+        for variant, ms in (("plain", 2.0), ("mask", 4.0))
+        for name, ms in (("aten:formula", 8.0), ("cpu:fused", ms))
+    ]
+    assert readme.TABLES["kernel"]({**FOUND, "rows": rows})[-3:] == [
+        "| kernel | 16x64x7x7 |", "|---|---|", "| `add_act` | 38% |",
+    ]  # fmt: skip
 
 
 def test_readme_can_name_another_result(top: Path) -> None:
