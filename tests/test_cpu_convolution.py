@@ -142,9 +142,29 @@ def test_where_a_convolution_is_no_product() -> None:
     assert not taken(padding=1)
     assert not taken(groups=2)
     assert not taken(dtype=torch.bfloat16)
-    before = torch.get_float32_matmul_precision()
+
+
+@pytest.mark.parametrize("precision", ["tf32", "bf16"])
+def test_a_product_with_fewer_bits_is_not_taken(precision: str) -> None:
+    """By the newer switch; the older one may then not be read any more."""
+    x, weight = torch.zeros(2, 8, 4, 4), torch.zeros(8, 8, 1, 1)
+    switch = torch.backends.mkldnn.matmul
+    before = switch.fp32_precision
     try:
-        torch.set_float32_matmul_precision("medium")
-        assert not taken()
+        switch.fp32_precision = precision
+        assert not convolution._is_product(x, weight, ConvSpec())
     finally:
-        torch.set_float32_matmul_precision(before)
+        switch.fp32_precision = before
+    assert convolution._is_product(x, weight, ConvSpec())
+
+
+def test_backward_under_autocast_stays_in_float32() -> None:
+    """What ran in float32 has gradients in it, wherever backward is called."""
+    block = fastres.nn.ConvBNReLU(8, 16, 1)
+    x = torch.randn(2, 8, 5, 5).to(memory_format=torch.channels_last)
+    grads = []
+    for enabled in (False, True):
+        out = block(x).sum()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            grads.append(torch.autograd.grad(out, block.conv.weight)[0])
+    assert torch.equal(*grads)

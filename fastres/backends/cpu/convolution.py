@@ -102,7 +102,7 @@ def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, conv: ConvSpec) -
     if bias is None and _is_product(x, weight, conv):
         seen = _seen(x, conv)
         n, _, h, w = seen.shape
-        y = torch.mm(_rows(seen), _matrix(weight).t())
+        y = _product(_rows(seen), _matrix(weight).t())
         return y.view(n, h, w, weight.shape[0]).permute(0, 3, 1, 2)
     stride, padding, dilation, groups = conv
     y = _onednn_new(x, weight, bias, padding, stride, dilation, groups, "none", [], None)
@@ -122,9 +122,18 @@ def _is_product(x: Tensor, weight: Tensor, conv: ConvSpec) -> bool:
         and not weight.is_mkldnn  # in oneDNN's own order
         and (conv.padding, conv.groups) == ((0, 0), 1)
         and x.dtype == torch.float32
-        # A product obeys a switch of its own, which may allow it fewer bits.
-        and torch.get_float32_matmul_precision() == "highest"
+        and _products_are_exact()
     )
+
+
+def _products_are_exact() -> bool:
+    """A product obeys a switch of its own, which may allow it fewer bits than a convolution has.
+
+    Not read through torch.get_float32_matmul_precision, which raises where a user has set the newer
+    switches.
+    """
+    switch = getattr(torch.backends.mkldnn, "matmul", None)
+    return getattr(switch, "fp32_precision", "none") in ("none", "ieee")
 
 
 def _seen(x: Tensor, conv: ConvSpec) -> Tensor:
@@ -143,10 +152,15 @@ def _matrix(weight: Tensor) -> Tensor:
     return weight.reshape(weight.shape[:2])
 
 
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in their own dtype: into memory that is there, which autocast leaves alone."""
+    return torch.mm(a, b, out=a.new_empty(a.shape[0], b.shape[1]))
+
+
 def _weight_gradient(grad_y: Tensor, x: Tensor, weight: Tensor, conv: ConvSpec) -> Tensor:
     """The gradient of the weight."""
     if _is_product(x, weight, conv):
-        found = torch.mm(_rows(grad_y).t(), _rows(_seen(x, conv)))
+        found = _product(_rows(grad_y).t(), _rows(_seen(x, conv)))
         return torch.empty_like(weight).copy_(found.view(weight.shape))
     return aten_weight(grad_y, x, weight, conv)
 
