@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 BAR, LAYER, RATIO = 42, 21, 32
 #: Of a panel's title, of its axis, and of a letter at most.
 TITLE, AXIS, LETTER = 28, 44, 7.6
-#: Comparisons with a panel of their own; beyond that the glance and the table have them.
-MOST = 40
+#: Comparisons with a panel of their own; beyond that the glance and the table have them. And those
+#: of which the glance has a line each.
+MOST, MOST_AT_A_GLANCE = 40, 120
 OUTCOMES = {"faster": (GOOD, "^"), "level": (OTHER, "o"), "slower": (BAD, "v")}
 
 # ---------------------------------------------------------------- comparisons at a glance
@@ -33,7 +34,7 @@ OUTCOMES = {"faster": (GOOD, "^"), "level": (OTHER, "o"), "slower": (BAD, "v")}
 def ratios_of(settings: Sequence[Setting]) -> Drawing | None:
     """fastres against the fastest other contender of each comparison, where there are several."""
     known = [s for s in settings if s.ratio is not None]
-    if len(known) < 2:
+    if not 2 <= len(known) <= MOST_AT_A_GLANCE:
         return None
     ratios = [s.ratio or 1.0 for s in known]
     low, high = min(*ratios, 0.95) / 1.03, max(*ratios, 1.05)
@@ -185,7 +186,7 @@ def _panels(settings: Sequence[Setting], bars: _Bars, narrow: bool) -> Figure:
     heights = [TITLE + BAR * len(s.rows) + AXIS + 10 for s in settings]
     figure, found = canvas.panels(heights, narrow)
     for axes, setting in zip(found, settings, strict=True):
-        canvas.inset(axes, left=5, right=8, top=TITLE, bottom=AXIS + 10)
+        canvas.inset(axes, left=5, right=16, top=TITLE, bottom=AXIS + 10)
         where = axes.get_yaxis_transform()
         for i, (label, row) in enumerate(reversed(setting.rows)):
             weight = "bold" if is_ours(row) else "normal"
@@ -252,6 +253,8 @@ def layers_of(layers: Sequence[Mapping[str, Any]]) -> Drawing | None:
         return None
     others = _other_layers(layers) if ours else {}
     extra = " ◆ is the fastest other contender." if others else ""
+    if {one.get("mode") for one in kept} == {"train"}:
+        extra += " In training, forward and backward."
     return Drawing("layers", "Layers, and what the hardware allows",
                    "Solid: the least that the measured bandwidth and arithmetic peak allow. Pale: "
                    f"what the layer took. The percentage is the bound's share of it.{extra}",

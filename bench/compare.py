@@ -171,7 +171,8 @@ def _table(changes: Sequence[Change]) -> Table:
 
 
 def _name(row: Row) -> str:
-    settings = (row["mode"], row["dtype"], "amp" if row["amp"] else None, row["layout"],
+    allocator = row["allocator"] and f"freed memory {row['allocator']}"
+    settings = (row["mode"], allocator, row["dtype"], "amp" if row["amp"] else None, row["layout"],
                 row["backend"], row["memory"], row["level"])  # fmt: skip
     batch = f"batch {row['batch']}" if row["batch"] else None
     size = f"{row['size']} px" if row["size"] else None

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from . import canvas
 from .canvas import Drawing, unit_of
-from .results import Row
+from .results import Row, subject_of
 from .verdicts import speed
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def _by_batch(
     panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for row, value in values:
         if row["batch"] and value:
-            lines = panels.setdefault(", ".join(filter(None, (row["subject"], row["mode"]))), {})
+            lines = panels.setdefault(subject_of(row), {})
             lines.setdefault(row["contender"], []).append((row["batch"], value))
     if not any(len({x for x, _ in ps}) > 1 for lines in panels.values() for ps in lines.values()):
         return None

@@ -154,11 +154,14 @@ def _decided(block: nn.Module) -> nn.Module:
     channel is another. Three standard deviations away that is a hundred times as rare.
     """
     block = copy.deepcopy(block)
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for norm in block.modules():
             if isinstance(norm, nn.BatchNorm2d) and norm.affine:
-                norm.weight.fill_(1.0)
-                norm.bias.fill_(SHIFT)[1::2] = -SHIFT
+                weight = torch.rand(norm.num_features, generator=generator) + 0.5
+                sign = torch.randint(0, 2, weight.shape, generator=generator) * 2 - 1
+                norm.weight.copy_(weight)
+                norm.bias.copy_(SHIFT * sign * weight)
     return block
 
 

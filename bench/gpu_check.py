@@ -9,6 +9,7 @@ prints goes to a log, its results to files, as it goes; the table at the end say
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shlex
 import signal
@@ -26,6 +27,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 #: What all that is asked for may take.
 TOTAL_SECONDS = 540
+#: What a command that ran out of time may take to write what it has.
+GRACE_SECONDS = 10
 PYTEST = "-m pytest -q -p no:cacheprovider"
 
 
@@ -172,10 +175,18 @@ def run_command(stage: str, command: Command, log: Path, limit: float) -> Outcom
         except subprocess.TimeoutExpired:
             status = f"stopped after {limit:.0f} s"
         finally:
-            if process.poll() is None:  # also on Ctrl-C
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            _end(process)  # also on Ctrl-C
     return Outcome(stage, command, status, time.monotonic() - start, log)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """First as by Ctrl-C: a benchmark then writes what it has."""
+    for which, patience in ((signal.SIGINT, GRACE_SECONDS), (signal.SIGKILL, None)):
+        if process.poll() is not None:
+            return
+        os.killpg(process.pid, which)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(patience)
 
 
 def run_stages(names: Sequence[str], dry: bool, out: Path) -> list[Outcome]:

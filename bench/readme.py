@@ -11,7 +11,6 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from fastres.cli.errors import CommandError
@@ -19,8 +18,9 @@ from fastres.cli.errors import CommandError
 from .bars import figure_text
 from .conditions import ROOT
 from .results import Row, failed, memory_text, read
+from .shares import kernel_shares
 from .summary import headline, shared
-from .verdicts import Setting, settings_of
+from .verdicts import Setting, is_ours, settings_of
 
 MARKS = {"faster": "▲", "level": "●", "slower": "▼"}
 README = ROOT.parent / "README.md"
@@ -125,15 +125,22 @@ def _one(setting: Setting) -> list[str]:
 
 
 def _many(settings: Sequence[Setting]) -> list[str]:
-    """Milliseconds of every contender, and fastres over the fastest other one."""
+    """Milliseconds of every contender, and fastres over eager and over the fastest other one."""
     labels = list(dict.fromkeys(label for setting in settings for label, _ in setting.rows))
     lines = []
     for setting in settings:
         rows, rival = dict(setting.rows), setting.rival
         times = [_ms(rows[label]) if label in rows else "-" for label in labels]
         verdict = f"{MARKS[setting.outcome]} {setting.ratio:.2f}x" if setting.outcome else "-"
-        lines.append([setting.title, *times, f"{verdict} {rival[0]}" if rival else verdict])
-    return _markdown(["ms", *labels, "fastres over the fastest other"], lines)
+        beside = f"{verdict} {rival[0]}" if rival else verdict
+        lines.append([setting.title, *times, _over_eager(setting), beside])
+    return _markdown(["ms", *labels, "fastres over eager", "over the fastest other"], lines)
+
+
+def _over_eager(setting: Setting) -> str:
+    speedup = setting.ours[1]["speedup"] if setting.ours else None
+    known = speedup is not None and any(row["contender"] == "eager" for _, row in setting.timed)
+    return f"{speedup:.2f}x" if known else "-"
 
 
 def _ms(row: Row) -> str:
@@ -198,7 +205,11 @@ def _how(setting: Setting) -> str:
 
 def _verdict(setting: Setting | None) -> str:
     """A comparison in one cell."""
-    if setting is None or setting.ours is None:
+    if setting is None:
+        return "-"
+    if any(is_ours(row) and failed(row) for _, row in setting.rows):
+        return "✗ parity"
+    if setting.ours is None:
         return "-"
     ms = f"{setting.ours[1]['ms']:.4g} ms"
     if setting.rival is None or setting.outcome is None:
@@ -206,22 +217,12 @@ def _verdict(setting: Setting | None) -> str:
     return f"{MARKS[setting.outcome]} {setting.ratio:.2f}x, {ms} ({setting.rival[0]})"
 
 
-#: Tensors of fewer bytes measure the call, not the memory.
-_LEAST_BYTES = 1e6
-
-
 def _kernels(result: Mapping[str, Any]) -> list[str]:
-    """Primitives and shapes: the median over the variants of our share of a copy's speed."""
-    shares: dict[str, dict[str, list[float]]] = {}
-    for setting in settings_of(result["rows"]):
-        if setting.ours is None or (setting.ours[1]["bytes"] or 0) < _LEAST_BYTES:
-            continue
-        row = setting.ours[1]
-        primitive, *_, shape = row["subject"].split(", ")
-        shares.setdefault(primitive, {}).setdefault(shape, []).append(row["share"] or 0.0)
+    """Primitives and shapes: our share of a copy's speed."""
+    shares = kernel_shares(settings_of(result["rows"]))
     shapes = list(dict.fromkeys(shape for found in shares.values() for shape in found))
     lines = [
-        [f"`{primitive}`", *(f"{median(found[s]):.0%}" if s in found else "-" for s in shapes)]
+        [f"`{primitive}`", *(f"{found[s]:.0%}" if s in found else "-" for s in shapes)]
         for primitive, found in shares.items()
     ]
     said = "Share of the speed at which as many bytes are copied, median over a kernel's variants."

@@ -190,7 +190,7 @@ class Run:
         if key not in self._wrong:
             self._wrong[key] = wrong = why_wrong(entry, case, self.device)
             if wrong is not None:
-                self.rows.append(_named(entry, case, parity=f"failed: {wrong}"))
+                self.rows.append(_named(entry, case, device=self.device, parity=f"failed: {wrong}"))
         return self._wrong[key] is None
 
 

@@ -17,6 +17,7 @@ from .bars import figure_text, layers_of, memory_of, ratios_of, speed_of
 from .canvas import Drawing
 from .curves import batches_of, curves_of
 from .results import COLUMNS, Row, memory_text, name_of, place, read, ready, setting
+from .shares import shares_of
 from .summary import headline, lead, shared, tiles
 from .verdicts import settings_of
 
@@ -52,11 +53,12 @@ pre { background: var(--raised); border-radius: .6rem; padding: .8rem 1rem; whit
 #: Parts of a result that are not conditions.
 _PARTS = ("rows", "layers", "curves", "command")
 #: What a reader looks for first.
-_FIRST = ("contender", "subject", "mode", "batch", "images_per_s", "speedup", "ms", "low", "high",
-          "peak_bytes", "saved_bytes", "share", "parity", "note")  # fmt: skip
+_FIRST = ("contender", "subject", "mode", "allocator", "batch", "images_per_s", "speedup", "ms",
+          "low", "high", "peak_bytes", "saved_bytes", "share", "parity", "note")  # fmt: skip
 _WORDS = {
     "cpu": "CPU", "gpu": "GPU", "bandwidth_gb_s": "bandwidth, measured (GB/s)",
     "peak_tflop_s": "arithmetic peak, measured (TFLOP/s)",
+    "allocator": "freed memory",
     "images_per_s": "images/s", "share": "of the bound", "low": "ms, 25 %",
     "high": "ms, 75 %", "ms": "ms", "bound_ms": "bound, ms", "peak_bytes": "peak",
     "saved_bytes": "saved", "bytes": "traffic", "flops": "GFLOP",
@@ -155,7 +157,7 @@ class Figures:
 def drawings_of(result: Mapping[str, Any]) -> list[Drawing]:
     """The figures that a result has the data for."""
     settings = settings_of(result["rows"])
-    found = [ratios_of(settings), speed_of(settings), memory_of(settings)]
+    found = [shares_of(settings), ratios_of(settings), speed_of(settings), memory_of(settings)]
     found += [*batches_of(result["rows"]), layers_of(result.get("layers") or [])]
     found.append(curves_of(result.get("curves") or {}))
     return [drawing for drawing in found if drawing is not None]

@@ -332,7 +332,7 @@ def table(rows: Iterable[Row], title: str | None = None) -> Table:
     last = None
     for one, line in zip(kept, lines, strict=True):
         if last != (last := setting(one)):
-            found.add_row(Text(_subject(one), style="bold"))
+            found.add_row(Text(subject_of(one), style="bold"))
         found.add_row(Text(one["contender"]), *(line[i] for i in filled))
     found.caption = Text("\n".join(_remarks(kept))) or None
     return found
@@ -349,7 +349,8 @@ def _remarks(rows: Sequence[Row]) -> Iterator[str]:
         yield f"all: {note}" if everyone else f"{', '.join(names)}: {note}"
 
 
-def _subject(one: Row) -> str:
+def subject_of(one: Row) -> str:
+    """What a row is about: subject, mode, and where memory comes from."""
     allocator = one["allocator"] and f"freed memory {one['allocator']}"
     return ", ".join(filter(None, (one["subject"], one["mode"], allocator)))
 

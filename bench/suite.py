@@ -43,12 +43,26 @@ class Suite:
     machine: dict[str, float] = field(default_factory=dict)
     layers: list[dict[str, Any]] = field(default_factory=list)
     _verdicts: dict[Job, str] = field(default_factory=dict)
+    _made: list[Callable[[], list[Row]]] = field(default_factory=list)
+    _bounds: list[tuple[dict[str, Any], Callable[[], float]]] = field(default_factory=list)
 
     def run(self, subjects: Sequence[Subject], modes: Sequence[str]) -> None:
         """Measure everything; `rows` has what is finished, also after Ctrl-C."""
-        for i, (subject, mode) in enumerate(product(subjects, modes)):
-            self.doing(f"{subject.label}, {mode}", i / (len(subjects) * len(modes)))
-            self._subject(subject, mode)
+        try:
+            for i, (subject, mode) in enumerate(product(subjects, modes)):
+                self.doing(f"{subject.label}, {mode}", i / (len(subjects) * len(modes)))
+                self._look_at_machine()
+                self._subject(subject, mode)
+            self._look_at_machine()
+        finally:
+            # All are held to the same bound, the best that the whole run has seen.
+            self.rows[:] = [one for rows in self._made for one in rows()]
+            for layer, bound in self._bounds:
+                layer["bound_ms"] = bound()
+
+    def _add(self, rows: Callable[[], list[Row]]) -> None:
+        self._made.append(rows)
+        self.rows += rows()
 
     def _subject(self, subject: Subject, mode: str) -> None:
         """All contenders on one subject, with half the batch where memory does not suffice."""
@@ -67,10 +81,25 @@ class Suite:
                 then = f"batch {job.batch} -> {batch}" if batch else "not even one image fits"
                 self.say(f"{subject.label}, {mode}: out of memory ({error}); {then}")
         jobs = [replace(job, contender=name) for name in self.names]
-        self.rows += [
+        none = [
             row(job.kind, subject.label, each.plain, **settings_of(each), note="out of memory")
             for each in jobs
         ]
+        self._add(lambda: none)
+
+    def _look_at_machine(self) -> None:
+        """A machine's speed comes and goes: what bounds a time is the best of the whole run.
+
+        While no contender holds memory. A GPU's, whose clocks are its own, is looked at once.
+        """
+        if self.machine and self.base.device == "cuda":
+            return
+        self.doing("what the machine can do")
+        dtype = str(self.base.compute_dtype).removeprefix("torch.")
+        with Worker() as worker:
+            found = worker.ask(what="roof", device=self.base.device, dtype=dtype)
+        for name, value in found.items():
+            self.machine[name] = max(value, self.machine.get(name, 0.0))
 
     @contextmanager
     def _workers(self) -> Iterator[dict[str, Worker]]:
@@ -92,29 +121,16 @@ class Suite:
             facts[name] = self._prepared(workers[name], jobs[name])
         able = [name for name, found in facts.items() if found.get("error") is None]
         steps = {n: partial(workers[n].ask, what="time", job=asdict(jobs[n])) for n in able}
-        self._look_at_machine()
         made = _Rows(jobs, verdicts, facts, note, Bounds.of(job, self.machine))
         try:
             samples = alternate(steps, self.rounds, partial(self._round, job))
         except Interrupted as stop:
             if able and len(stop.samples[able[0]]) > 1:
-                self.rows += made(stop.samples)
+                self._add(partial(made, stop.samples))
             raise KeyboardInterrupt from None
-        try:
-            self._look_at_machine()
-        finally:  # after Ctrl-C too
-            self.rows += made(samples)
+        self._add(partial(made, samples))
         if job.kind == "model" and not self.layers:
             self._layers({name: jobs[name] for name in able}, made)
-
-    def _look_at_machine(self) -> None:
-        """A machine's speed comes and goes: what bounds a time is the best of the whole run."""
-        self.doing("what the machine can do")
-        dtype = str(self.base.compute_dtype).removeprefix("torch.")
-        with Worker() as worker:
-            found = worker.ask(what="roof", device=self.base.device, dtype=dtype)
-        for name, value in found.items():
-            self.machine[name] = max(value, self.machine.get(name, 0.0))
 
     def _round(self, job: Job, number: int) -> None:
         self.doing(f"{job.subject.label}, {job.mode}: round {number} of {self.rounds}")
@@ -128,13 +144,11 @@ class Suite:
             self.doing(f"{job.subject.label}, {job.mode}: the blocks of {name}")
             with Worker() as worker:
                 found = worker.ask(what="blocks", job=asdict(job), names=names)
-            self.layers += [
-                {
-                    "name": block, "contender": name, "mode": job.mode, "ms": ms,
-                    "bound_ms": made.bounds.of_block(job, level, block),
-                }
-                for block, ms in found.items()
-            ]  # fmt: skip
+            for block, ms in found.items():
+                bound = partial(made.bounds.of_block, job, level, block)
+                layer = {"name": block, "contender": name, "mode": job.mode, "ms": ms}
+                self.layers.append(layer | {"bound_ms": bound()})
+                self._bounds.append((self.layers[-1], bound))
 
     def _gate(self, jobs: dict[str, Job]) -> dict[str, str]:
         """Parity of every contender, found out in a process that is then thrown away."""

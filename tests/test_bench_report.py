@@ -329,9 +329,11 @@ def blocks_result() -> dict[str, Any]:
             ("64-64, 56x56", None, (30.0, 20.0, 10.0)),
             ("64-64, 56x56", "kept", (11.0, 9.0, 10.0)),
             ("512-128, 7x7", None, (30.0, 20.0, None)),
+            ("2048-512, 7x7", None, (30.0, 20.0, None)),
         )
         for name, ms in zip(("eager", "compile", "fastres"), times, strict=True)
     ]
+    rows[-1]["parity"] = "failed: it is off"
     return {**FOUND, "rows": rows}
 
 
@@ -346,9 +348,10 @@ def test_readme_is_rewritten_and_checked(top: Path) -> None:
     assert "| block | train | train, freed memory kept |" in text
     line = "| 64-64, 56x56 | ▲ 2.00x, 10 ms (compile) | ▼ 0.90x, 10 ms (compile) |"
     assert line in text and "| 512-128, 7x7 | - | - |" in text
+    assert "| 2048-512, 7x7 | ✗ parity | - |" in text
     assert "**fastres is faster in 2 of 2 comparisons.**" in text
     assert "| ms | eager | compile | fastres |" in text
-    assert "| resnet50, batch 64 | 80 | 60 | 40 | - | - | ▲ 1.50x compile |" in text
+    assert "| resnet50, batch 64 | 80 | 60 | 40 | - | - | 2.00x | ▲ 1.50x compile |" in text
     assert readme.main(["--check"]) == 0
 
 
@@ -362,16 +365,29 @@ def test_readme_shows_all_figures_of_a_single_comparison() -> None:
     assert table[-1].endswith("| ✗ failed: 1 \\| 2 |")
 
 
-def test_readme_shows_kernels_by_shape() -> None:
+def kernels_result() -> dict[str, Any]:
+    """Two variants of a kernel, and one whose tensors are too small to say anything."""
     rows = [
         row("kernel", f"{primitive}, {variant}, 16x64x7x7", name, ms=ms, bound_ms=1.0, bytes=moved)
         for primitive, moved in (("add_act", 2_000_000), ("finalize_stats", 1000))
-        for variant, ms in (("plain", 2.0), ("mask", 4.0))
-        for name, ms in (("aten:formula", 8.0), ("cpu:fused", ms))
+        for variant, ours in (("plain", 2.0), ("mask", 4.0))
+        for name, ms in (("aten:formula", 8.0), ("cpu:fused", ours))
     ]
-    assert readme.TABLES["kernel"]({**FOUND, "rows": rows})[-3:] == [
+    return {**FOUND, "rows": rows}
+
+
+def test_readme_shows_kernels_by_shape() -> None:
+    assert readme.TABLES["kernel"](kernels_result())[-3:] == [
         "| kernel | 16x64x7x7 |", "|---|---|", "| `add_act` | 38% |",
     ]  # fmt: skip
+
+
+def test_kernels_have_a_figure_of_their_own(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    assert [d.name for d in report.drawings_of(kernels_result())] == ["shares", "ratios", "speed"]
+    text = report.write_report(kernels_result(), tmp_path, "kernels").read_text(encoding="utf-8")
+    assert "Kernels beside a copy" in text and ">38%<" in text
+    assert not [d for d in report.drawings_of(full_result()) if d.name == "shares"]
 
 
 def test_readme_can_name_another_result(top: Path) -> None:
