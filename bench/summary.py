@@ -34,7 +34,7 @@ def headline(settings: Sequence[Setting]) -> str:
     """The result in one line, a loss said as plainly as a gain."""
     known = [s for s in settings if s.ratio is not None]
     if not known:
-        shares = [row["share"] for s in settings for _, row in s.timed if row["share"]]
+        shares = [row["share"] for _, row in _measured(settings) if row["share"]]
         if any(is_ours(row) and failed(row) for s in settings for _, row in s.rows):
             return "fastres failed the parity gate, so it has no speed"
         if shares:
@@ -53,6 +53,12 @@ def headline(settings: Sequence[Setting]) -> str:
     if setting.outcome == "slower":
         return f"fastres is slower than {rival}: {setting.ratio:.2f}x its speed"
     return f"fastres is {setting.ratio:.2f}x as fast as {rival}"
+
+
+def _measured(settings: Sequence[Setting]) -> list[tuple[str, Row]]:
+    """Ours of each comparison, or where there are none all that were timed."""
+    ours = [s.ours for s in settings if s.ours is not None]
+    return ours or [pair for s in settings for pair in s.timed]
 
 
 def lead(settings: Sequence[Setting]) -> str:

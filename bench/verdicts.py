@@ -105,8 +105,8 @@ def is_ours(row: Row) -> bool:
 
 
 def competes(row: Row) -> bool:
-    """Whether a row does the whole work."""
-    return not row["contender"].startswith(_LIMITS)
+    """Whether a row does the whole work; of kernels, torch's formula is a definition, no rival."""
+    return row["kind"] != "kernel" and not row["contender"].startswith(_LIMITS)
 
 
 def silence(row: Row) -> str:
@@ -145,6 +145,8 @@ def _run(row: Row) -> tuple[Any, ...]:
 
 def _title(row: Row, varying: Sequence[str]) -> str:
     shown = [k for k in _SHARED if k in varying or k == "subject"]
+    if f"{row['size']}x{row['size']}" in row["subject"]:
+        shown = [k for k in shown if k != "size"]
     parts = [_SHARED[k].format(row.get(k)) for k in shown if row.get(k) is not None]
     return ", ".join(parts)
 
