@@ -26,6 +26,7 @@ from torch.nn import functional as F
 import fastres
 from fastres import functional, reference
 from fastres.backends import BACKENDS, Backend, declare
+from fastres.cli.errors import CommandError
 from fastres.engine import BlockSpec, UnitSpec, decode, use_backend, use_memory
 from fastres.functional import ConvNorm
 from fastres.ops.fused import why_not_layers
@@ -680,37 +681,40 @@ def test_nothing_in_fastres_knows_it() -> None:
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """bench.registry with tiny shapes and a folder of its own."""
+def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """bench.registry with tiny shapes."""
     monkeypatch.syspath_prepend(str(ROOT))
     from bench import registry as found
 
     monkeypatch.setattr(found, "SIZES", ((8, 4),))
     monkeypatch.setattr(found, "SCALE", {"cpu": (2, torch.float32)})
     monkeypatch.setattr(found, "FLUSH_BYTES", 1 << 10)
-    monkeypatch.setattr(found, "ROOT", tmp_path / "bench")
-    (tmp_path / "bench").mkdir()
     return found
 
 
-def test_a_run_is_written_to_a_new_file(
-    bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = ["--device", "cpu", "--primitive", "scale_shift_act"]
-    assert bench.main(arguments) == 0
-    (file,) = (tmp_path / "bench" / "results").glob("*-kernels.json")
-    assert f"written to bench/results/{file.name}" in capsys.readouterr().out
-    found = json.loads(file.read_text())
+def kernels(out: Path, *arguments: str) -> tuple[int, dict[str, Any]]:
+    """Exit status and result of `fastres bench kernel` on the CPU; {} where none was written."""
+    from bench.command import main
+
+    line = ("kernel", "--device", "cpu", "--no-report", "--out", str(out), *arguments)
+    status = main(line)
+    files = list(out.glob("*.json"))
+    return status, json.loads(files[0].read_text()) if files else {}
+
+
+def test_a_run_is_written_to_a_new_file(bench: Any, tmp_path: Path) -> None:
+    status, found = kernels(tmp_path, "--primitive", "scale_shift_act", "--rounds", "3")
+    assert status == 0
     assert {"date", "cpu", "torch", "fastres", "commit", "threads"} <= found.keys()
-    rows = {(r["implementation"], r["variant"]): r for r in found["rows"]}
+    rows = {(r["contender"], r["subject"]): r for r in found["rows"]}
     assert {name for name, _ in rows} >= {"aten:formula"}
     assert not any(name.startswith("reference") for name, _ in rows)
-    row = rows["aten:formula", "residual, relu"]
+    row = rows["aten:formula", "scale_shift_act, residual, relu, 2x8x4x4"]
     activation_bytes = 2 * 8 * 4 * 4 * 4
     # y, the residual and the output, and stats [5, 8] in float32.
     assert row["bytes"] == 3 * activation_bytes + 5 * 8 * 4
-    assert row["shape"] == "2x8x4x4" and row["low"] <= row["ms"] <= row["high"]
-    assert row["gb_per_s"] > 0 and row["share_of_copy"] > 0
+    assert row["rounds"] == 3 and row["low"] <= row["ms"] <= row["high"]
+    assert row["share"] == pytest.approx(row["bound_ms"] / row["ms"]) and row["share"] > 0
 
 
 def test_only_what_is_needed_counts_as_read(bench: Any) -> None:
@@ -735,30 +739,34 @@ def test_only_what_is_needed_counts_as_read(bench: Any) -> None:
     assert {c.shape[0] for c in conv} == {2}
 
 
-def test_what_fails_parity_gets_no_row(bench: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_fails_parity_gets_no_time(bench: Any, tmp_path: Path) -> None:
     def wrong(x: Tensor, residual: Tensor, **_: Any) -> tuple[Tensor, None]:
         return x.clone(), None
 
     register("add_act", "aten", name="wrong")(wrong)
-    assert bench.main(["--quick", "--device", "cpu", "--primitive", "add_act"]) == 1
-    out = capsys.readouterr().out
-    refused = [line for line in out.splitlines() if line.startswith("refused: add_act aten:wrong")]
-    assert len(refused) == 2 and all("AssertionError" in line for line in refused)
-    rows = [line.split()[1] for line in out.splitlines() if line.startswith("add_act ")]
-    assert "aten:formula" in rows and "aten:wrong" not in rows
+    status, found = kernels(tmp_path, "--quick", "--primitive", "add_act")
+    assert status == 1
+    refused = [row for row in found["rows"] if row["contender"] == "aten:wrong"]
+    assert [row["dtype"] for row in refused] == ["float32", "bfloat16"]
+    assert all(r["ms"] is None and "AssertionError" in r["parity"] for r in refused)
+    assert any(row["contender"] == "aten:formula" and row["ms"] for row in found["rows"])
 
 
-def test_what_declines_says_why(bench: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_declines_says_why(
+    bench: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from bench.command import main
+
     only = lambda request: "not today"  # noqa: E731
     declare(Backend("mine", ("cpu",), why_not=lambda: None))
     register("add_act", "mine", why_not=only, name="shy")(print)
-    arguments = ["--quick", "--device", "cpu", "--primitive", "add_act", "--backend", "mine"]
-    assert bench.main(arguments) == 1
-    out = capsys.readouterr().out.splitlines()
-    assert out[1:] == ["declined: add_act mine:shy: not today", "nothing was timed"]
-    with pytest.raises(SystemExit):
-        bench.main(["--backend", "nobody"])
-    assert "invalid choice: 'nobody'" in capsys.readouterr().err
+    arguments = ["--quick", "--primitive", "add_act", "--backend", "mine"]
+    assert kernels(tmp_path, *arguments) == (1, {})
+    assert capsys.readouterr().err.splitlines() == [
+        "declined: add_act mine:shy: not today", "nothing was measured, nothing is written"
+    ]  # fmt: skip
+    with pytest.raises(CommandError, match=r"--backend: backend must be one of auto, .*'nobody'"):
+        main(["kernel", "--backend", "nobody"])
 
 
 # ---------------------------------------------------------------- the document
