@@ -21,6 +21,8 @@ help:  ## list the verbs
 demo: $(INSTALLED)  ## train a ResNet on handwritten digits, stock and fused; writes report.html
 	$(BIN)/fastres demo --out report.html
 
+# A file's tests stay together: what they build is built once.
+TESTS := --ignore=tests/triton_backend --ignore=tests/cuda_backend -n 2 --dist loadfile
 # Triton's kernels are compiled, and then run in Triton's interpreter, which is a choice of the whole
 # process. Neither uses threads: two processes share the work.
 TRITON_TESTS := tests/triton_backend -n 2 --dist loadgroup
@@ -28,7 +30,7 @@ TRITON_TESTS := tests/triton_backend -n 2 --dist loadgroup
 CUDA_TESTS := tests/cuda_backend -n 2
 EMULATION := $(BIN)/python tests/cuda_emulation/build.py --environment
 test: $(INSTALLED)  ## run the tests
-	$(BIN)/python -m pytest --ignore=tests/triton_backend --ignore=tests/cuda_backend $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(TESTS) $(PYTEST_ARGS)
 	emulation=$$($(EMULATION)) && env $$emulation OPENBLAS_NUM_THREADS=1 \
 		$(BIN)/python -m pytest $(CUDA_TESTS) $(PYTEST_ARGS)
 	$(BIN)/python -m pytest $(TRITON_TESTS) $(PYTEST_ARGS)

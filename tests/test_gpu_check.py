@@ -33,6 +33,7 @@ def test_what_takes_too_long_is_stopped_and_the_rest_goes_on(
     }
     monkeypatch.setattr(gpu_check, "STAGES", stages)
     monkeypatch.setattr(gpu_check, "TOTAL_SECONDS", 6)
+    monkeypatch.setattr(gpu_check, "GRACE_SECONDS", 0.5)  # where SIGINT is ignored
     assert gpu_check.main(["--dry", "--out", str(tmp_path)]) == 1
     shown = capsys.readouterr().out
     assert "endless: stopped after 2 s" in shown
