@@ -77,7 +77,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = KINDS | OTHERS
     parser = _Parser(
         prog="fastres bench",
-        description=__doc__,
+        description="Speed and memory beside stock PyTorch, on the machine at hand: parity first, "
+        "then alternating rounds, medians with their spread, losses like wins.",
         epilog="contenders:\n" + "\n".join(f"  {n:<21}{c.meaning}" for n, c in CONTENDERS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
