@@ -20,7 +20,7 @@ from rich.text import Text
 
 from fastres.cli.errors import CommandError
 
-from .results import Row, memory_text, read
+from .results import Row, memory_text, read, way_of
 
 #: Medians closer than this did not move: runs of one commit on a quiet machine differ that much.
 THRESHOLD = 0.03
@@ -171,8 +171,7 @@ def _table(changes: Sequence[Change]) -> Table:
 
 
 def _name(row: Row) -> str:
-    allocator = row["allocator"] and f"freed memory {row['allocator']}"
-    settings = (row["mode"], allocator, row["dtype"], "amp" if row["amp"] else None, row["layout"],
+    settings = (way_of(row), row["dtype"], "amp" if row["amp"] else None, row["layout"],
                 row["backend"], row["memory"], row["level"])  # fmt: skip
     batch = f"batch {row['batch']}" if row["batch"] else None
     size = f"{row['size']} px" if row["size"] else None

@@ -17,7 +17,7 @@ from fastres.cli.errors import CommandError
 
 from .bars import figure_text
 from .conditions import ROOT
-from .results import Row, failed, memory_text, read
+from .results import Row, failed, memory_text, read, way_of
 from .shares import kernel_shares
 from .summary import headline, shared
 from .verdicts import Setting, is_ours, settings_of
@@ -183,7 +183,7 @@ def _cells(label: str, row: Row) -> list[str]:
 def _pivot(result: Mapping[str, Any]) -> list[str]:
     """Blocks or convolutions: a line each, and fastres over the fastest other one in each mode."""
     settings = settings_of(result["rows"])
-    by_place = {(_first(s)["subject"], _how(s)): s for s in settings}
+    by_place = {(_first(s)["subject"], way_of(_first(s))): s for s in settings}
     ways = list(dict.fromkeys(way for _, way in by_place))
     subjects = dict.fromkeys(subject for subject, _ in by_place)
     lines = [
@@ -196,11 +196,6 @@ def _pivot(result: Mapping[str, Any]) -> list[str]:
 
 def _first(setting: Setting) -> Row:
     return setting.rows[0][1]
-
-
-def _how(setting: Setting) -> str:
-    row = _first(setting)
-    return ", ".join(filter(None, (row["mode"], row["allocator"] and "freed memory kept")))
 
 
 def _verdict(setting: Setting | None) -> str:

@@ -351,8 +351,13 @@ def _remarks(rows: Sequence[Row]) -> Iterator[str]:
 
 def subject_of(one: Row) -> str:
     """What a row is about: subject, mode, and where memory comes from."""
+    return ", ".join(filter(None, (one["subject"], way_of(one))))
+
+
+def way_of(one: Row) -> str:
+    """Mode, and where memory comes from if not as it does by itself."""
     allocator = one["allocator"] and f"freed memory {one['allocator']}"
-    return ", ".join(filter(None, (one["subject"], one["mode"], allocator)))
+    return ", ".join(filter(None, (one["mode"], allocator)))
 
 
 def _figures(one: Row) -> Iterator[Text]:

@@ -47,7 +47,7 @@ class Suite:
     _bounds: list[tuple[dict[str, Any], Callable[[], float]]] = field(default_factory=list)
 
     def run(self, subjects: Sequence[Subject], modes: Sequence[str]) -> None:
-        """Measure everything; `rows` has what is finished, also after Ctrl-C."""
+        """Measure everything; in the end `rows` has what was finished, also after Ctrl-C."""
         try:
             for i, (subject, mode) in enumerate(product(subjects, modes)):
                 self.doing(f"{subject.label}, {mode}", i / (len(subjects) * len(modes)))
@@ -59,10 +59,6 @@ class Suite:
             self.rows[:] = [one for rows in self._made for one in rows()]
             for layer, bound in self._bounds:
                 layer["bound_ms"] = bound()
-
-    def _add(self, rows: Callable[[], list[Row]]) -> None:
-        self._made.append(rows)
-        self.rows += rows()
 
     def _subject(self, subject: Subject, mode: str) -> None:
         """All contenders on one subject, with half the batch where memory does not suffice."""
@@ -85,7 +81,7 @@ class Suite:
             row(job.kind, subject.label, each.plain, **settings_of(each), note="out of memory")
             for each in jobs
         ]
-        self._add(lambda: none)
+        self._made.append(lambda: none)
 
     def _look_at_machine(self) -> None:
         """A machine's speed comes and goes: what bounds a time is the best of the whole run.
@@ -126,9 +122,9 @@ class Suite:
             samples = alternate(steps, self.rounds, partial(self._round, job))
         except Interrupted as stop:
             if able and len(stop.samples[able[0]]) > 1:
-                self._add(partial(made, stop.samples))
+                self._made.append(partial(made, stop.samples))
             raise KeyboardInterrupt from None
-        self._add(partial(made, samples))
+        self._made.append(partial(made, samples))
         if job.kind == "model" and not self.layers:
             self._layers({name: jobs[name] for name in able}, made)
 
@@ -147,8 +143,8 @@ class Suite:
             for block, ms in found.items():
                 bound = partial(made.bounds.of_block, job, level, block)
                 layer = {"name": block, "contender": name, "mode": job.mode, "ms": ms}
-                self.layers.append(layer | {"bound_ms": bound()})
-                self._bounds.append((self.layers[-1], bound))
+                self.layers.append(layer)
+                self._bounds.append((layer, bound))
 
     def _gate(self, jobs: dict[str, Job]) -> dict[str, str]:
         """Parity of every contender, found out in a process that is then thrown away."""

@@ -160,8 +160,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 def _weight_gradient(grad_y: Tensor, x: Tensor, weight: Tensor, conv: ConvSpec) -> Tensor:
     """The gradient of the weight."""
     if _is_product(x, weight, conv):
-        found = _product(_rows(grad_y).t(), _rows(_seen(x, conv)))
-        return torch.empty_like(weight).copy_(found.view(weight.shape))
+        return _product(_rows(grad_y).t(), _rows(_seen(x, conv))).view(weight.shape)
     return aten_weight(grad_y, x, weight, conv)
 
 
@@ -192,7 +191,7 @@ def conv_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """y = conv(P(x), weight) + bias and its statistics, chunk by chunk."""
     y = _new_output(x, weight, conv)
-    chunks = list(_chunks(len(x), _image_bytes(x), _image_bytes(y)))
+    chunks = _forward_chunks(x, weight, conv)
     z = _scratch(x, chunks) if prologue is not None else x
     weight = _packed(weight, conv, z[slice(*chunks[0])].shape, len(chunks))
     state, done = None, 0
