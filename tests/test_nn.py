@@ -619,6 +619,13 @@ class TestTracing:
         assert not any("fastres" in str(node.target) for node in program.graph.nodes)
         assert torch.allclose(traced(x), program.module()(x))
 
+    def test_dynamo_before_torch_2_13_always_claims_to_export(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A block that believed it would run its stock path wherever it is compiled."""
+        monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+        assert pair_of("basic")[0].why_not() is None
+
     @pytest.mark.parametrize("train", [True, False])
     def test_compile_in_one_graph(self, train: bool) -> None:
         torch._dynamo.reset()

@@ -87,9 +87,15 @@ def why_not_now() -> str | None:
         return "global module hooks are registered"
     if torch._C._get_tracing_state() is not None:
         return "torch.jit.trace records torch's own operators"
-    if torch.compiler.is_exporting():
+    if _exporting():
         return "torch.export records torch's own operators"
     return None
+
+
+def _exporting() -> bool:
+    """torch.compiler.is_exporting, which under torch.compile always says True before torch 2.13."""
+    flag: bool | None = getattr(torch.compiler, "_is_exporting_flag", None)
+    return torch.compiler.is_exporting() if flag is None else flag
 
 
 def activation_of(act: nn.Module | None) -> str | Decline:
