@@ -225,41 +225,48 @@ def _options(choose: _Chooser, spec: BlockSpec) -> list[list[ConvPlan]]:
 
 
 def _conv_plans(choose: _Chooser, spec: BlockSpec, site: _Site) -> Iterator[ConvPlan]:
-    """The ways to run a convolution; several where it is to be measured which is fastest."""
-    if spec.level != "auto":
-        yield _plan_conv(choose, site, spec.level)
-        return
+    """The ways to run a convolution; several where it is to be measured which is fastest.
+
+    Of a backend whose convolutions are not proven, "auto" only looks at those that fuse something.
+    """
+    plain = fusing = choose
     unproven = [n for n in choose.order if not BACKENDS[n].proven]
     if spec.backend == "auto" and unproven:
-        sure = choose.among([n for n in choose.order if n not in unproven])
-        yield from (_plan_conv(sure, site, level) for level in BACKENDS[sure.order[0]].levels)
+        proven = [n for n in choose.order if n not in unproven]
+        plain, fusing = choose.among(proven), choose.among([*unproven, *proven])
+    if spec.level != "auto":
+        yield _plan_conv(fusing, plain, site, spec.level)
+        return
+    yield from (_plan_conv(plain, plain, site, n) for n in BACKENDS[plain.order[0]].levels)
+    if fusing is not plain:
         levels = BACKENDS[unproven[0]].levels
-    else:
-        levels = BACKENDS[choose.order[0]].levels
-    yield from (_plan_conv(choose, site, level) for level in levels)
+        yield from (_plan_conv(fusing, plain, site, level) for level in levels)
 
 
-def _plan_conv(choose: _Chooser, site: _Site, most: str) -> ConvPlan:
-    """The implementations of a convolution at a level, or below where none goes so far."""
+def _plan_conv(fusing: _Chooser, plain: _Chooser, site: _Site, most: str) -> ConvPlan:
+    """The implementations of a convolution at a level, or below where none goes so far.
+
+    What fuses nothing into the convolution is asked of `plain`.
+    """
     common: dict[str, Any] = {"conv": site.unit.conv, "weight": site.weight}
     rank = LEVELS.index(most)
     stats = prologue = joint = None
     if rank >= LEVELS.index("b'"):
-        stats = choose.ask("conv_forward", features=frozenset({"stats"}), **common)
+        stats = fusing.ask("conv_forward", features=frozenset({"stats"}), **common)
     if rank >= LEVELS.index("c'"):
         both = frozenset({"stats", "prologue"})
-        prologue = choose.ask("conv_forward", features=both, act=site.before, **common)
+        prologue = fusing.ask("conv_forward", features=both, act=site.before, **common)
         formed = frozenset() if most == "c" else frozenset({"grad_formed"})
         acts = (site.after, site.before)
-        joint = choose.ask("conv_backward", features=formed, acts=acts, **common)
+        joint = fusing.ask("conv_backward", features=formed, acts=acts, **common)
     level = most if joint else "c'" if prologue else "b'" if stats else "b"
     return ConvPlan(
         level=level,
-        forward=stats or choose("conv_forward", **common),
+        forward=stats or plain("conv_forward", **common),
         prologue=prologue,
         stats=stats is not None,
-        data=choose("conv_backward_data", **common),
-        weight=choose("conv_backward_weight", **common),
+        data=plain("conv_backward_data", **common),
+        weight=plain("conv_backward_weight", **common),
         joint=joint,
-        infer=choose("conv_bn_act", act=site.after, **common),
+        infer=(fusing if rank else plain)("conv_bn_act", act=site.after, **common),
     )

@@ -127,7 +127,21 @@ def test_auto_takes_no_unproven_convolution_unmeasured(device: str) -> None:
     around = "cuda" if find_spec("fastres._cuda") else "triton"
     assert {e.backend for e in found.pointwise.values()} == {around}
     options = conv_options(spec, signature._replace(device="cuda", here=False))
-    assert [o.level for o in options[0]] == ["b", "c'", "b'", "b", "c"]
+    assert [o.level for o in options[0]] == ["b", "c'", "b'", "c"]
+    assert [o.infer.backend for o in options[0]] == [around, "triton", "triton", "triton"]
+
+
+@pytest.mark.parametrize("level", ["b", "b'", "c'", "c"])
+def test_at_a_level_auto_takes_unproven_convolutions_for_what_they_fuse(
+    level: str, device: str
+) -> None:
+    spec, signature, _ = _block("auto", device, level=level)
+    for found in make_plan(spec, signature._replace(device="cuda", here=False)).convs:
+        assert found is not None
+        fusing = {found.forward.backend, found.infer.backend}
+        assert fusing == {"triton"} if level != "b" else "triton" not in fusing
+        assert (found.data.backend, found.weight.backend) == ("aten", "aten")
+        assert (found.joint is not None) is (level in ("c'", "c"))
 
 
 def test_a_level_that_was_asked_for_is_not_tuned(
