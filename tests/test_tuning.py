@@ -440,10 +440,30 @@ def test_the_timer_empties_the_cache_before_it_starts_the_clock(
     monkeypatch.setattr(
         torch.Tensor, "zero_", lambda self: seen.append(f"{self.numel() * self.itemsize} bytes")
     )
+    monkeypatch.setattr(torch, "amax", lambda t, **_: seen.append(f"read {t.numel()} numbers"))
     with measure.gpu_timer(CPU) as milliseconds:
         assert milliseconds(lambda: seen.append("launch")) == 0.25
     flushes = ["4096 bytes"] * measure.FLUSHES
-    assert seen == [*flushes, "event", "launch", "event", "wait"]
+    assert seen == [*flushes, "read 1024 numbers", "event", "launch", "event", "wait"]
+
+
+def test_candidates_are_prepared_together_before_any_is_launched(gpu: FakeGpu) -> None:
+    """Those that can be had: what fails before is left out."""
+    seen: list[list[object]] = []
+
+    def prepare(thunks: Sequence[measure.Thunk]) -> None:
+        assert not gpu.launched
+        seen.append([thunk() for thunk in thunks])
+
+    def run(candidate: str) -> Callable[[], object]:
+        if candidate == "a":
+            raise ValueError("not for this shape")
+        return gpu.run(candidate)
+
+    assert tuning.choose(PROBLEM, list("abc"), run, device=GPU, prepare=prepare) == "b"
+    assert seen == [["b", "c"]]
+    assert tuning.choose(PROBLEM, list("abc"), run, device=GPU, prepare=prepare) == "b"
+    assert len(seen) == 1, "what is known needs no preparation"
 
 
 @pytest.mark.gpu

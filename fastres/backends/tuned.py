@@ -23,6 +23,7 @@ def tuned(
     candidates: Sequence[T],
     run: Callable[[T], object],
     device: torch.device,
+    prepare: tuning.Prepare | None = None,
 ) -> T:
     """The autotuner's choice among several ways to launch the same thing.
 
@@ -33,6 +34,7 @@ def tuned(
         candidates: the heuristic's first.
         run: computes into fresh memory with one candidate, so that tuning changes nothing.
         device: where it is to run.
+        prepare: as for `tuning.choose`.
     """
     if len(candidates) == 1:
         return candidates[0]
@@ -40,7 +42,9 @@ def tuned(
     found: T | None = _chosen.get(key)
     if found is None:
         problem = tuning.Problem(name, sizes, source)
-        found = tuning.choose(problem, candidates, lambda c: lambda: run(c), device=device)
+        found = tuning.choose(
+            problem, candidates, lambda c: lambda: run(c), device=device, prepare=prepare
+        )
         # What stands in while a graph is captured is not the last word.
         if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
             if len(_chosen) >= _MOST_KEPT:

@@ -7,10 +7,12 @@ them, `measure` times, and `choice` decides.
 
 from fastres.tuning.choice import choose, forget, why_not_measure
 from fastres.tuning.machine import cache_file
+from fastres.tuning.measure import Prepare
 from fastres.tuning.store import Choice, Problem, export, kept, shipped
 
 __all__ = [
     "Choice",
+    "Prepare",
     "Problem",
     "cache_file",
     "choose",

@@ -70,6 +70,7 @@ def choose(
     *,
     device: torch.device,
     name: Callable[[T], str] = str,
+    prepare: measure.Prepare | None = None,
 ) -> T:
     """The fastest of several ways to do the same thing on a device.
 
@@ -93,6 +94,8 @@ def choose(
         device: where it runs.
         name: the name under which a candidate is kept. A kept name that no candidate has any more
             is ignored.
+        prepare: given what launches the candidates before the first is launched: say, to compile
+            them side by side.
 
     Returns:
         One of the candidates; the first where all fail.
@@ -113,7 +116,7 @@ def choose(
         with lock:  # another thread may have measured while this one waited
             position = _remembered(key, candidates, name)
             if position is None:
-                position = _find(key, candidates, run, device, name)
+                position = _find(key, candidates, run, device, name, prepare)
     return candidates[position]
 
 
@@ -133,6 +136,7 @@ def _find(
     run: Callable[[T], measure.Thunk],
     device: torch.device,
     name: Callable[[T], str],
+    prepare: measure.Prepare | None,
 ) -> int:
     """The position to take, from what is kept or shipped, or measured; it is remembered."""
     problem, by_name = key[1], {name(c): c for c in candidates}
@@ -145,7 +149,7 @@ def _find(
     if position is None:
         if why_not_measure(device) is not None:
             return 0  # not remembered: the next one may measure
-        position = _measure(problem, by_name, run, device, store)
+        position = _measure(problem, by_name, run, device, store, prepare)
     _memory[key] = names[position], position
     return position
 
@@ -173,9 +177,10 @@ def _measure(
     run: Callable[[T], measure.Thunk],
     device: torch.device,
     store: Store,
+    prepare: measure.Prepare | None,
 ) -> int:
     """The position of the fastest, which is kept; the first where none runs, which is not."""
-    choice = measure.race(candidates, run, device)
+    choice = measure.race(candidates, run, device, prepare)
     if choice is None:
         _log.info("%s: none of %d candidates ran", problem, len(candidates))
         return 0

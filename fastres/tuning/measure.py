@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -21,6 +21,9 @@ Thunk = Callable[[], object]
 #: Launches once, and says how many milliseconds that took on the device.
 Timer = Callable[[Thunk], float]
 
+#: Given all candidates before the first is launched: say, to compile them side by side.
+Prepare = Callable[[Sequence[Thunk]], None]
+
 #: Launches before anything counts: the first may compile and load, the second warms the caches.
 WARM_UPS = 2
 
@@ -32,7 +35,7 @@ CLEARLY_SLOWER = 1.5
 #: What is overwritten before a launch, so that it finds the L2 cache without its operands: twice
 #: the cache, and at least this much, for memory-side caches that are not reported as L2. Several
 #: times, since the GPU is then still busy while the host queues the launch: the events around it
-#: see the kernel, not the host.
+#: see the kernel, not the host. Read in the end, or the launch would pay for writing it back.
 FLUSH_BYTES = 128 * 2**20
 FLUSHES = 4
 
@@ -48,13 +51,15 @@ def gpu_timer(device: torch.device) -> Iterator[Timer]:
     """
     with torch.cuda.device(device):
         size = max(2 * torch.cuda.get_device_properties(device).L2_cache_size, FLUSH_BYTES)
-        buffer = torch.empty(size, dtype=torch.uint8, device=device)
+        buffer = torch.empty(size // 4, dtype=torch.int32, device=device)
+        most = torch.empty((), dtype=torch.int32, device=device)
         start = torch.cuda.Event(enable_timing=True)
         end = torch.cuda.Event(enable_timing=True)
 
         def milliseconds(thunk: Thunk) -> float:
             for _ in range(FLUSHES):
                 buffer.zero_()
+            torch.amax(buffer, dim=0, out=most)
             start.record()
             thunk()
             end.record()
@@ -78,7 +83,10 @@ class _Runner:
 
 
 def race(
-    candidates: Mapping[str, T], run: Callable[[T], Thunk], device: torch.device
+    candidates: Mapping[str, T],
+    run: Callable[[T], Thunk],
+    device: torch.device,
+    prepare: Prepare | None = None,
 ) -> Choice | None:
     """The fastest of some candidates; of equal ones the first.
 
@@ -86,6 +94,7 @@ def race(
         candidates: by name.
         run: prepares a candidate, which is not timed, and returns what launches it once.
         device: the GPU they run on.
+        prepare: see `Prepare`.
 
     Returns:
         The choice, with the median milliseconds of every candidate that ran; or None where none
@@ -93,8 +102,11 @@ def race(
     """
     try:
         with gpu_timer(device) as time:
-            prepared = [_prepare(name, c, run, time) for name, c in candidates.items()]
-            runners = [runner for runner in prepared if runner is not None]
+            made = [_made(name, candidate, run) for name, candidate in candidates.items()]
+            runners = [runner for runner in made if runner is not None]
+            if prepare is not None:
+                prepare([runner.thunk for runner in runners])
+            runners = [runner for runner in runners if _warm(runner, time)]
             finalists = _rounds(runners, time)
     except torch.OutOfMemoryError as error:
         _log.debug("nothing is measured, there is no memory to do it: %s", error)
@@ -105,18 +117,24 @@ def race(
     return Choice(best.name, {r.name: r.median for r in runners if r.times})
 
 
-def _prepare(name: str, candidate: T, run: Callable[[T], Thunk], time: Timer) -> _Runner | None:
-    """A candidate ready to be measured; None, and a line in the log, for one that fails."""
+def _made(name: str, candidate: T, run: Callable[[T], Thunk]) -> _Runner | None:
+    """A candidate with what launches it; None, and a line in the log, for one that fails."""
     try:
-        thunk = run(candidate)
-        for _ in range(WARM_UPS):
-            time(thunk)
+        return _Runner(name, run(candidate))
     except torch.OutOfMemoryError:
         raise  # says nothing about the candidate: nobody is measured
     except Exception as error:  # Triton's own errors derive from nothing more special
         _skipped(name, error)
         return None
-    return _Runner(name, thunk)
+
+
+def _warm(runner: _Runner, time: Timer) -> bool:
+    """Launch a candidate until times count; False for one that fails."""
+    for _ in range(WARM_UPS):
+        if not _measured(runner, time):
+            return False
+    runner.times.clear()
+    return True
 
 
 def _rounds(runners: list[_Runner], time: Timer) -> list[_Runner]:
@@ -132,7 +150,7 @@ def _rounds(runners: list[_Runner], time: Timer) -> list[_Runner]:
 
 
 def _measured(runner: _Runner, time: Timer) -> bool:
-    """Add one time; False for a candidate that fails although it ran before."""
+    """Add one time; False, and a line in the log, for a candidate that fails."""
     try:
         runner.times.append(time(runner.thunk))
     except torch.OutOfMemoryError:

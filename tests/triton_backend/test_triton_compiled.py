@@ -9,7 +9,10 @@ from __future__ import annotations
 import os
 import re
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -119,6 +122,76 @@ def test_sizes_of_one_compile() -> None:
     assert len(launches) >= 9
     for launch in launches:
         assert compiled(launch, 90).registers > 0
+
+
+class Driver:
+    """As much of Triton's driver as compiling takes: a Hopper GPU that need not be there."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", 90, 32)
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """Triton compiles for a Hopper GPU, with empty caches."""
+    from triton.runtime import driver
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    before = driver._active
+    driver.set_active(Driver())
+    yield
+    driver._active = before
+
+
+def test_what_is_tuned_is_compiled_together(monkeypatch: pytest.MonkeyPatch, hopper: None) -> None:
+    """Side by side, and a launch finds the binary; a candidate that fails takes nobody along."""
+    from fastres.backends.triton import convolution, launch
+    from fastres.backends.triton.support import pretending
+    from fastres.primitives import ConvSpec
+
+    asked: list[tuple[Sequence[Any], Callable[[Any], object]]] = []
+
+    def choice(name: str, source: str, sizes: object, candidates: Any, run: Any, *_: Any) -> Any:
+        asked.append((candidates, run))
+        return candidates[0]
+
+    monkeypatch.setattr(launch, "choice", choice)
+    x = torch.empty(4, 64, 56, 56, device="meta", dtype=torch.bfloat16)
+    x = x.contiguous(memory_format=torch.channels_last)
+    with pretending(resources.DEVICES[90]), launch.recording():
+        convolution.conv_forward(x, x.new_empty(64, 64, 1, 1), None, ConvSpec(), want_state=True)
+    (candidates, run), *_ = asked
+    pointers = [tile for tile in candidates if not tile.descriptors][:2]
+    tiles = [*pointers, next(tile for tile in candidates if tile.descriptors), "no tile"]
+    with pretending(resources.DEVICES[90]):
+        thunks = [partial(run, tile) for tile in tiles]
+        launch.compile_together(thunks)
+        with launch.recording() as launches:
+            for thunk in thunks[:3]:
+                thunk()
+    for one in launches:
+        binaries = one.kernel.device_caches[0][0]
+        found = len(binaries)
+        assert found == [other.kernel for other in launches].count(one.kernel)
+        assert all("wgmma" in binary.asm["ptx"] for binary in binaries.values())
+        given = [
+            launch._stand_in(t) if isinstance(t, tuple) else t and torch.empty(16, dtype=t)
+            for t in one.dtypes
+        ]
+        options = launch.options_of(one.max_registers)
+        one.kernel.warmup(
+            *given, *one.sizes, grid=one.grid, **dict(one.constants),
+            num_warps=one.num_warps, num_stages=one.num_stages, **options,
+        )  # fmt: skip
+        assert len(binaries) == found, "a launch needs no other"
 
 
 def test_amd_gpus_compile() -> None:

@@ -7,8 +7,11 @@ alignment of the pointers and the sizes, so the launch is bound to the binary an
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from hashlib import sha256
 from importlib import import_module
@@ -111,18 +114,26 @@ class Launch(NamedTuple):
     max_registers: int | None
 
 
-_recorded: list[Launch] | None = None
+class _Recording(threading.local):
+    """Where this thread's launches go instead of to the GPU."""
+
+    launches: list[Launch] | None = None
+
+
+_recording = _Recording()
 
 
 @contextmanager
 def recording() -> Iterator[list[Launch]]:
-    """Collect launches inside a `with` instead of running them; results stay unwritten."""
-    global _recorded
-    before, _recorded = _recorded, []
+    """Collect this thread's launches inside a `with` instead of running them.
+
+    Results stay unwritten.
+    """
+    before, _recording.launches = _recording.launches, []
     try:
-        yield _recorded
+        yield _recording.launches
     finally:
-        _recorded = before
+        _recording.launches = before
 
 
 def launch(
@@ -152,10 +163,10 @@ def launch(
         return
     given = next(t for t in tensors if t is not None)
     first = given.matrix if isinstance(given, Described) else given
-    if _recorded is not None:
+    if (recorded := _recording.launches) is not None:
         dtypes, values = tuple(map(_type_of, tensors)), tuple(constants.items())
         shape = (num_warps, num_stages, max_registers)
-        _recorded.append(Launch(kernel, grid, dtypes, tuple(sizes), values, *shape))
+        recorded.append(Launch(kernel, grid, dtypes, tuple(sizes), values, *shape))
         return
     if first.device.type != "cuda":
         kernel[grid](*_passed(tensors), *sizes, **constants)
@@ -227,4 +238,49 @@ def tuned(
     """
     if interpreted():
         return candidates[0]
-    return choice(name, source_hash(module), sizes, candidates, run, device)
+    return choice(name, source_hash(module), sizes, candidates, run, device, compile_together)
+
+
+def compile_together(thunks: Sequence[Callable[[], object]]) -> None:
+    """Compile what some functions would launch side by side, in threads.
+
+    A second of work each, and an autotuner compiles hundreds. Triton finds the binaries when they
+    are launched. What cannot be compiled fails once more there, and says why.
+    """
+    import triton
+
+    mode = getattr(triton, "AsyncCompileMode", None)
+    if mode is None:  # before Triton 3.5
+        return
+    with recording() as launches:
+        for thunk in thunks:
+            with suppress(Exception):
+                thunk()
+    with ThreadPoolExecutor(_processors()) as pool, mode(pool, ignore_errors=True):
+        for one in dict.fromkeys(launches):
+            with suppress(Exception):  # of Triton's own classes
+                one.kernel.warmup(
+                    *map(_stand_in, one.dtypes),
+                    *one.sizes,
+                    grid=one.grid,
+                    **dict(one.constants),
+                    num_warps=one.num_warps,
+                    num_stages=one.num_stages,
+                    **options_of(one.max_registers),
+                )
+
+
+def _processors() -> int:
+    """How many this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _stand_in(kind: Any) -> Any:
+    """What Triton's `warmup` takes for an argument of a type that `_type_of` says."""
+    if not isinstance(kind, tuple):
+        return kind
+    from triton.runtime.jit import MockTensor
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    dtype, block = kind
+    return TensorDescriptor(MockTensor(dtype), list(block), [block[1], 1], list(block))
