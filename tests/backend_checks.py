@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 import fastres
-from fastres.primitives import Implementation
+from fastres import tuning
+from fastres.backends import tuned
+from fastres.engine import autotune
+from fastres.primitives import Branch, Gate, Implementation, implementations
 from fastres.testing import (
     CASES,
     BlockCase,
@@ -17,6 +21,7 @@ from fastres.testing import (
     Case,
     FunctionalBlock,
     calls,
+    check_block,
     check_implementation,
 )
 
@@ -92,6 +97,7 @@ def check_graph_capture(backend: str, level: str, device: str) -> None:
             return [out, *torch.autograd.grad(out, [x, *block.parameters()], grad)]
 
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         expected = step()
     torch.cuda.synchronize()
@@ -104,13 +110,68 @@ def check_graph_capture(backend: str, level: str, device: str) -> None:
         assert torch.equal(a, b)
 
 
-def check_far_offsets(backend: str, device: str) -> None:
-    """A stem's output at batch 4096 has more elements than 32 bits count."""
-    needs_gpu(device)  # 8 GB of activations
-    shape = (2700, 64, 112, 112)
+def check_tuned_block(
+    backend: str, device: str, monkeypatch: pytest.MonkeyPatch, folder: Path
+) -> None:
+    """A block is right with whatever the autotuner finds fastest, and so is its CUDA graph.
+
+    Without poison, under which nothing is measured: it makes torch deterministic.
+    """
+    needs_gpu(device)
+    monkeypatch.delenv("FASTRES_AUTOTUNE", raising=False)
+    monkeypatch.setenv("FASTRES_CACHE_DIR", str(folder))
+    monkeypatch.setattr(tuned, "_chosen", {})
+    monkeypatch.setattr(autotune, "_tuned", {})
+    tuning.forget()
+    case = BlockCase("tuned", dtype=torch.bfloat16, shape=(32, 256, 28, 28), width=64)
+    stock = case.stock(device)
+    x = case.input(device=device).requires_grad_()
+    try:
+        with fastres.use_backend(backend):
+            check_block(stock, FunctionalBlock.of(stock), x, what=f"tuned {case}")
+        assert tuning.kept(torch.device(device)), "nothing was measured"
+        check_graph_capture(backend, "auto", device)
+    finally:
+        tuning.forget()
+
+
+#: Images of a stem's output that have more elements than 32 bits count.
+FAR = 2700
+
+
+def check_far_offsets(backend: str, device: str, images: int = FAR) -> None:
+    """What lies beyond 2^31 elements is read and written: 13 GB of activations."""
+    needs_gpu(device)
+    shape = (images, 64, 112, 112)
     y = torch.empty(shape, dtype=torch.bfloat16, device=device, memory_format=torch.channels_last)
     y.normal_()
-    mean, var = torch.zeros(64, device=device), torch.ones(64, device=device)
-    with fastres.use_backend(backend), torch.no_grad():
-        out = fastres.functional.bn_relu(y, mean, var)
-    assert torch.equal(out[-1], (y[-1].float() / (1 + 1e-5) ** 0.5).relu().bfloat16())
+    y[-1] += 50
+    run = {entry.primitive: entry.run for entry in implementations(backend=backend)}
+    count = y.numel() // 64
+    stats = run["finalize_stats"](
+        run["channel_stats"](y), count, None, None, None, 1e-5, acc=torch.float32
+    )
+    mean, var = _moments(y)
+    torch.testing.assert_close(stats[0].double(), mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(stats[1].double(), var, rtol=1e-5, atol=0)
+    out, _ = run["scale_shift_act"](y, stats, act="relu")
+    last, _ = run["scale_shift_act"](y[-1:].clone(), stats, act="relu")
+    assert torch.equal(out[-1:], last)
+    gate, branch = Gate("none"), Branch(y, stats)
+    sums = run["bn_act_backward_reduce"](y, gate, (branch,))
+    normed = (var + 1e-5).rsqrt()
+    torch.testing.assert_close(sums[0].double(), mean * count, rtol=1e-5, atol=0)
+    torch.testing.assert_close(sums[1].double(), var * count * normed, rtol=1e-5, atol=0)
+    apply = run["bn_act_backward_apply"]
+    (grad,), _ = apply(y, gate, (branch,), sums, count, want_grads=(True,))
+    tail = y[-1:].clone()
+    (last,), _ = apply(tail, gate, (Branch(tail, stats),), sums, count, want_grads=(True,))
+    assert torch.equal(grad[-1:], last)
+
+
+def _moments(y: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance per channel in float64, a part of the images at a time."""
+    count = y.numel() // y.shape[1]
+    mean = sum(part.double().sum((0, 2, 3)) for part in y.split(100)) / count
+    centred = (part.double() - mean.view(-1, 1, 1) for part in y.split(100))
+    return mean, sum(part.square().sum((0, 2, 3)) for part in centred) / count

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
+from unittest import mock
 
 import pytest
 import torch
-from backend_checks import check_cases, check_repeats
+from backend_checks import check_cases, check_repeats, needs_gpu
 from torch import Tensor
 
 from fastres.backends.cuda import batch_norm, slab, tiling
@@ -114,6 +116,30 @@ def test_slabs_give_what_passes_give(device: str) -> None:
         found = slab.forward_in_slabs(y, None, None, 1e-5, way, **end)
         torch.testing.assert_close(found.stats, one.stats, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(found.out, one.out, rtol=1e-6, atol=1e-6)
+
+
+def test_large_slabs_give_what_passes_give(device: str) -> None:
+    """As many blocks as the device holds, over thousands of rows each."""
+    needs_gpu(device)
+    y = torch.randn(64, 256, 56, 56, device=device, dtype=torch.bfloat16)
+    y = y.to(memory_format=torch.channels_last)
+    passes = (slab.PASSES,)
+    end = {"residual": None, "residual_stats": None, "act": "relu", "want_mask": True}
+    with mock.patch.object(slab, "ways", lambda *_: passes):
+        one = slab.bn_act_forward(y, None, None, 1e-5, act="relu", want_mask=True)
+        gate = Gate("mask", one.mask, "relu")
+        given = (y.neg(), gate, (Branch(y, one.stats),), y.numel() // 256)
+        back = slab.bn_act_backward(*given, want_residual=True)
+    close = partial(torch.testing.assert_close, rtol=2**-7, atol=2**-7)  # a bit of bfloat16
+    for way in _slabs("forward", y, False):
+        found = slab.forward_in_slabs(y, None, None, 1e-5, way, **end)
+        torch.testing.assert_close(found.stats, one.stats, rtol=1e-5, atol=1e-6)
+        close(found.out, one.out)
+    for way in _slabs("backward", y, False):
+        found = slab.backward_in_slabs(*given, way, True)
+        torch.testing.assert_close(found.sums[:2], back.sums[:2], rtol=1e-4, atol=1e-1)
+        close(found.grads[0], back.grads[0])
+        assert torch.equal(found.residual, back.residual)
 
 
 def test_slabs_fit_the_cache() -> None:
