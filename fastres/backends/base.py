@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 
@@ -18,6 +18,9 @@ class Backend:
         levels: levels of fusion that its convolutions offer, docs/design.md section 6: the one
             that is taken where nothing was measured comes first.
         proven: whether "auto" takes its convolutions where nothing was measured.
+        source: identifies the text or the binary of its kernels, for what is kept about them.
+        prepare: makes ready, say compiles side by side, all that some functions would launch,
+            whatever launch shapes are open; None where there is nothing to do.
     """
 
     name: str
@@ -26,6 +29,8 @@ class Backend:
     fallback: tuple[str, ...] = ()
     levels: tuple[str, ...] = ("c",)
     proven: bool = True
+    source: Callable[[], str] = str
+    prepare: Callable[[Sequence[Callable[[], object]]], None] | None = None
 
 
 BACKENDS: dict[str, Backend] = {}

@@ -66,3 +66,24 @@ def branch_tensors(
     y1, stats1 = branches[0] if branches else (None, None)
     y2, stats2 = branches[1] if len(branches) > 1 else (None, None)
     return y1, stats1, y2, stats2
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """ "tf32" or "ieee": float32 products follow torch's own switch for convolutions.
+
+    ROCm's have no TF32.
+    """
+    if dtype != torch.float32 or torch.version.hip is not None:
+        return "ieee"
+    return "tf32" if _allows_tf32() else "ieee"
+
+
+def _allows_tf32() -> bool:
+    """What torch's own convolutions would do, by the newer switch where there is one.
+
+    Reading the older one raises where a user has set the newer.
+    """
+    choices = [torch.backends.cudnn, getattr(torch.backends.cudnn, "conv", None)]
+    found = [getattr(choice, "fp32_precision", "none") for choice in reversed(choices)]
+    named = [precision for precision in found if precision != "none"]
+    return named[0] == "tf32" if named else bool(torch.backends.cudnn.allow_tf32)

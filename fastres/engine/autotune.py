@@ -17,11 +17,21 @@ import torch
 from torch import Tensor
 
 from fastres import tuning
+from fastres.backends import BACKENDS, Backend
+from fastres.backends.common import precision_of
 from fastres.engine.compose import Pending, conv_backward, convolve
 from fastres.engine.plan import ConvPlan, Plan, Signature, conv_options
 from fastres.engine.spec import LEVELS, BlockSpec, UnitSpec
 from fastres.engine.tensors import input_shapes
-from fastres.primitives import COMPOSITES, Branch, Gate, PendingGrad, Prologue, acc_dtype
+from fastres.primitives import (
+    COMPOSITES,
+    Branch,
+    Gate,
+    Implementation,
+    PendingGrad,
+    Prologue,
+    acc_dtype,
+)
 
 Thunk = Callable[[], object]
 
@@ -57,7 +67,13 @@ class Site(NamedTuple):
         assert conv is not None
         geometry = (*conv.stride, *conv.padding, *conv.dilation, conv.groups)
         flags = (self.unit.batch_stats, self.unit.act, str(self.act_before), self.keeps)
-        return (*self.shape, *self.weight, *geometry, *flags, str(self.dtype), self.channels_last)
+        kind = (str(self.dtype), self.channels_last, *_switches(self.dtype))
+        return (*self.shape, *self.weight, *geometry, *flags, *kind)
+
+
+def _switches(dtype: torch.dtype) -> tuple[str, bool]:
+    """Torch's own that make a convolution another one: its precision, its search."""
+    return precision_of(dtype), torch.backends.cudnn.benchmark
 
 
 def tuned_plan(spec: BlockSpec, signature: Signature, plan: Plan, x: Tensor) -> Plan:
@@ -69,7 +85,8 @@ def tuned_plan(spec: BlockSpec, signature: Signature, plan: Plan, x: Tensor) -> 
     options = conv_options(spec, signature)
     if all(len(found) < 2 for found in options):
         return plan
-    key = (spec, signature, x.shape, x.device, torch.are_deterministic_algorithms_enabled())
+    switches = (*_switches(x.dtype), torch.are_deterministic_algorithms_enabled())
+    key = (spec, signature, x.shape, x.device, *switches)
     found = _tuned.get(key)
     if found is None:
         sites = _sites(spec, signature, x)
@@ -110,19 +127,32 @@ def _choose(
     device: torch.device,
 ) -> ConvPlan:  # fmt: skip
     inputs = Inputs(site, device)
+
+    def prepare(thunks: Sequence[Thunk]) -> None:
+        for backend in _backends([part for option in options for part in _parts(option)]):
+            if backend.prepare is not None:
+                backend.prepare(thunks)
+
     return tuning.choose(
-        tuning.Problem(f"unit/{kind}", site.sizes, _passes(plan)),
+        tuning.Problem(f"unit/{kind}", site.sizes, _source(plan, options)),
         options,
         lambda option: thunk(plan, option, inputs),
         device=device,
         name=_name,
+        prepare=prepare,
     )
 
 
-def _passes(plan: Plan) -> str:
-    """Who runs the passes around the convolutions, which are measured with them."""
-    found = (entry.backend for (name, _), entry in plan.pointwise.items() if name not in COMPOSITES)
-    return " ".join(dict.fromkeys(found))
+def _source(plan: Plan, options: Sequence[ConvPlan]) -> str:
+    """Who runs the passes around the convolutions, measured with them, and all kernels."""
+    passes = [entry for (name, _), entry in plan.pointwise.items() if name not in COMPOSITES]
+    by = dict.fromkeys(entry.backend for entry in passes)
+    kernels = _backends([*passes, *(part for option in options for part in _parts(option))])
+    return " ".join([*by, *(found for one in kernels if (found := one.source()))])
+
+
+def _backends(parts: Sequence[Implementation | None]) -> list[Backend]:
+    return [BACKENDS[name] for name in sorted({one.backend for one in parts if one is not None})]
 
 
 def _best(plan: Plan, options: Sequence[ConvPlan], site: Site, device: torch.device) -> ConvPlan:
@@ -152,9 +182,12 @@ def _best_inference(
 
 def _name(option: ConvPlan) -> str:
     """What tells the ways to run a convolution apart."""
-    parts = (option.level, option.forward, option.prologue, option.data, option.weight,
-             option.joint, option.infer)  # fmt: skip
+    parts = (option.level, *_parts(option))
     return " ".join(str(part) for part in parts) + (" stats" if option.stats else "")
+
+
+def _parts(option: ConvPlan) -> tuple[Implementation | None, ...]:
+    return (option.forward, option.prologue, option.data, option.weight, option.joint, option.infer)
 
 
 # ---------------------------------------------------------------- what is measured
@@ -168,17 +201,20 @@ class Inputs:
 
     def __init__(self, site: Site, device: torch.device) -> None:
         self.site, self.device = site, device
-        self.generator = torch.Generator(device).manual_seed(0)
         n, _, *size = site.shape
         conv = site.unit.conv
         assert conv is not None
         self.conv = conv
         self.out_shape = (n, site.weight[0], *conv.output_size(size, site.weight[2:]))
 
+    @cached_property
+    def _generator(self) -> torch.Generator:
+        return torch.Generator(self.device).manual_seed(0)
+
     def _random(self, shape: Sequence[int]) -> Tensor:
         fmt = torch.channels_last if self.site.channels_last else torch.contiguous_format
         t = torch.empty(*shape, dtype=self.site.dtype, device=self.device, memory_format=fmt)
-        return t.normal_(generator=self.generator)
+        return t.normal_(generator=self._generator)
 
     def stats(self, channels: int) -> Tensor:
         """Statistics of a standard normal tensor: mean 0, the rest 1 but for the shift."""

@@ -37,7 +37,7 @@ CLEARLY_SLOWER = 1.5
 #: times, since the GPU is then still busy while the host queues the launch: the events around it
 #: see the kernel, not the host. Read in the end, or the launch would pay for writing it back.
 FLUSH_BYTES = 128 * 2**20
-FLUSHES = 4
+FLUSHES = 8
 
 _log = logging.getLogger("fastres.tuning")
 

@@ -123,9 +123,8 @@ def test_large_slabs_give_what_passes_give(device: str) -> None:
     needs_gpu(device)
     y = torch.randn(64, 256, 56, 56, device=device, dtype=torch.bfloat16)
     y = y.to(memory_format=torch.channels_last)
-    passes = (slab.PASSES,)
     end = {"residual": None, "residual_stats": None, "act": "relu", "want_mask": True}
-    with mock.patch.object(slab, "ways", lambda *_: passes):
+    with mock.patch.object(slab, "ways", return_value=(slab.PASSES,)):
         one = slab.bn_act_forward(y, None, None, 1e-5, act="relu", want_mask=True)
         gate = Gate("mask", one.mask, "relu")
         given = (y.neg(), gate, (Branch(y, one.stats),), y.numel() // 256)

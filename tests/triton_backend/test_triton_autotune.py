@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -38,11 +39,14 @@ def problems(monkeypatch: pytest.MonkeyPatch) -> list[tuning.Problem]:
     def choose(
         problem: tuning.Problem, candidates: Sequence[Any],
         run: Callable[[Any], Callable[[], object]], *, device: torch.device,
-        name: Callable[[Any], str] = str,
+        name: Callable[[Any], str] = str, prepare: tuning.Prepare | None = None,
     ) -> Any:  # fmt: skip
         assert len({name(c) for c in candidates}) == len(candidates), "names tell them apart"
-        for candidate in candidates:
-            run(candidate)()
+        thunks = [run(candidate) for candidate in candidates]
+        if prepare is not None:
+            prepare(thunks)
+        for thunk in thunks:
+            thunk()
         seen.append(problem)
         return candidates[-1]
 
@@ -72,6 +76,45 @@ def test_every_way_runs_and_the_chosen_is_taken(
     assert len(problems) == count
     assert _tuned(spec, signature, x[:2]) is not plan, "another size is another problem"
     assert torch.equal(state, torch.random.get_rng_state()), "the user's random numbers stay"
+
+
+def test_a_backend_prepares_all_ways_together(
+    problems: list[tuning.Problem], device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepared: list[int] = []
+    watched = replace(BACKENDS["triton"], prepare=lambda thunks: prepared.append(len(thunks)))
+    monkeypatch.setitem(BACKENDS, "triton", watched)
+    spec, signature, x = _block("triton", device)
+    _tuned(spec, signature, x)
+    assert prepared == [4, 4] * 4, "forward and backward of four convolutions, four levels each"
+
+
+def test_a_choice_is_of_its_kernels_and_of_torch_s_switches(
+    problems: list[tuning.Problem], device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was measured with other kernels, or another precision, says nothing."""
+    spec, signature, x = _block("triton", device)
+    _tuned(spec, signature, x)
+    first, count = problems[0], len(problems)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", not torch.backends.cudnn.benchmark)
+    _tuned(spec, signature, x)
+    assert problems[count].sizes != first.sizes
+    monkeypatch.setattr(autotune, "_tuned", {})
+    monkeypatch.setitem(BACKENDS, "triton", replace(BACKENDS["triton"], source=lambda: "edited"))
+    _tuned(spec, signature, x)
+    assert problems[2 * count].sizes == problems[count].sizes
+    assert problems[2 * count].source != problems[count].source
+
+
+def test_nothing_is_made_for_a_choice_that_is_not_measured(device: str) -> None:
+    """Random numbers cannot be seeded while a CUDA graph is captured."""
+    spec, signature, x = _block("triton", device)
+    plan = make_plan(spec, signature)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(autotune, "_tuned", {})
+        patch.setattr(tuning, "choose", lambda problem, candidates, run, **_: candidates[0])
+        patch.setattr(torch, "Generator", None)
+        assert autotune.tuned_plan(spec, signature, plan, x) == plan
 
 
 def test_forward_and_backward_are_chosen_apart(device: str) -> None:

@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 from fastres.triton_kernels import conv
 from fastres.triton_kernels.walk import Tiling, tilings
 
+from fastres.backends import common
 from fastres.backends.triton import (
     convolution,
     convolution_backward,
@@ -157,8 +158,8 @@ def test_the_newer_switch_for_tf32_is_read(monkeypatch: pytest.MonkeyPatch) -> N
     try:
         for precision, expected in (("ieee", "ieee"), ("tf32", "tf32")):
             conv.fp32_precision = precision
-            assert products.precision_of(torch.float32) == expected
-            assert products.precision_of(torch.bfloat16) == "ieee"
+            assert common.precision_of(torch.float32) == expected
+            assert common.precision_of(torch.bfloat16) == "ieee"
     finally:
         conv.fp32_precision = before
 
@@ -221,6 +222,30 @@ def test_recording_runs_nothing() -> None:
     (one,) = found
     assert one.kernel == "kernel" and one.grid == (3,) and one.sizes == (5, 0.5)
     assert one.dtypes == (torch.float32, None) and one.constants == (("A", 1),)
+
+
+def test_every_candidate_is_recorded_where_they_are_compiled_together(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(launch, "interpreted", lambda: False)
+    monkeypatch.setattr(launch, "source_hash", str)
+    monkeypatch.setattr(launch, "choice", lambda name, source, sizes, candidates, *_: candidates[1])
+    t = torch.zeros(2)
+
+    def run(tile: int) -> None:
+        launch.launch("kernel", (tile,), (t,), (), {})
+
+    def tuned() -> int:
+        found: int = launch.tuned("kernel", "conv", (), (1, 2, 3), run, t.device)
+        run(found)
+        return found
+
+    with launch.recording() as found:
+        assert tuned() == 2
+    assert [one.grid for one in found] == [(2,)]
+    with launch.recording(every=True) as found:
+        tuned()
+    assert {one.grid for one in found} == {(1,), (2,), (3,)}
 
 
 # ---------------------------------------------------------------- where it can run

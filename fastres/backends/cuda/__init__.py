@@ -4,9 +4,11 @@ cuDNN and cuBLAS, through torch, do the convolutions.
 """
 
 from fastres.backends.base import Backend, declare
-from fastres.backends.cuda.module import DEVICES, why_not_here
+from fastres.backends.cuda.module import DEVICES, binary, why_not_here
 
-declare(Backend("cuda", DEVICES, why_not=why_not_here, fallback=("aten",), levels=("b",)))
+declare(
+    Backend("cuda", DEVICES, why_not=why_not_here, fallback=("aten",), levels=("b",), source=binary)
+)
 
 from fastres.backends.cuda import batch_norm, convolution, residual, slab  # noqa: E402
 

@@ -4,6 +4,7 @@ Triton itself is imported when a kernel first runs, so that `import fastres` sta
 """
 
 from fastres.backends.base import Backend, declare
+from fastres.backends.triton.launch import compile_together, source_hash
 from fastres.backends.triton.support import interpreted, why_not_here
 
 declare(
@@ -15,6 +16,8 @@ declare(
         # Level c forms grad_y anew in every column of programs, which no measurement backs yet.
         levels=("c'", "b'", "b", "c"),
         proven=False,
+        source=lambda: source_hash("conv"),
+        prepare=compile_together,
     )
 )
 

@@ -6,14 +6,13 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fastres.backends.common import floats, zeros
+from fastres.backends.common import floats, precision_of, zeros
 from fastres.backends.triton.launch import MAX_REGISTERS, Described, kernel_of, launch
 from fastres.backends.triton.products import (
     Problem,
     channels_innermost,
     choose_tile,
     empty,
-    precision_of,
     prologue_of,
     why_not_convolved,
 )

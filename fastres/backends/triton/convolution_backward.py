@@ -7,14 +7,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastres.backends.common import floats, gate_code
+from fastres.backends.common import floats, gate_code, precision_of
 from fastres.backends.triton.batch_norm import bn_act_backward_apply
 from fastres.backends.triton.launch import kernel_of, launch
 from fastres.backends.triton.products import (
     Problem,
     channels_innermost,
     choose_tile,
-    precision_of,
     prologue_of,
     why_not_convolved,
 )

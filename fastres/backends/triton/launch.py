@@ -115,25 +115,27 @@ class Launch(NamedTuple):
 
 
 class _Recording(threading.local):
-    """Where this thread's launches go instead of to the GPU."""
+    """Where this thread's launches go instead of to the GPU; whether for every candidate."""
 
     launches: list[Launch] | None = None
+    every: bool = False
 
 
 _recording = _Recording()
 
 
 @contextmanager
-def recording() -> Iterator[list[Launch]]:
+def recording(every: bool = False) -> Iterator[list[Launch]]:
     """Collect this thread's launches inside a `with` instead of running them.
 
-    Results stay unwritten.
+    Results stay unwritten. With `every`, the launches of all candidates that are to be tuned.
     """
-    before, _recording.launches = _recording.launches, []
+    before = _recording.launches, _recording.every
+    _recording.launches, _recording.every = [], every
     try:
         yield _recording.launches
     finally:
-        _recording.launches = before
+        _recording.launches, _recording.every = before
 
 
 def launch(
@@ -238,6 +240,10 @@ def tuned(
     """
     if interpreted():
         return candidates[0]
+    if _recording.every:
+        for candidate in candidates[1:]:
+            run(candidate)
+        return candidates[0]
     return choice(name, source_hash(module), sizes, candidates, run, device, compile_together)
 
 
@@ -252,7 +258,7 @@ def compile_together(thunks: Sequence[Callable[[], object]]) -> None:
     mode = getattr(triton, "AsyncCompileMode", None)
     if mode is None:  # before Triton 3.5
         return
-    with recording() as launches:
+    with recording(every=True) as launches:
         for thunk in thunks:
             with suppress(Exception):
                 thunk()

@@ -81,24 +81,6 @@ def _geometry(kernel: tuple[int, int], conv: ConvSpec) -> dict[str, int]:
     }  # fmt: skip
 
 
-def precision_of(dtype: torch.dtype) -> str:
-    """float32 products follow torch's own switch for convolutions; ROCm's have no TF32."""
-    if dtype != torch.float32 or torch.version.hip is not None:
-        return "ieee"
-    return "tf32" if _allows_tf32() else "ieee"
-
-
-def _allows_tf32() -> bool:
-    """What torch's own convolutions would do, by the newer switch where there is one.
-
-    Reading the older one raises where a user has set the newer.
-    """
-    choices = [torch.backends.cudnn, getattr(torch.backends.cudnn, "conv", None)]
-    found = [getattr(choice, "fp32_precision", "none") for choice in reversed(choices)]
-    named = [precision for precision in found if precision != "none"]
-    return named[0] == "tf32" if named else bool(torch.backends.cudnn.allow_tf32)
-
-
 @lru_cache(maxsize=1024)
 def _tiles(described: bool, specialised: bool, *problem: int | bool) -> list[Any]:
     """Candidates; by tensor descriptors, and with specialised warps, after the plain ones."""
