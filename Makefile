@@ -52,7 +52,8 @@ bench-pytest: $(INSTALLED)  ## the same kernels, convolutions and blocks under p
 # Without an environment made by make, the one at hand is used.
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 gpu-check:  ## all that a GPU can tell, within nine minutes; STAGE=build|parity|..., DRY=1 on a CPU
-	$(GPU_PYTHON) -m bench.gpu_check $(if $(STAGE),--stage '$(STAGE)') $(if $(DRY),--dry)
+	$(GPU_PYTHON) -m bench.gpu_check $(if $(STAGE),--stage '$(STAGE)') \
+		$(if $(LIMIT),--seconds $(LIMIT)) $(if $(DRY),--dry)
 
 clean:  ## remove the environment and everything that was built
 	rm -rf $(VENV) build dist *.egg-info report.html .ruff_cache .mypy_cache .pytest_cache \

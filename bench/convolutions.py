@@ -131,6 +131,7 @@ def _single(below: tuple[Gate, Branch]) -> tuple[Gate, tuple[Branch]]:
 
 def rows(shapes: Sequence[ConvShape], device: str, rounds: int) -> Iterator[dict[str, Any]]:
     """One row per shape, direction and contender."""
+    torch.backends.cudnn.benchmark = True  # cuDNN's fastest
     with timer_for(device) as timer:
         for shape in shapes:
             tensors = Tensors(shape, device)
@@ -173,24 +174,29 @@ def main(arguments: Sequence[str]) -> int:
     if wrong := why_wrong_on(device):
         print(f"refused: {wrong}")
         return 1
-    kept = []
     shapes = QUICK if quick else [replace(s, batch=BATCH) for s in CONVOLUTIONS.values()]
-    for row in rows(shapes, device, QUICK_ROUNDS if quick else ROUNDS):
-        kept.append(row)
-        print(
-            f"{row['shape']:<34} {row['direction']:<9} {row['contender']:<30} "
-            f"{row['ms']:>9.4f} ms  {row['over_cudnn']:>6.2f} of cuDNN alone",
-            flush=True,
-        )
+    kept: list[dict[str, Any]] = []
+    try:
+        for row in rows(shapes, device, QUICK_ROUNDS if quick else ROUNDS):
+            kept.append(row)
+            print(
+                f"{row['shape']:<34} {row['direction']:<9} {row['contender']:<30} "
+                f"{row['ms']:>9.4f} ms  {row['over_cudnn']:>6.2f} of cuDNN alone",
+                flush=True,
+            )
+    finally:  # also after Ctrl-C
+        if kept and not quick:
+            _write({**conditions(device), "rows": kept})
     if quick:
         print("quick: a smoke test and not a measurement; nothing is written")
-        return 0
-    found = conditions(device)
+    return 0
+
+
+def _write(found: dict[str, Any]) -> None:
     path = ROOT / "results" / f"{stamp(found)}-convolutions.json"
     with path.open("x") as file:
-        file.write(json.dumps({**found, "rows": kept}, indent=1) + "\n")
+        file.write(json.dumps(found, indent=1) + "\n")
     print(f"written to {path.relative_to(ROOT.parent)}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ def test_dry_run_goes_through_all_stages(
     status = gpu_check.main(["--dry", "--out", str(tmp_path)])
     shown = capsys.readouterr().out
     assert status == 0, shown
-    for stage in ("build", "parity", "sanitize", "kernels", "blocks", "train", "infer"):
+    for stage in gpu_check.STAGES:
         assert f"{stage}: passed" in shown
         assert list(tmp_path.glob(f"*-{stage}.log"))
 
@@ -32,9 +32,8 @@ def test_what_takes_too_long_is_stopped_and_the_rest_goes_on(
         "right": lambda dry: [Command("true", 1)],
     }
     monkeypatch.setattr(gpu_check, "STAGES", stages)
-    monkeypatch.setattr(gpu_check, "TOTAL_SECONDS", 6)
     monkeypatch.setattr(gpu_check, "GRACE_SECONDS", 0.5)  # where SIGINT is ignored
-    assert gpu_check.main(["--dry", "--out", str(tmp_path)]) == 1
+    assert gpu_check.main(["--dry", "--seconds", "6", "--out", str(tmp_path)]) == 1
     shown = capsys.readouterr().out
     assert "endless: stopped after 2 s" in shown
     assert "wrong: failed (3)" in shown
