@@ -114,6 +114,17 @@ def test_the_fastest_is_taken_and_remembered(gpu: FakeGpu) -> None:
     assert gpu.choose_anew() == ("b", [])
 
 
+def test_measuring_is_announced_once(gpu: FakeGpu, caplog: pytest.LogCaptureFixture) -> None:
+    gpu.choose()
+    gpu.choose(problem=OTHER)
+    (said,) = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert "first step" in said and "FASTRES_AUTOTUNE=0" in said
+    assert str(tuning.cache_file(GPU)) in said
+    caplog.clear()
+    gpu.choose_anew()
+    assert not caplog.records, "what is known is taken in silence"
+
+
 def test_the_file_answers_in_the_next_process(gpu: FakeGpu) -> None:
     gpu.choose()
     restart()
@@ -322,7 +333,8 @@ def test_a_candidate_that_fails_is_skipped(
     assert tuning.choose(PROBLEM, list("abcd"), run, device=GPU) == "d"
     assert set(tuning.kept(GPU)[PROBLEM].milliseconds) == {"a", "d"}
     level = logging.DEBUG if "OutOfResources" in type(error).__name__ else logging.WARNING
-    skipped = [r.getMessage() for r in caplog.records if r.levelno == level]
+    said = [r.getMessage() for r in caplog.records if r.levelno == level]
+    skipped = [line for line in said if line.startswith("candidate")]
     assert [
         f"candidate {name} is skipped" in line for name, line in zip("bc", skipped, strict=True)
     ]
@@ -382,7 +394,8 @@ def test_it_says_what_it_chose_to_the_log_alone(
 ) -> None:
     caplog.set_level(logging.INFO, "fastres.tuning")
     gpu.choose()
-    assert [r.getMessage() for r in caplog.records] == [f"{PROBLEM}: b, 1.0000 ms"]
+    said = [r.getMessage() for r in caplog.records if r.levelno == logging.INFO]
+    assert said == [f"{PROBLEM}: b, 1.0000 ms"]
     assert capfd.readouterr() == ("", "")
 
 

@@ -180,6 +180,7 @@ def _measure(
     prepare: measure.Prepare | None,
 ) -> int:
     """The position of the fastest, which is kept; the first where none runs, which is not."""
+    _announce(str(cache_file(device)))
     choice = measure.race(candidates, run, device, prepare)
     if choice is None:
         _log.info("%s: none of %d candidates ran", problem, len(candidates))
@@ -189,10 +190,21 @@ def _measure(
     return list(candidates).index(choice.name)
 
 
+@cache
+def _announce(file: str) -> None:
+    """Say once why the first step takes so long."""
+    _log.warning(
+        "measuring which kernels are fastest on this GPU: the first step of a model takes minutes, "
+        "once; kept in %s (FASTRES_AUTOTUNE=0 does without)",
+        file,
+    )
+
+
 def forget() -> None:
     """Drop everything this process knows, the environment included; files stay. For tests."""
     with lock:
         _memory.clear()
         _autotune.cache_clear()
+        _announce.cache_clear()
         forget_stores()
         forget_machines()
