@@ -1,9 +1,9 @@
 """Convolutions through oneDNN, walked in chunks of images that stay in cache.
 
 A chunk is normalised, convolved, and its statistics taken while it is in cache, so a prologue or
-a reduction costs no pass over memory: level c of docs/design.md on a CPU. The convolution of a
-large tensor writes into memory of ours: oneDNN's "sum" post-operation adds onto an output that is
-zeroed (or holds the residual's gradient), where one of its own would page-fault at every step.
+a reduction costs no pass over memory: level c of docs/design.md on a CPU. Several chunks are
+convolved into one tensor: oneDNN's "sum" post-operation adds onto memory of ours, which is zeroed
+or holds the residual's gradient, and where one of its own would page-fault at every step.
 
 oneDNN reorders the weight in every call. Where there are few pixels that is most of the time, and a
 1x1 convolution is left to a matrix product instead.
@@ -153,8 +153,11 @@ def _matrix(weight: Tensor) -> Tensor:
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in their own dtype: into memory that is there, which autocast leaves alone."""
-    return torch.mm(a, b, out=a.new_empty(a.shape[0], b.shape[1]))
+    """a @ b in their own dtype: into memory that is there, which autocast leaves alone.
+
+    And which autograd refuses for what requires a gradient.
+    """
+    return torch.mm(a.detach(), b.detach(), out=a.new_empty(a.shape[0], b.shape[1]))
 
 
 def _weight_gradient(grad_y: Tensor, x: Tensor, weight: Tensor, conv: ConvSpec) -> Tensor:
@@ -190,9 +193,12 @@ def conv_forward(
     want_state: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """y = conv(P(x), weight) + bias and its statistics, chunk by chunk."""
-    y = _new_output(x, weight, conv)
     chunks = _forward_chunks(x, weight, conv)
     z = _scratch(x, chunks) if prologue is not None else x
+    if len(chunks) == 1:
+        y = _convolved(x if prologue is None else _applied(prologue, x, z), weight, bias, conv)
+        return y, channel_stats(y) if want_state else None
+    y = _new_output(x, weight, conv)
     weight = _packed(weight, conv, z[slice(*chunks[0])].shape, len(chunks))
     state, done = None, 0
     for a, b in chunks:
@@ -329,42 +335,53 @@ class _DataGradient:
         chunks: list[tuple[int, int]],
     ) -> None:
         self.x, self.weight, self.conv, self.accumulate = x, weight, conv, accumulate
-        if isinstance(accumulate, Tensor):
-            self.result = accumulate
-        else:
-            self.result = empty(x.shape, x.dtype, channels_last=True)
         self.transposed = None
         if (plain := _transposed(weight, conv, x)) is not None:
             k = weight.shape[0]
             h, w = conv.output_size(x.shape[2:], weight.shape[2:])
             shape = (chunks[0][1] - chunks[0][0], k, h, w)
             self.transposed = (_packed(plain[0], plain[1], shape, len(chunks)), plain[1])
+        self.result: Tensor | None = None
+        if isinstance(accumulate, Tensor):
+            self.result = accumulate
+        elif len(chunks) > 1 or isinstance(accumulate, Gated) or self._spreads:
+            self.result = empty(x.shape, x.dtype, channels_last=True)
+
+    @property
+    def _spreads(self) -> bool:
+        """Whether what is convolved are the pixels that a stride looked at."""
+        return self.transposed is not None and self.conv.stride != (1, 1)
 
     def chunk(self, grad_y: Tensor, a: int, b: int) -> Tensor:
         """The gradient of images a..b, in place in `result`."""
+        if self.result is None:  # one chunk, and nothing to add: what the convolution made
+            self.result = self._convolved(grad_y, self.x)
+            return self.result
         out = self.result[a:b]
         if isinstance(self.accumulate, Gated):
             gated = self.accumulate
             gate = _gate_images(gated.gate, gated.grad_out, a, b)
             act_backward(gated.grad_out[a:b], gate, out=out)
-        if self.transposed is None:
-            fresh: Tensor = aten_data(grad_y, self.weight, self.x[a:b], self.conv)
-            return out.copy_(fresh) if self.accumulate is None else out.add_(fresh)
-        if self.accumulate is None:
+        elif self.accumulate is None and self.transposed is not None:
             out.zero_()
-        self._convolve(grad_y, out, *self.transposed)
-        return out
-
-    def _convolve(self, grad_y: Tensor, out: Tensor, weight: Tensor, conv: ConvSpec) -> None:
-        """Add the turned convolution to the pixels of `out` that the forward one looked at."""
-        if self.conv.stride == (1, 1):
+        if self.transposed is not None and not self._spreads:
+            weight, conv = self.transposed
             _convolve_into(out, grad_y, weight, None, conv)
-            return
-        n, _, h, w = grad_y.shape
-        sh, sw = self.conv.stride
-        seen = empty((n, out.shape[1], h, w), out.dtype, channels_last=True).zero_()
-        _convolve_into(seen, grad_y, weight, None, conv)
-        out[:, :, ::sh, ::sw].add_(seen)
+            return out
+        found = self._convolved(grad_y, self.x[a:b])
+        if self._spreads:
+            sh, sw = self.conv.stride
+            out[:, :, ::sh, ::sw].add_(found)
+            return out
+        return out.copy_(found) if self.accumulate is None else out.add_(found)
+
+    def _convolved(self, grad_y: Tensor, x: Tensor) -> Tensor:
+        """The gradient of `x`, or with a stride of the pixels that it looked at."""
+        if self.transposed is None:
+            found: Tensor = aten_data(grad_y, self.weight, x, self.conv)
+            return found
+        weight, conv = self.transposed
+        return _convolved(grad_y, weight, None, conv)
 
 
 @register("conv_bn_act", "cpu", why_not=_why_not, name="onednn_chunked")
