@@ -53,6 +53,7 @@ import torch
 from torch import Tensor, nn
 
 import fastres
+from fastres.nn._children import Parts
 from fastres.nn._fused import Layers
 from fastres.nn.blocks import FusedModule
 from fastres.nn.stem import FusedStem
@@ -197,8 +198,10 @@ def _absorbed(ghost: nn.Module) -> Iterator[nn.Module]:
     """Norms and activations that run fused."""
     for _, module, _ in _fused(ghost):
         inside = module.modules()
-        if isinstance(module, FusedStem):
-            inside = iter([module.bn1, module.relu])
+        if isinstance(module, FusedStem):  # the network itself
+            parts = module._parts()
+            assert isinstance(parts, Parts)
+            inside = iter([part for unit in parts.units for part in unit if part is not None])
         yield from (m for m in inside if isinstance(m, nn.BatchNorm2d | nn.ReLU))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastres.nn.blocks import BasicBlock, Bottleneck
-from fastres.nn.stem import FusedStem
+from fastres.nn.stem import FusedResNetStem
 from fastres.nn.stock import NormLayer, conv1x1
 
 __all__ = [
@@ -32,7 +32,7 @@ __all__ = [
 Block = type[BasicBlock] | type[Bottleneck]
 
 
-class ResNet(FusedStem):
+class ResNet(FusedResNetStem):
     """A residual network for images, [N, 3, H, W] to [N, num_classes].
 
     Args:

@@ -66,6 +66,36 @@ def test_parity(timm: Any, block: str, options: dict[str, Any], mode: str) -> No
     assert fastres.revert(model).fused == 0
 
 
+@pytest.mark.parametrize("options", [{}, {"stem_type": "deep", "stem_width": 16}], ids=str)
+def test_the_stem(timm: Any, options: dict[str, Any]) -> None:
+    """One convolution or three; what is not timm's plain forward runs as it is."""
+    stock = small(timm, "BasicBlock", **options)
+    model = copy.deepcopy(stock)
+    report = fastres.convert(model)
+    row = next(row for row in report.rows if row.type.endswith("stem"))
+    assert (row.name, row.type, row.fused) == ("", "timm.ResNet stem", True)
+    x = torch.randn(2, 3, 33, 33, dtype=torch.float64)
+    for found, expected in zip(
+        model.forward_intermediates(x, intermediates_only=True),
+        stock.forward_intermediates(x, intermediates_only=True),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, expected)
+    seen: list[torch.Size] = []
+    model.conv1.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    assert_same(step(model, x), step(stock, x))
+    assert seen, "a hook sees what it saw"
+    row = next(row for row in fastres.explain(model).rows if row.type.endswith("stem"))
+    assert row.reason == "conv1 carries hooks"
+
+
+def test_a_stem_of_other_parts(timm: Any) -> None:
+    model = small(timm, "BasicBlock", stem_type="deep", stem_width=16)
+    model.conv1.append(nn.Dropout(0.0))
+    row = next(row for row in fastres.convert(model).rows if row.type.endswith("stem"))
+    assert row.reason == "conv1 is not a chain of convolutions, batch norms and activations"
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [

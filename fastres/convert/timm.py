@@ -1,4 +1,4 @@
-"""timm's residual blocks."""
+"""timm's residual blocks and the stem of its ResNet."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from typing import Any
 
 from timm.layers import DropBlock2d, DropPath
 from timm.models import resnet
-from torch import nn
+from torch import Tensor, nn
 
 from fastres.nn._children import Decline, Parts, Unit, hooked
 from fastres.nn.blocks import FusedModule
+from fastres.nn.stem import FusedStem
 
 
 class FusedBasicBlock(FusedModule, resnet.BasicBlock):  # type: ignore[misc]
@@ -46,7 +47,44 @@ def _parts_of(block: Any, units: tuple[Unit, ...], end: nn.Module | None) -> Par
     return Parts(units, end, block.downsample, tuple(passive))
 
 
+class FusedResNet(FusedStem, resnet.ResNet):  # type: ignore[misc]
+    """timm's ResNet with a fused stem: one convolution, or three (ResNet-C and -D)."""
+
+    maxpool: nn.Module
+    layer1: nn.Module
+    layer2: nn.Module
+    layer3: nn.Module
+    layer4: nn.Module
+
+    def _parts(self) -> Parts | Decline:
+        m = self._modules
+        conv, end = m["conv1"], m["act1"]
+        if type(conv) is not nn.Sequential:
+            return Parts(((conv, m["bn1"], end),), end, kind="none")
+        chain = list(conv._modules.values())
+        if len(chain) % 3 != 1:
+            return Decline(conv, "is not a chain of convolutions, batch norms and activations")
+        links = [*chain, m["bn1"], end]
+        units = tuple(zip(links[::3], links[1::3], links[2::3], strict=True))
+        return Parts(units, end, containers=(conv,), kind="none")
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """As timm's, all but the stem."""
+        out = self.fused_stem(x)
+        if out is None:
+            found: Tensor = super().forward_features(x)
+            return found
+        x = self.maxpool(out)
+        stages = [self.layer1, self.layer2, self.layer3, self.layer4]
+        if self.grad_checkpointing:
+            return resnet.checkpoint_seq(stages, x, flatten=True)  # type: ignore[no-any-return]
+        for stage in stages:
+            x = stage(x)
+        return x
+
+
 SWAPS: dict[type, type] = {
     resnet.BasicBlock: FusedBasicBlock,
     resnet.Bottleneck: FusedBottleneck,
+    resnet.ResNet: FusedResNet,
 }

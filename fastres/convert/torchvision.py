@@ -6,7 +6,7 @@ from torchvision.models import resnet
 
 from fastres.nn._children import Parts
 from fastres.nn.blocks import FusedModule, three_layers, two_layers
-from fastres.nn.stem import FusedStem
+from fastres.nn.stem import FusedResNetStem
 
 
 class FusedBasicBlock(FusedModule, resnet.BasicBlock):  # type: ignore[misc]
@@ -23,7 +23,7 @@ class FusedBottleneck(FusedModule, resnet.Bottleneck):  # type: ignore[misc]
         return three_layers(self)
 
 
-class FusedResNet(FusedStem, resnet.ResNet):  # type: ignore[misc]
+class FusedResNet(FusedResNetStem, resnet.ResNet):  # type: ignore[misc]
     """torchvision's ResNet with a fused stem."""
 
 

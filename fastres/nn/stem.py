@@ -1,19 +1,41 @@
-"""The stem of a ResNet, its first convolution with batch norm and ReLU, in one operation."""
+"""The stem of a ResNet, what comes before its pooling, in one operation."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from fastres.nn._children import Parts
+from fastres.nn._children import Decline, Parts
 from fastres.nn._fused import Layers, layers_of, run_parts, why_not_parts
 
 
 class FusedStem(nn.Module):
+    """Comes before a network's class among the bases, and runs its stem fused where it can.
+
+    A subclass says in `_parts` what the stem is made of, and calls `fused_stem` in its forward.
+    """
+
+    def _parts(self) -> Parts | Decline:
+        raise NotImplementedError(f"{type(self).__name__} must define _parts")
+
+    def fused_stem(self, x: Tensor) -> Tensor | None:
+        """The stem's output, or None where its children have to run; then nothing was changed."""
+        return run_parts(self._parts(), x)
+
+    def why_not(self, x: Tensor | None = None) -> str | None:
+        """Why the stem's stock path would run now, or None; as `FusedModule.why_not`."""
+        return why_not_parts(self, self._parts(), x)
+
+    def layers(self) -> Layers | None:
+        """What would be run fused; as `FusedModule.layers`."""
+        found = layers_of(self._parts())
+        return found if isinstance(found, Layers) else None
+
+
+class FusedResNetStem(FusedStem):
     """Gives a network with torchvision's attribute names a fused `conv1`, `bn1`, `relu`.
 
-    Comes before the network's class among the bases; all of the rest is called as torchvision
-    does.
+    All of the rest is called as torchvision does.
     """
 
     conv1: nn.Module
@@ -29,26 +51,12 @@ class FusedStem(nn.Module):
 
     def _parts(self) -> Parts:
         m = self._modules
-        conv, norm, relu = m["conv1"], m["bn1"], m["relu"]
-        assert conv is not None and norm is not None
-        return Parts(((conv, norm, relu),), relu, kind="none")
-
-    def _stem(self, x: Tensor) -> Tensor:
-        out = run_parts(self._parts(), x)
-        return self.relu(self.bn1(self.conv1(x))) if out is None else out
+        return Parts(((m["conv1"], m["bn1"], m["relu"]),), m["relu"], kind="none")
 
     def _forward_impl(self, x: Tensor) -> Tensor:
-        x = self.maxpool(self._stem(x))
+        out = self.fused_stem(x)
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))) if out is None else out)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         x = torch.flatten(self.avgpool(x), 1)
         logits: Tensor = self.fc(x)
         return logits
-
-    def why_not(self, x: Tensor | None = None) -> str | None:
-        """Why the stem's stock path would run now, or None; as `FusedModule.why_not`."""
-        return why_not_parts(self, self._parts(), x)
-
-    def layers(self) -> Layers | None:
-        """What would be run fused; as `FusedModule.layers`."""
-        found = layers_of(self._parts())
-        return found if isinstance(found, Layers) else None
