@@ -52,7 +52,10 @@ class Normalise {
       if (a_.residual) {
         add(residual[u], v);
       }
-      const unsigned bits = activate(v);
+      const unsigned bits = a_.mask ? gate_bits(v) : 0;
+      if (a_.act == Activation::kRelu) {
+        activate(v);
+      }
       if (items[u].exists) {
         store<kPack, T>(a_.out, items[u].offset, packed<T>(v));
       }
@@ -87,8 +90,16 @@ class Normalise {
     }
   }
 
-  // Returns the derivative's bits.
-  FASTRES_DEVICE unsigned activate(float (&v)[kPack]) const {
+  FASTRES_DEVICE static void activate(float (&v)[kPack]) {
+    FASTRES_UNROLLED
+    for (int i = 0; i < kPack; ++i) {
+      v[i] = relu(v[i]);
+    }
+  }
+
+  // The derivative's bits, before the activation. Only a mask asks for them: they cost as much as
+  // all the rest.
+  FASTRES_DEVICE unsigned gate_bits(const float (&v)[kPack]) const {
     if (a_.act != Activation::kRelu) {
       return (1u << kPack) - 1;
     }
@@ -96,7 +107,6 @@ class Normalise {
     FASTRES_UNROLLED
     for (int i = 0; i < kPack; ++i) {
       bits |= unsigned(relu_gate<T>(v[i])) << i;
-      v[i] = relu(v[i]);
     }
     return bits;
   }
