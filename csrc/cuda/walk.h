@@ -22,12 +22,15 @@ struct Walk {
   int64_t row_stride;       // elements
   int64_t mask_row_stride;  // bytes
   int64_t channels;
-  int64_t packs;  // of a row
-  int64_t tiles;  // blocks side by side
+  int64_t packs;         // of a row
+  int64_t padded_packs;  // the same in whole widths
+  int64_t tiles;         // blocks side by side
   int64_t chunk_rows;
   int64_t chunks;
-  int64_t pixels;  // values of a channel in a row
-  int width;
+  int64_t pixels;        // values of a channel in a row
+  int64_t round_stride;  // elements from one of a thread's rows to the next
+  int width, width_bits;
+  int lanes, lane_bits;  // threads of a block that share a column
 };
 
 // One pack: where it is, and whether there is one.
@@ -37,7 +40,16 @@ struct Item {
   bool exists;
 };
 
-// What a thread of a block visits.
+// Where a thread is on its way. What changes from pack to pack is carried along: nothing is divided
+// or multiplied there.
+struct Position {
+  int64_t left;  // rows of the thread, from this one on
+  int near;      // the same where there are few, see `look_ahead`
+  int64_t row, pack;
+  int64_t offset;  // elements
+};
+
+// What a thread of a block visits: in rounds, which are its rows, from one width to the next.
 template <int kPack, bool kPerColumn>
 class Place {
  public:
@@ -46,61 +58,105 @@ class Place {
 
   FASTRES_DEVICE Place(const Walk& walk, int64_t chunk, int64_t tile)
       : walk_(walk), tile_(tile), chunk_(chunk) {
-    lane_ = int(threadIdx.x) / walk.width;
-    lanes_ = int(blockDim.x) / walk.width;
-    col_ = int(threadIdx.x) % walk.width;
-    first_row_ = chunk * walk.chunk_rows + lane_;
-    end_row_ = first_row_ - lane_ + walk.chunk_rows;
-    end_row_ = end_row_ < walk.rows ? end_row_ : walk.rows;
+    lane_ = int(threadIdx.x) >> walk.width_bits;
+    col_ = int(threadIdx.x) & (walk.width - 1);
+    const int64_t rows_left = walk.rows - first_row();
+    rows_ = walk.chunk_rows < rows_left ? walk.chunk_rows : rows_left;
   }
 
   // Ordinary launches: tiles side by side, so that neighbouring blocks read neighbouring memory.
   FASTRES_DEVICE explicit Place(const Walk& walk)
-      : Place(walk, int64_t(blockIdx.x) / walk.tiles, int64_t(blockIdx.x) % walk.tiles) {}
+      : Place(walk, blockIdx.x / unsigned(walk.tiles), blockIdx.x % unsigned(walk.tiles)) {}
 
   FASTRES_DEVICE int64_t chunk() const { return chunk_; }
   FASTRES_DEVICE int lane() const { return lane_; }
-  FASTRES_DEVICE int lanes() const { return lanes_; }
+  FASTRES_DEVICE int lanes() const { return walk_.lanes; }
   FASTRES_DEVICE int64_t channel(int slot) const {
     return kPerColumn ? first_pack() * kPack + slot : tile_;
   }
   FASTRES_DEVICE bool has_channels() const { return !kPerColumn || first_pack() < walk_.packs; }
 
   // The same for all threads of a block.
-  FASTRES_DEVICE int64_t steps() const {
-    const int64_t begin = first_row_ - lane_;
-    return begin < end_row_ ? (end_row_ - begin + lanes_ - 1) / lanes_ * cols() : 0;
+  FASTRES_DEVICE int64_t steps() const { return rounds(rows_) * widths(); }
+  FASTRES_DEVICE int64_t widths() const {
+    return kPerColumn ? 1 : walk_.padded_packs >> walk_.width_bits;
   }
 
-  FASTRES_DEVICE Item item(int64_t step) const {
-    int64_t row, pack, offset, mask;
-    if constexpr (kPerColumn) {
-      row = first_row_ + step * lanes_;
-      pack = first_pack();
-      offset = row * walk_.row_stride + pack * kPack;
-      mask = row * walk_.mask_row_stride + pack * kPack / 8;
-    } else {
-      row = first_row_ + step / cols() * lanes_;
-      pack = step % cols() * walk_.width + col_;
-      offset = row * walk_.row_stride + tile_ * walk_.pixels + pack * kPack;
-      mask = row * walk_.mask_row_stride + tile_ * ((walk_.pixels + 7) / 8) + pack * kPack / 8;
+  // The thread's first pack, or its last one.
+  FASTRES_DEVICE Position begin() const { return position(0, 0, own_rounds()); }
+  FASTRES_DEVICE Position end() const {
+    return position(own_rounds() - 1, widths() - 1, own_rounds());
+  }
+  FASTRES_DEVICE Position position(int64_t round, int64_t width, int64_t left) const {
+    const int64_t row = first_row() + round * walk_.lanes + lane_;
+    const int64_t pack = kPerColumn ? first_pack() : width * walk_.width + col_;
+    const int64_t image = kPerColumn ? 0 : tile_ * walk_.pixels;
+    return {left, 0, row, pack, row * walk_.row_stride + image + pack * kPack};
+  }
+
+  // Before so many packs are visited: 32 bits will tell which of them exist.
+  FASTRES_DEVICE void look_ahead(Position& at, int packs) const {
+    at.near = at.left < packs ? int(at.left) : packs;
+  }
+
+  FASTRES_DEVICE Item item(const Position& at) const {
+    return {at.offset, mask_byte(at), at.near > 0 && (kPerColumn || at.pack < walk_.packs)};
+  }
+
+  FASTRES_DEVICE void advance(Position& at) const {
+    if constexpr (!kPerColumn) {
+      at.pack += walk_.width;
+      at.offset += walk_.width * kPack;
+      if (at.pack < walk_.padded_packs) {
+        return;
+      }
+      at.pack -= walk_.padded_packs;
+      at.offset -= walk_.padded_packs * kPack;
     }
-    return {offset, mask, row < end_row_ && pack < walk_.packs};
+    at.row += walk_.lanes;
+    at.offset += walk_.round_stride;
+    --at.left;
+    --at.near;
+  }
+
+  FASTRES_DEVICE void go_back(Position& at) const {
+    if constexpr (!kPerColumn) {
+      at.pack -= walk_.width;
+      at.offset -= walk_.width * kPack;
+      if (at.pack >= 0) {
+        return;
+      }
+      at.pack += walk_.padded_packs;
+      at.offset += walk_.padded_packs * kPack;
+    }
+    at.row -= walk_.lanes;
+    at.offset -= walk_.round_stride;
+    --at.left;
+    --at.near;
   }
 
   // Position within its mask byte of the thread's only element.
   FASTRES_DEVICE int mask_bit() const { return col_ & 7; }
 
  private:
+  FASTRES_DEVICE int64_t first_row() const { return chunk_ * walk_.chunk_rows; }
   FASTRES_DEVICE int64_t first_pack() const { return tile_ * walk_.width + col_; }
-  // Steps across a row.
-  FASTRES_DEVICE int64_t cols() const {
-    return kPerColumn ? 1 : (walk_.packs + walk_.width - 1) / walk_.width;
+  FASTRES_DEVICE int64_t rounds(int64_t rows) const {
+    return (rows + walk_.lanes - 1) >> walk_.lane_bits;
+  }
+  FASTRES_DEVICE int64_t own_rounds() const { return has_channels() ? rounds(rows_ - lane_) : 0; }
+
+  FASTRES_DEVICE int64_t mask_byte(const Position& at) const {
+    if constexpr (kPack == 8) {  // all rows are whole bytes
+      return at.offset >> 3;
+    }
+    const int64_t image = kPerColumn ? 0 : tile_ * ((walk_.pixels + 7) / 8);
+    return at.row * walk_.mask_row_stride + image + (at.pack >> 3);
   }
 
   const Walk& walk_;
-  int64_t tile_, chunk_, first_row_, end_row_;
-  int lane_, lanes_, col_;
+  int64_t tile_, chunk_, rows_;
+  int lane_, col_;
 };
 
 // Calls op.apply(items, place) for kUnroll packs at a time, so that so many loads of each tensor
@@ -108,14 +164,15 @@ class Place {
 template <int kUnroll, class Op, class P>
 FASTRES_DEVICE void for_each_item(const Op& op, const P& place, bool backwards = false) {
   const int64_t steps = place.steps();
+  Position at = backwards ? place.end() : place.begin();
   FASTRES_NOT_UNROLLED
   for (int64_t step = 0; step < steps; step += kUnroll) {
     Item items[kUnroll];
+    place.look_ahead(at, kUnroll);
     FASTRES_UNROLLED
     for (int u = 0; u < kUnroll; ++u) {
-      const int64_t at = backwards ? steps - 1 - step - u : step + u;
       items[u] = place.item(at);
-      items[u].exists = items[u].exists && at >= 0;
+      backwards ? place.go_back(at) : place.advance(at);
     }
     op.apply(items, place);
   }
@@ -147,6 +204,14 @@ inline int width_of(const Tiling& t, int64_t packs, int pack) {
   return pack == 1 ? std::max(width, 8) : width;
 }
 
+inline int bits_of(int power_of_two) {
+  int bits = 0;
+  while (1 << bits < power_of_two) {
+    ++bits;
+  }
+  return bits;
+}
+
 inline Walk make_walk(const Activations& s, const Tiling& t, int pack) {
   check_tiling(t);
   const bool last = s.per_column();
@@ -157,10 +222,15 @@ inline Walk make_walk(const Activations& s, const Tiling& t, int pack) {
   w.channels = s.c;
   w.packs = s.cols() / pack;
   w.width = width_of(t, w.packs, pack);
+  w.width_bits = bits_of(w.width);
+  w.padded_packs = ceil_div(w.packs, w.width) * w.width;
   w.tiles = last ? ceil_div(w.packs, w.width) : s.c;
   w.chunk_rows = t.chunk_rows;
   w.chunks = chunks_of(s, t);
   w.pixels = last ? 1 : s.hw;
+  w.lanes = t.threads / w.width;
+  w.lane_bits = bits_of(w.lanes);
+  w.round_stride = w.lanes * w.row_stride;
   return w;
 }
 

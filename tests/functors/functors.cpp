@@ -261,7 +261,7 @@ struct Probe {
 };
 
 struct ProbeRow {
-  int64_t offset, mask, exists, channel, steps, tiles, chunks, rows, cols, count, numel;
+  int64_t offset, mask, exists, channel, rounds, steps, tiles, chunks, rows, cols, count, numel;
 };
 
 // One item each, of shapes that no memory holds.
@@ -273,9 +273,13 @@ void probe(const Numbers&) {
     ProbeRow row{};
     p.at.with_place([&](auto type) {
       const TypeOf<decltype(type)> place(walk, p.chunk, p.tile);
-      const Item item = place.item(p.step);
-      row = {item.offset, item.mask,    item.exists,  place.channel(0), place.steps(), walk.tiles,
-             walk.chunks, shape.rows(), shape.cols(), shape.count(),    shape.numel()};
+      const int64_t rounds = place.begin().left, round = p.step / place.widths();
+      Position at = place.position(round, p.step % place.widths(), rounds - round);
+      place.look_ahead(at, 1);
+      const Item item = place.item(at);
+      row = {item.offset,  item.mask,     item.exists,   place.channel(0),
+             rounds,       place.steps(), walk.tiles,    walk.chunks,
+             shape.rows(), shape.cols(),  shape.count(), shape.numel()};
     });
     return row;
   });

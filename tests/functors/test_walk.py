@@ -173,6 +173,7 @@ class Seen(NamedTuple):
     mask: int
     exists: int
     channel: int
+    rounds: int
     steps: int
     tiles: int
     chunks: int
@@ -191,7 +192,8 @@ def visit_of(case: Case, element: int) -> tuple[Visit, Seen]:
     chunk, inside = divmod(image, case.chunk_rows)
     rounds, lane = divmod(inside, lanes)
     beside, at = divmod(col // case.pack, width)
-    all_rounds = -(-min(case.chunk_rows, case.rows - chunk * case.chunk_rows) // lanes)
+    left = min(case.chunk_rows, case.rows - chunk * case.chunk_rows)
+    all_rounds = -(-left // lanes)
     return Visit(
         chunk=chunk,
         tile=beside if last else channel,
@@ -202,6 +204,7 @@ def visit_of(case: Case, element: int) -> tuple[Visit, Seen]:
         mask=row * -(-case.cols // 8) + col // 8,
         exists=1,
         channel=channel,
+        rounds=-(-(left - lane) // lanes),
         steps=all_rounds if last else all_rounds * across,
         tiles=across if last else case.c,
         chunks=-(-case.rows // case.chunk_rows),
