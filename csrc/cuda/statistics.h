@@ -35,54 +35,106 @@ struct Statistics {
   }
 };
 
-// What a thread knows of the values it has seen, as differences to the first of them.
+// What a thread knows of the values it has seen: how many, and sums of their differences d to a
+// shift and of d^2, whence M2 = squares - sum^2 / count. The shift is the first value, and becomes
+// the mean of all so far whenever there are kGrowth times as many as at the last time. So at least
+// one in kGrowth of the values adds nothing to the sum; by Cauchy and Schwarz sum^2 / count is at
+// most (1 - 1 / kGrowth) squares, and the difference loses that factor at most, whatever the
+// values.
 template <int kPack>
 struct Running {
-  float first[kPack], mean[kPack], m2[kPack];
-  float count = 0;
+  static constexpr float kGrowth = 8, kFirstMove = 4;
 
-  // A group of packs: its own mean and squared deviations, then joined by Chan's formula. No
-  // difference of large sums occurs, whatever the values are.
+  float shift[kPack] = {}, sum[kPack] = {}, squares[kPack] = {};
+  float count = 0, next = 0;  // next: the count at which the shift changes
+
+  // Of a group of packs those that exist.
   template <int kGroup, class T>
-  FASTRES_DEVICE void add(const Raw<T, kPack>* group) {
-    float v[kGroup][kPack];
+  FASTRES_DEVICE void add(const Raw<T, kPack> (&group)[kGroup], const bool (&exists)[kGroup]) {
+    bool all = true, any = false, every[kGroup];
     FASTRES_UNROLLED
     for (int u = 0; u < kGroup; ++u) {
-      unpack(group[u], v[u]);
+      all = all && exists[u];
+      any = any || exists[u];
+      every[u] = true;
     }
-    const bool fresh = count == 0;
-    const float total = count + float(kGroup), share = float(kGroup) / total;
-    const float weight = count * share;
-    FASTRES_UNROLLED
-    for (int i = 0; i < kPack; ++i) {
-      first[i] = fresh ? v[0][i] : first[i];
-      float sum = 0, squares = 0;
-      FASTRES_UNROLLED
-      for (int u = 0; u < kGroup; ++u) {
-        v[u][i] -= first[i];
-        sum += v[u][i];
-      }
-      const float own = sum * (1.0f / float(kGroup));
-      FASTRES_UNROLLED
-      for (int u = 0; u < kGroup; ++u) {
-        squares = fmaf(v[u][i] - own, v[u][i] - own, squares);
-      }
-      const float delta = fresh ? own : own - mean[i];
-      mean[i] = fresh ? own : fmaf(delta, share, mean[i]);
-      m2[i] = fresh ? squares : m2[i] + fmaf(delta * delta, weight, squares);
+    if (!any) {
+      return;
     }
-    count = total;
+    if (count >= next) {
+      count == 0 ? start(group, exists) : move_shift();
+    }
+    all ? sum_up(group, every) : sum_up(group, exists);
   }
 
   FASTRES_DEVICE Statistics<kPack> statistics() const {
     Statistics<kPack> s;
+    const double share = count > 0 ? 1.0 / double(count) : 0.0;
     FASTRES_UNROLLED
     for (int i = 0; i < kPack; ++i) {
-      s.mean[i] = double(first[i]) + double(mean[i]);
-      s.m2[i] = double(m2[i]);
+      const double offset = double(sum[i]) * share;
+      const double m2 = fma(-double(sum[i]), offset, double(squares[i]));
+      s.mean[i] = double(shift[i]) + offset;
+      s.m2[i] = m2 < 0 ? 0 : m2;  // squares may have vanished below the smallest float32
     }
     s.count = count;
     return s;
+  }
+
+ private:
+  template <int kGroup, class T>
+  FASTRES_DEVICE void start(const Raw<T, kPack> (&group)[kGroup], const bool (&exists)[kGroup]) {
+    FASTRES_UNROLLED
+    for (int u = kGroup - 1; u >= 0; --u) {
+      if (exists[u]) {
+        unpack(group[u], shift);
+      }
+    }
+    next = kFirstMove;
+  }
+
+  // To the mean as float32 has it. What that is off by, exactly (Knuth's two-sum), remains the
+  // mean of the differences.
+  FASTRES_DEVICE void move_shift() {
+    const float share = 1.0f / count;
+    FASTRES_UNROLLED
+    for (int i = 0; i < kPack; ++i) {
+      const float offset = sum[i] * share, moved = shift[i] + offset;
+      const float part = moved - shift[i];
+      const float rest = (shift[i] - (moved - part)) + (offset - part);
+      const float m2 = fmaf(-sum[i], offset, squares[i]);
+      shift[i] = moved;
+      sum[i] = count * rest;
+      squares[i] = fmaf(sum[i], rest, m2);
+    }
+    next = count * kGrowth;
+  }
+
+  // The group by itself first: its terms are of one size, and the chain of sums is shorter.
+  template <int kGroup, class T>
+  FASTRES_DEVICE void sum_up(const Raw<T, kPack> (&group)[kGroup], const bool (&exists)[kGroup]) {
+    float v[kGroup][kPack];
+    FASTRES_UNROLLED
+    for (int u = 0; u < kGroup; ++u) {
+      unpack(group[u], v[u]);
+      count += exists[u] ? 1.0f : 0.0f;
+    }
+    FASTRES_UNROLLED
+    for (int i = 0; i < kPack; ++i) {
+      float d[kGroup];
+      FASTRES_UNROLLED
+      for (int u = 0; u < kGroup; ++u) {
+        d[u] = exists[u] ? v[u][i] - shift[i] : 0.0f;
+      }
+      float of_group = d[0], of_squares = d[0] * d[0];
+      FASTRES_UNROLLED
+      for (int u = 1; u < kGroup; ++u) {
+        of_group += d[u];
+        of_squares = fmaf(d[u], d[u], of_squares);
+      }
+      sum[i] += of_group;
+      squares[i] += of_squares;
+    }
   }
 };
 
@@ -96,21 +148,12 @@ class AddStatistics {
   FASTRES_DEVICE void apply(const Item (&items)[kUnroll], const Place<kPack, kPerColumn>&) const {
     Raw<T, kPack> raw[kUnroll];
     load_existing(y_, items, raw);
-    bool all = true;
+    bool exists[kUnroll];
     FASTRES_UNROLLED
     for (int u = 0; u < kUnroll; ++u) {
-      all = all && items[u].exists;
+      exists[u] = items[u].exists;
     }
-    if (all) {
-      running_.template add<kUnroll>(raw);
-      return;
-    }
-    FASTRES_UNROLLED
-    for (int u = 0; u < kUnroll; ++u) {
-      if (items[u].exists) {
-        running_.template add<1>(raw + u);
-      }
-    }
+    running_.add(raw, exists);
   }
 
  private:

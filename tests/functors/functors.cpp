@@ -127,25 +127,24 @@ void shifted_sums(const Numbers&) {
   each<Doubles<4>>([](const auto& v) { return from_shifted_sums(v[0], v[1], v[2], v[3]); });
 }
 
-// As many packs for each group as it has; the result after the last group.
+// As many packs for each group as it has, 4 at most; the result after the last group.
 template <class T, int kPack>
 void run_groups(const Numbers& groups) {
-  std::vector<Raw<T, kPack>> packs(4);
+  Raw<T, kPack> packs[4]{};
   const auto next = [&](int64_t size) {
-    packs.resize(size);
-    return std::fread(packs.data(), sizeof(packs[0]), size, stdin) == size_t(size);
+    return std::fread(packs, sizeof(packs[0]), size, stdin) == size_t(size);
   };
   while (next(groups[0])) {
     Running<kPack> running;
     for (size_t i = 0; i < groups.size() && (i == 0 || next(groups[i])); ++i) {
-      groups[i] == 4 ? running.template add<4>(packs.data())
-                     : running.template add<1>(packs.data());
+      const bool exists[] = {groups[i] > 0, groups[i] > 1, groups[i] > 2, groups[i] > 3};
+      running.add(packs, exists);
     }
     write(running.statistics());
   }
 }
 
-// NUMBERS: dtype, elements of a pack (8 or 1), groups of packs (4 or 1 each).
+// NUMBERS: dtype, elements of a pack (8 or 1), groups of packs (1 to 4 each).
 void running(const Numbers& numbers) {
   const Numbers groups(numbers.begin() + 2, numbers.end());
   with_dtype(DType(numbers[0]), [&](auto type) {
