@@ -12,7 +12,7 @@ struct Kernel {
 
 template <class T, int kPack, bool kPerColumn, bool kSecond>
 __global__ void __launch_bounds__(kMostThreads) backward_reduce_kernel(Kernel k) {
-  const Place<kPack, kPerColumn> place(k.walk);
+  const auto place = Place<kPack, kPerColumn>::from_the_end(k.walk);
   auto* scratch = &shared_memory<BlockSums<kPack, kPerColumn, kSecond>>();
   write_partial_sums<2, T, kPack, kPerColumn, kSecond>(k.args, place, scratch);
 }

@@ -12,7 +12,7 @@ struct Kernel {
 
 template <class T, int kPack, bool kPerColumn>
 __global__ void __launch_bounds__(kMostThreads) channel_stats_kernel(Kernel k) {
-  const Place<kPack, kPerColumn> place(k.walk);
+  const auto place = Place<kPack, kPerColumn>::from_the_end(k.walk);
   auto* scratch = &shared_memory<BlockStatistics<kPack, kPerColumn>>();
   write_partial_statistics<4, T>(k.args.y, k.args.partials, k.walk.channels, place, scratch);
 }

@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kSlabThreads, 2) norm_backward_kernel(Kernel k
       [&](const MergeShare& share) {
         merge_sums(k.args.reduce, share, k.walk.channels, reinterpret_cast<Total*>(scratch));
       },
-      [&](const P& place) { for_each_item<1>(Op(k.args.apply, place), place, true); });
+      [&](const P& place) { for_each_item<1>(Op(k.args.apply, place), place); });
 }
 
 }  // namespace

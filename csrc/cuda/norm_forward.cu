@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(kSlabThreads, 2) norm_forward_kernel(Kernel k)
       [&](const MergeShare& share) {
         merge_statistics(a.statistics, k.walk, share, reinterpret_cast<Statistics<1>*>(scratch));
       },
-      [&](const P& place) { for_each_item<2>(Op(a.apply, place), place, true); });
+      [&](const P& place) { for_each_item<2>(Op(a.apply, place), place); });
 }
 
 }  // namespace

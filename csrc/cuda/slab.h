@@ -10,7 +10,8 @@ namespace fastres::cuda {
 static_assert(kSlabThreads == kMergeThreads && kVector == kMergeChannels);
 
 // Calls reduce(place), merge(share) and apply(place) for a slab; between them the whole grid waits.
-// Rows are applied last one first: the last ones read are the likeliest to be in L2.
+// Rows are reduced last one first, and applied first one first: the last ones read are the
+// likeliest to be in L2.
 template <class Reduce, class Merge, class Apply>
 FASTRES_DEVICE void run_slab(const Walk& walk, int64_t slab, const Reduce& reduce,
                              const Merge& merge, const Apply& apply) {

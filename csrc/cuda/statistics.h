@@ -171,7 +171,7 @@ FASTRES_DEVICE void write_partial_statistics(const void* y, double* partials, in
                                              BlockStatistics<kPack, kPerColumn>* scratch) {
   constexpr int kSlots = Place<kPack, kPerColumn>::kSlots;
   Running<kPack> running;
-  for_each_item<kUnroll>(AddStatistics<T, kPack, kPerColumn>(y, running), place);
+  for_each_item<kUnroll>(AddStatistics<T, kPack, kPerColumn>(y, running), place, true);
   Statistics<kPack> all = running.statistics();
   Statistics<kSlots> mine;
   if constexpr (kPerColumn) {

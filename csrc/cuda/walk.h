@@ -3,6 +3,9 @@
 // Under channels_last a row is a pixel, a block owns the channels of `width` packs, and a thread's
 // channels stay the same over all its rows. Under the contiguous layout a row is an image, a block
 // owns one channel, and the packs of that channel's pixels are walked `width` at a time.
+//
+// Reductions go backwards, over chunks and rows: they begin where what they read was written last,
+// and end where the pass behind them begins. What is there may be in L2.
 #pragma once
 
 #include <algorithm>
@@ -67,6 +70,12 @@ class Place {
   // Ordinary launches: tiles side by side, so that neighbouring blocks read neighbouring memory.
   FASTRES_DEVICE explicit Place(const Walk& walk)
       : Place(walk, blockIdx.x / unsigned(walk.tiles), blockIdx.x % unsigned(walk.tiles)) {}
+
+  // The same, the last chunk first.
+  FASTRES_DEVICE static Place from_the_end(const Walk& walk) {
+    const unsigned tiles = unsigned(walk.tiles);
+    return {walk, walk.chunks - 1 - blockIdx.x / tiles, blockIdx.x % tiles};
+  }
 
   FASTRES_DEVICE int64_t chunk() const { return chunk_; }
   FASTRES_DEVICE int lane() const { return lane_; }
