@@ -80,10 +80,14 @@ def _tiling(shape: Shape, threads: int, width: int, blocks: int) -> Tiling:
     return Tiling(threads, width, -(-rows // lanes) * lanes)
 
 
+# Two or three blocks of 256 threads are resident on a multiprocessor, by their registers: what 6
+# divides makes whole waves of either.
+
+
 @lru_cache(maxsize=1024)
 def map_tilings(shape: Shape, multiprocessors: int) -> tuple[Tiling, ...]:
     """For elementwise kernels: whole rows side by side; the likeliest first."""
-    ways = [(256, 8), (256, 4), (256, 16), (256, 32), (128, 16), (128, 32)]
+    ways = [(256, 12), (256, 6), (256, 4), (256, 24), (128, 12), (128, 24)]
     made = (_tiling(shape, t, 256, multiprocessors * blocks) for t, blocks in ways)
     return tuple(dict.fromkeys(made))
 
@@ -91,7 +95,8 @@ def map_tilings(shape: Shape, multiprocessors: int) -> tuple[Tiling, ...]:
 @lru_cache(maxsize=1024)
 def sum_tilings(shape: Shape, multiprocessors: int) -> tuple[Tiling, ...]:
     """For reductions: narrower, for several rows at a time; each block leaves a partial result."""
-    ways = [(256, 32, 4), (256, 16, 4), (256, 32, 2), (256, 32, 8), (256, 8, 8), (128, 16, 8)]
+    ways = [(256, 32, 6), (256, 16, 6), (256, 32, 3), (256, 32, 2), (256, 32, 4), (256, 8, 6)]
+    ways += [(128, 16, 12)]
     made = (_tiling(shape, t, width, multiprocessors * blocks) for t, width, blocks in ways)
     return tuple(dict.fromkeys(made))
 
