@@ -103,10 +103,11 @@ def _figures(library: Path) -> Iterator[tuple[tuple[str, str], dict[str, int]]]:
 
 
 def _accesses(library: Path, arch: str) -> dict[str, Counter[str]]:
-    """The memory instructions of every function: global, generic and local ones."""
+    """The memory instructions of every function: global, generic and local ones, copies."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     name = ""
-    instruction = re.compile(r"\s+/\*\w+\*/\s+(?:@!?U?P\w+ )?((?:LD|ST)[GL]?(?:\.\w+)*) ")
+    names = r"(?:LDGSTS|(?:LD|ST)[GL]?)(?:\.\w+)*"
+    instruction = re.compile(rf"\s+/\*\w+\*/\s+(?:@!?U?P\w+ )?({names}) ")
     for line in _lines(_cuobjdump("-sass", "-arch", f"sm_{arch}", library)):
         if found := re.match(r"\s*Function : (\S+)", line):
             name = found[1]
@@ -169,19 +170,24 @@ def narrow(found: Iterable[Binary]) -> list[Binary]:
     """Kernels on packs of 8 elements in 16 bits that do not move every pack by 128-bit accesses.
 
     A pack in float32 takes two such accesses, so an instance in 16 bits has half as many of them
-    as its float32 sibling. A pack that is taken apart would show as fewer.
+    as its float32 sibling. A pack that is taken apart would show as fewer. What there is in 16 bits
+    alone copies packs into a ring in shared memory.
     """
     wide = {b[:4]: b for b in found if b.dtype and "pack 1" not in b.variant}
     bad = []
     for one in wide.values():
-        sibling = wide[(one.kernel, "fp32", *one[2:4])]
+        sibling = wide.get((one.kernel, "fp32", *one[2:4]))
         elements = 0 if one.dtype == "fp32" else one.count(r"(LD|ST)G?\.E\.[US]16.*")
-        halves = 1 if one.dtype == "fp32" else 2
-        pairs = [(one.count(p), sibling.count(p)) for p in (r"LDG\.E\.128.*", r"STG\.E\.128.*")]
-        reads = pairs[0][0] > 0
-        if elements or not reads or any(halves * n != of_float for n, of_float in pairs):
+        whole = _whole_packs(one, sibling) if sibling else one.count(r"LDGSTS\.E\..*\b128") > 0
+        if elements or not whole:
             bad.append(one)
     return bad
+
+
+def _whole_packs(one: Binary, sibling: Binary) -> bool:
+    halves = 1 if one.dtype == "fp32" else 2
+    pairs = [(one.count(p), sibling.count(p)) for p in (r"LDG\.E\.128.*", r"STG\.E\.128.*")]
+    return pairs[0][0] > 0 and all(halves * n == of_float for n, of_float in pairs)
 
 
 # ---------------------------------------------------------------- docs/kernels.md

@@ -1,8 +1,8 @@
 // fastres._cuda: the CUDA kernels on raw addresses. Tensors are checked by the Python adapter; here
 // only what would be an undefined code or a null pointer dereference is refused.
 //
-// `shape` is (n, c, hw, layout, dtype), `tiling` (threads, width, chunk_rows), `where` (device,
-// stream); see csrc/cuda/kernels.h.
+// `shape` is (n, c, hw, layout, dtype), `tiling` (threads, width, chunk_rows, stages), `where`
+// (device, stream); see csrc/cuda/kernels.h.
 #include "bindings/checks.h"
 #include "cuda/kernels.h"
 
@@ -10,7 +10,7 @@ namespace fastres::cuda {
 namespace {
 
 using ShapeCode = std::tuple<int64_t, int64_t, int64_t, int, int>;
-using TilingCode = std::tuple<int, int, int64_t>;
+using TilingCode = std::tuple<int, int, int64_t, int>;
 using WhereCode = std::tuple<int, Address>;
 
 Activations shape_of(const ShapeCode& code) {
@@ -20,7 +20,7 @@ Activations shape_of(const ShapeCode& code) {
 }
 
 Tiling tiling_of(const TilingCode& code) {
-  return {std::get<0>(code), std::get<1>(code), std::get<2>(code)};
+  return {std::get<0>(code), std::get<1>(code), std::get<2>(code), std::get<3>(code)};
 }
 
 Where where_of(const WhereCode& code) { return {std::get<0>(code), at(std::get<1>(code))}; }

@@ -23,6 +23,41 @@ __global__ void __launch_bounds__(kMostThreads, kBlocks<T, kPack, kPerColumn, kS
   for_each_item<2>(Op(k.args, place), place);
 }
 
+template <class T, bool kSecond>
+__global__ void __launch_bounds__(kMostThreads, kSecond ? 2 : 3)
+    backward_apply_ring_kernel(Kernel k) {
+  using Op = ApplyGradients<T, kVector, true, kSecond>;
+  const Place<kVector, true> place(k.walk);
+  for_each_item_in_ring<Op::kTensors>(Op(k.args, place), place, &shared_memory<unsigned char>());
+}
+
+constexpr const char* kName = "bn_act_backward_apply";
+
+void apply(const BackwardApplyArgs& args, bool vectors, const Where& where) {
+  with_instance(args.shape, vectors, [&](auto type, auto pack, auto per_column) {
+    using T = typename decltype(type)::type;
+    constexpr int kPack = decltype(pack)::value;
+    constexpr bool kPerColumn = decltype(per_column)::value;
+    const Kernel k{args, make_walk(args.shape, args.tiling, kPack)};
+    with_bool(args.grad_y[1] != nullptr, [&](auto second) {
+      launch(kName, backward_apply_kernel<T, kPack, kPerColumn, decltype(second)::value>,
+             launch_shape(k.walk, args.tiling), where.stream, k);
+    });
+  });
+}
+
+void apply_in_ring(const BackwardApplyArgs& args, const Where& where) {
+  const Kernel k{args, make_walk(args.shape, args.tiling, kVector)};
+  with_half(args.shape.dtype, [&](auto type) {
+    with_bool(args.grad_y[1] != nullptr, [&](auto second) {
+      constexpr bool kSecond = decltype(second)::value;
+      const size_t shared = ring_bytes<kSecond ? 3 : 2>(args.gate);
+      launch(kName, backward_apply_ring_kernel<typename decltype(type)::type, kSecond>,
+             launch_shape(k.walk, args.tiling, shared), where.stream, k);
+    });
+  });
+}
+
 }  // namespace
 
 void backward_apply(const BackwardApplyArgs& args, const Where& where) {
@@ -31,17 +66,9 @@ void backward_apply(const BackwardApplyArgs& args, const Where& where) {
   const void* out = args.gate == Gate::kOutput ? args.gate_ptr : nullptr;
   const bool vectors = vectorised(args.shape, {args.grad_out, args.y[0], args.y[1], out,
                                                args.grad_y[0], args.grad_y[1], args.grad_residual});
-  with_instance(args.shape, vectors, [&](auto type, auto pack, auto per_column) {
-    using T = typename decltype(type)::type;
-    constexpr int kPack = decltype(pack)::value;
-    constexpr bool kPerColumn = decltype(per_column)::value;
-    const Kernel k{args, make_walk(args.shape, args.tiling, kPack)};
-    with_bool(args.grad_y[1] != nullptr, [&](auto second) {
-      launch("bn_act_backward_apply",
-             backward_apply_kernel<T, kPack, kPerColumn, decltype(second)::value>,
-             launch_shape(k.walk, args.tiling), where.stream, k);
-    });
-  });
+  takes_ring(args.shape, args.tiling, vectors, args.gate, args.gate_ptr)
+      ? apply_in_ring(args, where)
+      : apply(args, vectors, where);
 }
 
 }  // namespace fastres::cuda

@@ -14,13 +14,60 @@ template <class T, int kPack, bool kPerColumn, bool kSecond>
 __global__ void __launch_bounds__(kMostThreads) backward_reduce_kernel(Kernel k) {
   const auto place = Place<kPack, kPerColumn>::from_the_end(k.walk);
   auto* scratch = &shared_memory<BlockSums<kPack, kPerColumn, kSecond>>();
-  write_partial_sums<2, T, kPack, kPerColumn, kSecond>(k.args, place, scratch);
+  reduce_chunk<2, T, kPack, kPerColumn, kSecond>(k.args, place, scratch);
+}
+
+template <class T, bool kSecond>
+__global__ void __launch_bounds__(kMostThreads, kSecond ? 2 : 3)
+    backward_reduce_ring_kernel(Kernel k) {
+  const auto place = Place<kVector, true>::from_the_end(k.walk);
+  reduce_chunk_in_ring<T, kSecond>(k.args, place, &shared_memory<unsigned char>());
 }
 
 template <int kSums>
 __global__ void __launch_bounds__(kMergeThreads) merge_sums_kernel(Kernel k) {
   auto* scratch = &shared_memory<TotalSums<kSums>>();
   merge_sums<kSums>(k.args, MergeShare(blockIdx.x, k.walk.chunks), k.walk.channels, scratch);
+}
+
+constexpr const char* kName = "bn_act_backward_reduce";
+
+void reduce(const BackwardReduceArgs& args, bool vectors, const Where& where) {
+  with_instance(args.shape, vectors, [&](auto type, auto pack, auto per_column) {
+    using T = typename decltype(type)::type;
+    constexpr int kPack = decltype(pack)::value;
+    constexpr bool kPerColumn = decltype(per_column)::value;
+    const Kernel k{args, make_walk(args.shape, args.tiling, kPack)};
+    with_bool(args.y[1] != nullptr, [&](auto second) {
+      constexpr bool kSecond = decltype(second)::value;
+      const size_t shared =
+          sizeof(BlockSums<kPack, kPerColumn, kSecond>) * size_t(args.tiling.threads / 2);
+      launch(kName, backward_reduce_kernel<T, kPack, kPerColumn, kSecond>,
+             launch_shape(k.walk, args.tiling, shared), where.stream, k);
+    });
+  });
+}
+
+void reduce_in_ring(const BackwardReduceArgs& args, const Where& where) {
+  const Kernel k{args, make_walk(args.shape, args.tiling, kVector)};
+  with_half(args.shape.dtype, [&](auto type) {
+    with_bool(args.y[1] != nullptr, [&](auto second) {
+      constexpr bool kSecond = decltype(second)::value;
+      const size_t shared = ring_bytes<kSecond ? 3 : 2>(args.gate);
+      launch(kName, backward_reduce_ring_kernel<typename decltype(type)::type, kSecond>,
+             launch_shape(k.walk, args.tiling, shared), where.stream, k);
+    });
+  });
+}
+
+void merge(const BackwardReduceArgs& args, const Where& where) {
+  const Kernel k{args, make_walk(args.shape, args.tiling, 1)};
+  with_bool(args.y[1] != nullptr, [&](auto second) {
+    constexpr int kSums = decltype(second)::value ? 3 : 2;
+    launch("merge_sums", merge_sums_kernel<kSums>,
+           merge_shape(args.shape.c, sizeof(TotalSums<kSums>) * (kMergeThreads / 2)), where.stream,
+           k);
+  });
 }
 
 }  // namespace
@@ -30,23 +77,10 @@ void backward_reduce(const BackwardReduceArgs& args, const Where& where) {
   check_gate(args.gate, args.y[1]);
   const void* out = args.gate == Gate::kOutput ? args.gate_ptr : nullptr;
   const bool vectors = vectorised(args.shape, {args.grad_out, args.y[0], args.y[1], out});
-  with_instance(args.shape, vectors, [&](auto type, auto pack, auto per_column) {
-    using T = typename decltype(type)::type;
-    constexpr int kPack = decltype(pack)::value;
-    constexpr bool kPerColumn = decltype(per_column)::value;
-    const Kernel k{args, make_walk(args.shape, args.tiling, kPack)};
-    with_bool(args.y[1] != nullptr, [&](auto second) {
-      constexpr bool kSecond = decltype(second)::value;
-      constexpr int kSums = kSecond ? 3 : 2;
-      const size_t shared =
-          sizeof(BlockSums<kPack, kPerColumn, kSecond>) * size_t(args.tiling.threads / 2);
-      launch("bn_act_backward_reduce", backward_reduce_kernel<T, kPack, kPerColumn, kSecond>,
-             launch_shape(k.walk, args.tiling, shared), where.stream, k);
-      launch("merge_sums", merge_sums_kernel<kSums>,
-             merge_shape(args.shape.c, sizeof(TotalSums<kSums>) * (kMergeThreads / 2)),
-             where.stream, k);
-    });
-  });
+  takes_ring(args.shape, args.tiling, vectors, args.gate, args.gate_ptr)
+      ? reduce_in_ring(args, where)
+      : reduce(args, vectors, where);
+  merge(args, where);
 }
 
 }  // namespace fastres::cuda

@@ -38,6 +38,12 @@ void with_dtype(DType dtype, const F& f) {
   }
 }
 
+// Of 16 bits.
+template <class F>
+void with_half(DType dtype, const F& f) {
+  dtype == DType::kBFloat16 ? f(Type<BFloat16>{}) : f(Type<Float16>{});
+}
+
 template <class F>
 void with_bool(bool value, const F& f) {
   value ? f(Constant<true>{}) : f(Constant<false>{});

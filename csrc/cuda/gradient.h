@@ -3,6 +3,7 @@
 
 #include "cuda/merge.h"
 #include "cuda/pack.h"
+#include "cuda/ring.h"
 
 namespace fastres::cuda {
 
@@ -21,11 +22,12 @@ class GateReader {
  public:
   using P = Place<kPack, kPerColumn>;
 
+  // `scale` is filled where the gate reads y, and kept by the caller, who may use it as well.
   FASTRES_DEVICE GateReader(Gate kind, const void* source, const float* stats, const P& place,
-                            int64_t channels)
+                            int64_t channels, float (&scale)[P::kSlots])
       : kind_(kind), source_(source) {
     if (reads_y()) {
-      per_channel(stats + kScale * channels, place, scale_);
+      per_channel(stats + kScale * channels, place, scale);
       per_channel(stats + kShift * channels, place, shift_);
     }
   }
@@ -53,10 +55,32 @@ class GateReader {
     }
   }
 
+  // The same by way of a ring.
+  template <int kTensors>
+  FASTRES_DEVICE void fetch(const Item& item, const Slots<kTensors>& to) const {
+    if (kind_ == Gate::kMask) {
+      const uint8_t* mask = static_cast<const uint8_t*>(source_);
+      copy_async<4>(to.template gate<uint32_t>(), mask + (item.mask & ~int64_t(3)));
+    } else if (kind_ == Gate::kOutput) {
+      const T* out = static_cast<const T*>(source_) + item.offset;
+      copy_async<sizeof(uint4)>(to.template gate<uint4>(), out);
+    }
+  }
+  template <int kTensors>
+  FASTRES_DEVICE GateRaw<T, kPack> taken(const Slots<kTensors>& from, const P& place) const {
+    GateRaw<T, kPack> raw;
+    if (kind_ == Gate::kMask) {  // whose rows are whole words
+      raw.bits = *from.template gate<uint32_t>() >> int(place.channel(0) & 24);
+    } else if (kind_ == Gate::kOutput) {
+      raw.out = {*from.template gate<uint4>()};
+    }
+    return raw;
+  }
+
   // Zeroes the gradients that the activation does not let pass. Only a mask has bits: to pack what
   // the other kinds know costs as much as all the rest.
   FASTRES_DEVICE void apply(const GateRaw<T, kPack>& raw, const float (&y)[kPack],
-                            float (&g)[kPack]) const {
+                            const float (&scale)[P::kSlots], float (&g)[kPack]) const {
     if (kind_ == Gate::kMask) {
       FASTRES_UNROLLED
       for (int i = 0; i < kPack; ++i) {
@@ -73,7 +97,7 @@ class GateReader {
       FASTRES_UNROLLED
       for (int i = 0; i < kPack; ++i) {
         const int slot = kPerColumn ? i : 0;
-        g[i] = relu_gate<T>(fmaf(scale_[slot], y[i], shift_[slot])) ? g[i] : 0.0f;
+        g[i] = relu_gate<T>(fmaf(scale[slot], y[i], shift_[slot])) ? g[i] : 0.0f;
       }
     }
   }
@@ -81,7 +105,7 @@ class GateReader {
  private:
   Gate kind_;
   const void* source_;
-  float scale_[P::kSlots], shift_[P::kSlots];
+  float shift_[P::kSlots];
 };
 
 // ---- reduce ----
@@ -111,7 +135,9 @@ class AddGradients {
   using Sums = ChannelSums<kSums, kPack>;
 
   FASTRES_DEVICE AddGradients(const BackwardReduceArgs& args, const P& place, Sums& sums)
-      : a_(args), gate_(args.gate, args.gate_ptr, args.stats[0], place, args.shape.c), sums_(sums) {
+      : a_(args),
+        gate_(args.gate, args.gate_ptr, args.stats[0], place, args.shape.c, scale_),
+        sums_(sums) {
     FASTRES_UNROLLED
     for (int b = 0; b < kSums - 1; ++b) {
       per_channel(args.stats[b] + kMean * args.shape.c, place, mean_[b]);
@@ -136,13 +162,28 @@ class AddGradients {
     }
   }
 
+  // grad_out and what is normalised, of a pack in a ring.
+  using OwnSlots = Slots<kSums>;
+  FASTRES_DEVICE void fetch(const Item& item, const OwnSlots& to) const {
+    to.template fetch<T>(0, a_.grad_out, item.offset);
+    FASTRES_UNROLLED
+    for (int b = 0; b < kSums - 1; ++b) {
+      to.template fetch<T>(1 + b, a_.y[b], item.offset);
+    }
+    gate_.fetch(item, to);
+  }
+  FASTRES_DEVICE void take(const Item&, const OwnSlots& from, const P& place) const {
+    add(from.template pack<T>(0), gate_.taken(from, place), from.template pack<T>(1),
+        from.template pack<T>(kSums - 1));
+  }
+
  private:
   FASTRES_DEVICE void add(const Raw<T, kPack>& grad, const GateRaw<T, kPack>& gate,
                           const Raw<T, kPack>& first, const Raw<T, kPack>& second) const {
     float g[kPack], y[kPack];
     unpack(grad, g);
     unpack(first, y);
-    gate_.apply(gate, y, g);
+    gate_.apply(gate, y, scale_, g);
     FASTRES_UNROLLED
     for (int i = 0; i < kPack; ++i) {
       sums_.sum[0][i] += g[i];
@@ -163,6 +204,7 @@ class AddGradients {
   }
 
   const BackwardReduceArgs& a_;
+  float scale_[P::kSlots];
   GateReader<T, kPack, kPerColumn, kSecond> gate_;
   float mean_[kSums - 1][P::kSlots];
   Sums& sums_;
@@ -172,14 +214,12 @@ template <int kPack, bool kPerColumn, bool kSecond>
 using BlockSums = ChannelSums<kSecond ? 3 : 2, Place<kPack, kPerColumn>::kSlots>;
 
 // Sums of a chunk's rows into partials [chunks, kSums, C]. `scratch` is for half of the threads.
-template <int kUnroll, class T, int kPack, bool kPerColumn, bool kSecond>
+template <class T, int kPack, bool kPerColumn, bool kSecond>
 FASTRES_DEVICE void write_partial_sums(const BackwardReduceArgs& args,
                                        const Place<kPack, kPerColumn>& place,
+                                       const ChannelSums<kSecond ? 3 : 2, kPack>& all,
                                        BlockSums<kPack, kPerColumn, kSecond>* scratch) {
-  using Op = AddGradients<T, kPack, kPerColumn, kSecond>;
-  constexpr int kSums = Op::kSums, kSlots = Place<kPack, kPerColumn>::kSlots;
-  typename Op::Sums all{};
-  for_each_item<kUnroll>(Op(args, place, all), place);
+  constexpr int kSums = kSecond ? 3 : 2, kSlots = Place<kPack, kPerColumn>::kSlots;
   BlockSums<kPack, kPerColumn, kSecond> mine{};
   if constexpr (kPerColumn) {
     mine = all;
@@ -200,6 +240,30 @@ FASTRES_DEVICE void write_partial_sums(const BackwardReduceArgs& args,
           mine.sum[i / kSlots][i % kSlots];
     }
   }
+}
+
+template <int kUnroll, class T, int kPack, bool kPerColumn, bool kSecond>
+FASTRES_DEVICE void reduce_chunk(const BackwardReduceArgs& args,
+                                 const Place<kPack, kPerColumn>& place,
+                                 BlockSums<kPack, kPerColumn, kSecond>* scratch) {
+  using Op = AddGradients<T, kPack, kPerColumn, kSecond>;
+  typename Op::Sums all{};
+  for_each_item<kUnroll>(Op(args, place, all), place, true);
+  write_partial_sums<T, kPack, kPerColumn, kSecond>(args, place, all, scratch);
+}
+
+// The same sums, bit for bit, by way of a ring. `shared` is for the ring, and then for `scratch`.
+template <class T, bool kSecond>
+FASTRES_DEVICE void reduce_chunk_in_ring(const BackwardReduceArgs& args,
+                                         const Place<kVector, true>& place, unsigned char* shared) {
+  using Op = AddGradients<T, kVector, true, kSecond>;
+  typename Op::Sums all{};
+  for_each_item_in_ring<Op::kSums>(Op(args, place, all), place, shared, true);
+  __syncthreads();
+  static_assert(sizeof(BlockSums<kVector, true, kSecond>) * kMostThreads / 2 <=
+                kVectorBytes<Op::kSums>);
+  auto* scratch = reinterpret_cast<BlockSums<kVector, true, kSecond>*>(shared);
+  write_partial_sums<T, kVector, true, kSecond>(args, place, all, scratch);
 }
 
 // The sums of one channel over all chunks, in float64: there are few of them.
@@ -276,7 +340,7 @@ class ApplyGradients {
   using P = Place<kPack, kPerColumn>;
 
   FASTRES_DEVICE ApplyGradients(const BackwardApplyArgs& args, const P& place)
-      : a_(args), gate_(args.gate, args.gate_ptr, args.stats[0], place, args.shape.c) {
+      : a_(args), gate_(args.gate, args.gate_ptr, args.stats[0], place, args.shape.c, first_.a) {
     const float count = float(args.count);
     const int64_t c = args.shape.c;
     const float* sums = args.sums;
@@ -300,7 +364,7 @@ class ApplyGradients {
     Raw<T, kPack> grad[kUnroll], first[kUnroll], second[kUnroll];
     GateRaw<T, kPack> gate[kUnroll];
     load_existing(a_.grad_out, items, grad);
-    if (gate_.reads_y() || (a_.sums && a_.grad_y[0])) {
+    if (reads_first()) {
       load_existing(a_.y[0], items, first);
     }
     if (kSecond && a_.sums) {
@@ -315,14 +379,33 @@ class ApplyGradients {
     }
   }
 
+  // grad_out and what is normalised, of a pack in a ring.
+  static constexpr int kTensors = kSecond ? 3 : 2;
+  FASTRES_DEVICE void fetch(const Item& item, const Slots<kTensors>& to) const {
+    to.template fetch<T>(0, a_.grad_out, item.offset);
+    if (reads_first()) {
+      to.template fetch<T>(1, a_.y[0], item.offset);
+    }
+    if (kSecond && a_.sums) {
+      to.template fetch<T>(kTensors - 1, a_.y[1], item.offset);
+    }
+    gate_.fetch(item, to);
+  }
+  FASTRES_DEVICE void take(const Item& item, const Slots<kTensors>& from, const P& place) const {
+    write(item.offset, from.template pack<T>(0), gate_.taken(from, place), from.template pack<T>(1),
+          from.template pack<T>(kTensors - 1));
+  }
+
  private:
+  FASTRES_DEVICE bool reads_first() const { return gate_.reads_y() || (a_.sums && a_.grad_y[0]); }
+
   FASTRES_DEVICE void write(int64_t offset, const Raw<T, kPack>& grad,
                             const GateRaw<T, kPack>& gate, const Raw<T, kPack>& first,
                             const Raw<T, kPack>& second) const {
     float g[kPack], y[kPack];
     unpack(grad, g);
     unpack(first, y);
-    gate_.apply(gate, y, g);
+    gate_.apply(gate, y, first_.a, g);
     if (a_.grad_residual) {
       store<kPack, T>(a_.grad_residual, offset, packed<T>(g));
     }
@@ -351,9 +434,9 @@ class ApplyGradients {
   }
 
   const BackwardApplyArgs& a_;
-  GateReader<T, kPack, kPerColumn, kSecond> gate_;
   float mean_g_[P::kSlots];
   Coefficients<P> first_, second_;
+  GateReader<T, kPack, kPerColumn, kSecond> gate_;
 };
 
 // ---- host ----

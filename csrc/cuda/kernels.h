@@ -25,7 +25,12 @@ struct Tiling {
   int threads;  // 64, 128 or 256
   int width;    // a power of two; more than a row has packs counts as just enough
   int64_t chunk_rows;
+  // Packs of each tensor that a thread keeps on their way through shared memory, where a kernel can
+  // (see ring.h): kRingStages, or 0, where loads go straight to registers.
+  int stages = 0;
 };
+
+inline constexpr int kRingStages = 4;
 
 // Rows of an activation as tilings cut them, and how many parts a tiling makes of them: as many
 // partial results does a reduction leave.

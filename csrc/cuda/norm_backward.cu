@@ -14,8 +14,19 @@ struct Kernel {
 template <bool kSecond>
 using Scratch = BlockSums<kVector, true, kSecond>[kSlabThreads / 2];
 
+// Blocks per multiprocessor. Within the registers that two of them leave, nvcc spills one instance
+// for compute capability 10.0.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 template <class T, bool kSecond>
-__global__ void __launch_bounds__(kSlabThreads, 2) norm_backward_kernel(Kernel k) {
+constexpr int kBlocks = sizeof(T) == 4 && kSecond ? 1 : 2;
+#else
+template <class T, bool kSecond>
+constexpr int kBlocks = 2;
+#endif
+
+template <class T, bool kSecond>
+__global__ void __launch_bounds__(kSlabThreads, (kBlocks<T, kSecond>))
+    norm_backward_kernel(Kernel k) {
   using Op = ApplyGradients<T, kVector, true, kSecond>;
   using P = Place<kVector, true>;
   using Total = TotalSums<kSecond ? 3 : 2>;
@@ -23,7 +34,7 @@ __global__ void __launch_bounds__(kSlabThreads, 2) norm_backward_kernel(Kernel k
   run_slab(
       k.walk, k.slab,
       [&](const P& place) {
-        write_partial_sums<1, T, kVector, true, kSecond>(k.args.reduce, place, scratch);
+        reduce_chunk<1, T, kVector, true, kSecond>(k.args.reduce, place, scratch);
       },
       [&](const MergeShare& share) {
         merge_sums(k.args.reduce, share, k.walk.channels, reinterpret_cast<Total*>(scratch));

@@ -1,5 +1,5 @@
-// What kernels need of CUDA beyond the language: shared memory, the grid's barrier, launches. Tests
-// compile the same sources with g++, against an emulation of these.
+// What kernels need of CUDA beyond the language: shared memory, copies into it, the grid's barrier,
+// launches. Tests compile the same sources with g++, against an emulation of these.
 #pragma once
 
 #include <cstddef>
@@ -33,6 +33,29 @@ template <class S>
 __device__ __forceinline__ S& shared_memory() {
   extern __shared__ __align__(16) unsigned char fastres_shared[];
   return *reinterpret_cast<S*>(fastres_shared);
+}
+
+// Begins to copy 4 or 16 bytes, to which both sides are aligned. What the thread does meanwhile is
+// not ordered with it.
+template <int kBytes>
+__device__ __forceinline__ void copy_async(void* shared, const void* global) {
+  const auto to = unsigned(__cvta_generic_to_shared(shared));
+  const auto from = __cvta_generic_to_global(global);
+  if constexpr (kBytes == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(from), "n"(kBytes)
+                 : "memory");
+  }
+}
+
+// The copies that a thread has begun since the last call are a group.
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;"); }
+
+// Until a thread's groups have arrived, but for the last kPending ones.
+template <int kPending>
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
 // Every thread of every block; only in kernels launched by `launch_cooperative`.
@@ -72,6 +95,9 @@ class DeviceGuard {
   bool switched_ = false;
 };
 
+// Shared memory that a block gets without being asked for; the more is a kernel's attribute.
+inline constexpr size_t kSharedByDefault = 48 << 10;
+
 // `name` is for error messages. A grid must not be empty.
 template <class Args>
 void launch(const char* name, void (*kernel)(Args), const LaunchShape& shape, void* stream,
@@ -79,6 +105,11 @@ void launch(const char* name, void (*kernel)(Args), const LaunchShape& shape, vo
   const dim3 blocks(unsigned(shape.blocks)), threads(unsigned(shape.threads));
   const auto queue = static_cast<cudaStream_t>(stream);
   cudaGetLastError();  // somebody else's failure is not this launch's
+  if (shape.shared_bytes > kSharedByDefault) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               int(shape.shared_bytes)),
+          name, shape);
+  }
   // clang-format off
   kernel<<<blocks, threads, shape.shared_bytes, queue>>>(args);
   // clang-format on

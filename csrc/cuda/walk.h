@@ -202,6 +202,10 @@ inline void check_tiling(const Tiling& t) {
   if (t.chunk_rows < 1) {
     throw std::invalid_argument("chunk_rows must be positive, got " + std::to_string(t.chunk_rows));
   }
+  if (t.stages != 0 && t.stages != kRingStages) {
+    throw std::invalid_argument("stages must be 0 or " + std::to_string(kRingStages) + ", got " +
+                                std::to_string(t.stages));
+  }
 }
 
 // A mask's byte is put together by 8 neighbouring threads where a pack is one element.

@@ -50,16 +50,55 @@ def test_every_primitive_around_the_convolutions_has_one() -> None:
 
 #: (threads, width, rows of a chunk): blocks of each size, narrow and wide, many chunks and one.
 SHAPES_OF_BLOCKS = [(64, 8, 3), (64, 64, 1), (128, 2, 40), (256, 1, 300), (256, 256, 10**6)]
+#: The same with packs on their way through shared memory: fewer rows than stages, and more.
+SHAPES_OF_BLOCKS += [(64, 1, 40, 4), (64, 64, 3, 4), (256, 4, 10**6, 4)]
 
 
 @pytest.mark.parametrize("shape", SHAPES_OF_BLOCKS, ids=str)
 @pytest.mark.parametrize("entry", TILED, ids=lambda e: e.primitive)
 def test_blocks_of_any_shape(
-    entry: Implementation, shape: tuple[int, int, int], device: str, monkeypatch
+    entry: Implementation, shape: tuple[int, ...], device: str, monkeypatch
 ) -> None:
     forced = tiling.Tiling(*shape)
     monkeypatch.setattr(batch_norm, "choose", lambda *args, **kwargs: forced)
     assert check_cases(entry, VARIED[:: 1 if device == "cuda" else 3], device) > 0
+
+
+#: Where there is no ring for a mask, its words being shared by rows: 40 channels; else 64.
+RINGS = [(64, "none"), (64, "affine"), (64, "mask"), (64, "out"), (40, "mask"), (40, "out")]
+
+
+@pytest.mark.parametrize("branches", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("channels", "kind"), RINGS)
+def test_rings_change_no_bit(
+    channels: int, kind: str, dtype: torch.dtype, branches: int, device: str, monkeypatch
+) -> None:
+    """Whether a thread has no, few or many rows, with and without what may be written."""
+    if (kind, branches) == ("affine", 2):
+        pytest.skip("two branches have no affine gate")
+    grad, *ys = (
+        torch.randn(3, channels, 5, 7, device=device).to(dtype, memory_format=torch.channels_last)
+        for _ in range(3)
+    )
+    stats = [batch_norm.batch_stats(y, None, None, 1e-5) for y in ys]
+    out, mask = batch_norm.scale_shift_act(ys[0], stats[0], act="relu", want_mask=True)
+    gate = Gate(kind, {"mask": mask, "out": out}.get(kind))
+    pairs = [Branch(y, s) for y, s in zip(ys, stats, strict=True)][:branches]
+
+    def run(way: tiling.Tiling) -> list[Tensor | None]:
+        monkeypatch.setattr(batch_norm, "choose", lambda *args, **kwargs: way)
+        sums = batch_norm.bn_act_backward_reduce(grad, gate, pairs)
+        found: list[Tensor | None] = [*sums[: 1 + branches]]
+        for count, residual in [(105, False), (105, True), (0, True)]:
+            wanted = {"want_grads": [True] * branches, "want_residual": residual}
+            grads, g = batch_norm.bn_act_backward_apply(grad, gate, pairs, sums, count, **wanted)
+            found += [*grads, g]
+        return found
+
+    for way in [(256, 8, 105), (256, 2, 17), (64, 4, 50), (128, 1, 300)]:
+        plain, ring = run(tiling.Tiling(*way)), run(tiling.Tiling(*way, tiling.RING_STAGES))
+        assert all(a is b is None or a.equal(b) for a, b in zip(plain, ring, strict=True))
 
 
 @pytest.mark.parametrize("device_size", [1, 7, 132])
@@ -78,6 +117,8 @@ def test_candidates_are_ones_that_the_kernels_take(make: Callable, device_size: 
             assert one.width & (one.width - 1) == 0
             assert 1 <= one.width <= one.threads
             assert one.chunk_rows >= 1
+        rings = tiling.with_rings(tiling.Shape(*shape), found)[len(found) :]
+        assert {one.stages for one in rings} == ({4} if shape[3] == 0 and shape[4] else set())
 
 
 def _slabs(direction: str, t: Tensor, second: bool) -> list[tiling.Tiling]:
@@ -258,6 +299,7 @@ def test_a_wrong_tiling_is_an_error(device: str, monkeypatch) -> None:
     for wrong, message in [
         ((96, 8, 4), "threads must be 64, 128 or 256, got 96"),
         ((64, 3, 4), "width must be a power of two, got 3"),
+        ((64, 8, 4, 3), "stages must be 0 or 4, got 3"),
     ]:
         forced = tiling.Tiling(*wrong)
         monkeypatch.setattr(batch_norm, "choose", lambda *a, _forced=forced, **k: _forced)

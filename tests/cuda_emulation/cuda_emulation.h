@@ -117,6 +117,26 @@ S& shared_memory() {
   return *reinterpret_cast<S*>(emulation::current->block->shared.get());
 }
 
+template <int kBytes>
+void copy_async(void* shared, const void* global) {
+  static_assert(kBytes == 4 || kBytes == 16);
+  emulation::CudaThread& self = *emulation::current;
+  for (const void* side : {static_cast<const void*>(shared), global}) {
+    if (reinterpret_cast<uintptr_t>(side) % kBytes) {
+      throw self.wave->launch().error(self.name() + " in copy_async(): both sides must begin at " +
+                                      "multiples of " + std::to_string(kBytes));
+    }
+  }
+  self.copies.begin(shared, global, kBytes);
+}
+
+inline void commit_copies() { emulation::current->copies.commit(); }
+
+template <int kPending>
+void wait_for_copies() {
+  emulation::current->copies.wait(kPending);
+}
+
 inline void grid_barrier(emulation::Site site = emulation::Site::current()) {
   const emulation::Launch& launch = emulation::current->wave->launch();
   if (!launch.cooperative) {

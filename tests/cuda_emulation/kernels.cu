@@ -10,11 +10,14 @@
 
 namespace {
 
+using fastres::cuda::commit_copies;
+using fastres::cuda::copy_async;
 using fastres::cuda::grid_barrier;
 using fastres::cuda::launch;
 using fastres::cuda::launch_cooperative;
 using fastres::cuda::LaunchShape;
 using fastres::cuda::shared_memory;
+using fastres::cuda::wait_for_copies;
 
 constexpr unsigned kAll = 0xffffffff;
 constexpr int kThreads = 64;
@@ -140,6 +143,36 @@ __global__ void two_phases(Phases a) {
   }
 }
 
+struct Passage {
+  const float4* in;
+  float4* out;
+  bool no_wait, no_commit, slot_in_use, misaligned;
+};
+
+// Copies a thread's four vectors by way of three slots: two are filled while one is read.
+__global__ void __launch_bounds__(kThreads) copy_through_shared(Passage a) {
+  constexpr int kVectors = 4, kSlots = 3;
+  float4* slots = shared_memory<float4[kSlots * kThreads]>() + threadIdx.x;
+  const int first = int(threadIdx.x) * kVectors;
+  const auto fetch = [&](int i) {
+    if (i < kVectors) {
+      const float4* from = a.in + first + i;
+      copy_async<16>(slots + i % kSlots * kThreads,
+                     a.misaligned ? static_cast<const void*>(&from->y) : from);
+    }
+    if (!a.no_commit) {
+      commit_copies();
+    }
+  };
+  fetch(0);
+  fetch(1);
+  for (int i = 0; i < kVectors; ++i) {
+    a.no_wait ? wait_for_copies<2>() : wait_for_copies<1>();
+    fetch(i + (a.slot_in_use ? kSlots : 2));
+    a.out[first + i] = slots[i % kSlots * kThreads];
+  }
+}
+
 struct Nothing {};
 __global__ void nothing(Nothing) {}
 
@@ -196,11 +229,26 @@ void cooperate() {
   }
 }
 
+void pass_through() {
+  std::vector<float4> in(4 * kThreads), out(4 * kThreads);
+  for (size_t i = 0; i < in.size(); ++i) {
+    in[i] = {float(i), 1, 2, 3};
+  }
+  launch("copy_through_shared", copy_through_shared, {1, kThreads, 3 * kThreads * 16}, nullptr,
+         Passage{in.data(), out.data(), has("no wait"), has("no commit"), has("slot in use"),
+                 has("misaligned copy")});
+  int right = 0;
+  for (size_t i = 0; i < in.size(); ++i) {
+    right += in[i].x == out[i].x && out[i].y == 1 && out[i].z == 2 && out[i].w == 3;
+  }
+  print("copied", right);
+}
+
 void shapes() {
   LaunchShape shape{1, 32, 0};
   shape.blocks = has("no blocks") ? 0 : has("2^31 blocks") ? int64_t(1) << 31 : 1;
   shape.threads = has("no threads") ? 0 : has("1025 threads") ? 1025 : 32;
-  shape.shared_bytes = has("49 KiB") ? 49 << 10 : 0;
+  shape.shared_bytes = has("100 KiB") ? 100 << 10 : 0;
   launch("nothing", nothing, shape, nullptr, {});
   print("launched", 1);
 }
@@ -218,6 +266,7 @@ int main(int argc, char** argv) {
     : name == "warp"      ? warp()
     : name == "atomics"   ? atomics()
     : name == "cooperate" ? cooperate()
+    : name == "pass"      ? pass_through()
     : name == "small"     ? small_shared()
                           : shapes();
   } catch (const std::exception& error) {

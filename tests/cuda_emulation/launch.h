@@ -13,8 +13,8 @@ namespace fastres::cuda::emulation {
 inline constexpr int kWarp = 32;
 inline constexpr int kMostThreads = 1024;
 inline constexpr int64_t kMostBlocks = 0x7fffffff;
-// More takes cudaFuncSetAttribute, which `launch` does not call.
-inline constexpr size_t kMostShared = 48 << 10;
+// What every GPU gives a block that asks for it: `launch` does, `launch_cooperative` does not.
+inline constexpr size_t kMostShared = 99 << 10, kMostSharedUnasked = 48 << 10;
 inline constexpr size_t kMostArguments = 4 << 10;
 
 // Read at every launch, so that a test can change it at any time.
@@ -62,8 +62,10 @@ struct Launch {
             shape.blocks);
     require(shape.threads >= 1 && shape.threads <= kMostThreads, "threads must be in 1..1024",
             shape.threads);
-    require(shape.shared_bytes <= kMostShared, "shared_bytes must be at most 49152",
+    require(shape.shared_bytes <= kMostShared, "shared_bytes must be at most 101376",
             shape.shared_bytes);
+    require(!cooperative || shape.shared_bytes <= kMostSharedUnasked,
+            "shared_bytes of a cooperative launch must be at most 49152", shape.shared_bytes);
     require(!cooperative || shape.blocks <= resident(),
             "blocks of a cooperative launch must be at most resident_blocks", shape.blocks);
   }

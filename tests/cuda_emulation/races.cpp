@@ -298,6 +298,9 @@ void run_all() {
       contiguous.statistics();
       contiguous.forward_backward();
     }
+    Problem ring({2, 32, 9, Layout::kChannelsLast, dtype}, {64, 2, 7, kRingStages});
+    ring.statistics();
+    ring.forward_backward();
     for (const int width : {1, 2}) {
       Problem slabs({2, 16, 9, Layout::kChannelsLast, dtype}, {kSlabThreads, width, 9});
       slabs.statistics();

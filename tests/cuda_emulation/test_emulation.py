@@ -52,6 +52,7 @@ RESULTS = {
     "warp": ["value 496.5", *(f"value {v}" for v in (9, 11, 21, 1 + 4, 2863311530, 1))],
     "atomics": ["all 192", "sum 96"],
     "cooperate": ["total 6"] * 3,
+    "pass": ["copied 256"],
     "shapes": ["launched 1"],
 }
 
@@ -97,7 +98,8 @@ THROWN = {
     ("shapes", "2^31 blocks"): r"blocks must be in 1..2147483647, got 2147483648",
     ("shapes", "no threads"): "threads must be in 1..1024, got 0",
     ("shapes", "1025 threads"): "threads must be in 1..1024, got 1025",
-    ("shapes", "49 KiB"): "shared_bytes must be at most 49152, got 50176",
+    ("shapes", "100 KiB"): "shared_bytes must be at most 101376, got 102400",
+    ("pass", "misaligned copy"): r"in copy_async\(\): both sides must begin at multiples of 16",
 }
 
 
@@ -144,6 +146,14 @@ def test_shared_memory_begins_as_nan(run: Run) -> None:
         assert (
             re.findall(r"sum (.*)", run(sanitizer, "sum", "uninitialised").stdout) == ["-nan"] * 3
         )
+
+
+@pytest.mark.parametrize("fault", ["no wait", "no commit", "slot in use"])
+def test_copies_come_early_and_late(run: Run, fault: str) -> None:
+    """Neither what was not waited for nor what a slot still held is found there by all threads."""
+    done = run("address", "pass", fault)
+    (right,) = re.findall(r"copied (\d+)", done.stdout)
+    assert 0 < int(right) < 256
 
 
 def test_the_seed_changes_who_comes_first(run: Run) -> None:

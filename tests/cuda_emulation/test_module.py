@@ -27,7 +27,7 @@ at += -at % 16
 try:
     cuda.bn_act_forward(y=at, partials=at, weight=0, bias=0, eps=1e-5, stats=at, residual=0,
                         residual_stats=0, out=at, mask=0, act=0, shape=(1, 8, 5, 0, 0),
-                        tiling=(256, 1, 1), where=(0, 0))
+                        tiling=(256, 1, 1, 0), where=(0, 0))
 except RuntimeError as error:
     print("RuntimeError:", error)
 """

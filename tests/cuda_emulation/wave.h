@@ -73,6 +73,43 @@ struct Block {
   Meeting meeting;
 };
 
+// Copies that a thread has begun and not waited for. A GPU makes them at any time in between; here
+// it is done at once or when they are waited for, as chance has it, so that nobody relies on
+// either.
+class Copies {
+ public:
+  explicit Copies(unsigned long seed = 0) : random_(seed + 1) {}
+
+  void begin(void* to, const void* from, size_t size) {
+    const Copy copy{to, from, size, groups_};
+    random_() % 2 ? copy.make() : begun_.push_back(copy);
+  }
+  void commit() { ++groups_; }
+  void wait(int64_t pending) {
+    std::erase_if(begun_, [&](const Copy& copy) {
+      const bool due = copy.group < groups_ - pending;
+      if (due) {
+        copy.make();
+      }
+      return due;
+    });
+  }
+
+ private:
+  struct Copy {
+    void* to;
+    const void* from;
+    size_t size;
+    int64_t group;
+
+    void make() const { std::memcpy(to, from, size); }
+  };
+
+  std::minstd_rand random_;
+  std::vector<Copy> begun_;
+  int64_t groups_ = 0;
+};
+
 class Wave;
 
 struct CudaThread {
@@ -84,6 +121,7 @@ struct CudaThread {
   Status status = Status::kRunning;
   Arrival arrival{};
   uint64_t result = 0;
+  Copies copies{};
 
   int lane() const { return index % kWarp; }
   bool waits(Scope scope) const { return status == Status::kWaiting && arrival.scope == scope; }
@@ -127,6 +165,7 @@ class Wave {
       blocks_.emplace_back(index, launch.shape);
       for (int thread = 0; thread < launch.shape.threads; ++thread) {
         threads_.push_back({this, &blocks_.back(), thread});
+        threads_.back().copies = Copies(launch.seed + thread);
       }
     }
   }

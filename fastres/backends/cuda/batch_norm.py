@@ -138,7 +138,8 @@ def bn_act_backward_reduce(
         return found
 
     flags = (gate.kind, rows)
-    return run(choose("bn_act_backward_reduce", shape, device, flags, run, sums=True))
+    name = "bn_act_backward_reduce"
+    return run(choose(name, shape, device, flags, run, sums=True, rings=True))
 
 
 @register("bn_act_backward_apply", "cuda", why_not=why_not)
@@ -189,4 +190,5 @@ def apply(
     absent = [t is None for t in (sums, *grads, residual)]
     wanted: tuple[str | bool, ...] = (gate.kind, *absent)
     repeatable = None if in_place else run
-    run(choose("bn_act_backward_apply", shape, grad_out.device, wanted, repeatable))
+    name = "bn_act_backward_apply"
+    run(choose(name, shape, grad_out.device, wanted, repeatable, rings=True))

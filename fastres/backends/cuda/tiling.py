@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -16,6 +16,9 @@ from fastres.primitives import is_channels_last
 
 #: Elements of a thread's vector access, `fastres::cuda::kVector`.
 VECTOR = 8
+
+#: `fastres::cuda::kRingStages`.
+RING_STAGES = 4
 
 #: Threads of the blocks that work slab by slab, `fastres::cuda::kSlabThreads`.
 SLAB_THREADS = 256
@@ -59,11 +62,16 @@ class Shape(NamedTuple):
 
 
 class Tiling(NamedTuple):
-    """`fastres::cuda::Tiling`: threads of a block, packs side by side, rows that it walks over."""
+    """`fastres::cuda::Tiling`: threads of a block, packs side by side, rows that it walks over.
+
+    With `stages` (0 or RING_STAGES) a thread's next packs come through shared memory while it
+    computes; kernels that have no such way, or not for a tensor, take no notice.
+    """
 
     threads: int
     width: int
     chunk_rows: int
+    stages: int = 0
 
 
 def _power_above(n: int) -> int:
@@ -101,6 +109,17 @@ def sum_tilings(shape: Shape, multiprocessors: int) -> tuple[Tiling, ...]:
     return tuple(dict.fromkeys(made))
 
 
+def with_rings(shape: Shape, tilings: Sequence[Tiling]) -> tuple[Tiling, ...]:
+    """The likeliest of them also with packs on their way through shared memory, where that can be.
+
+    It keeps memory busy while blocks compute, for some instructions more: which of the two counts
+    is for the GPU to say.
+    """
+    if not shape.vectors or shape.dtype == DTYPE_CODES[torch.float32]:
+        return tuple(tilings)
+    return *tilings, *(t._replace(stages=RING_STAGES) for t in tilings[:3] if t.threads == 256)
+
+
 @lru_cache(maxsize=1024)
 def slab_tilings(shape: Shape, blocks: int, values: int) -> tuple[Tiling, ...]:
     """For slabs of channels: each of `blocks` resident blocks has its rows in every slab.
@@ -128,9 +147,12 @@ def choose(
     run: Callable[[Tiling], object] | None,
     *,
     sums: bool = False,
+    rings: bool = False,
 ) -> Tiling:
     """The tiling for a kernel: tuned where `run` may be repeated, else the heuristic's."""
     candidates = (sum_tilings if sums else map_tilings)(shape, processors(device))
+    if rings:
+        candidates = with_rings(shape, candidates)
     if run is None:
         return candidates[0]
     return tuned(f"cuda/{name}", binary(), (*shape, *flags), candidates, run, device)
