@@ -61,8 +61,9 @@ def _store_sums(
         b_scale = load_values(p_below_stats + SCALE * in_channels, c, m_c)
         b_shift = load_values(p_below_stats + SHIFT * in_channels, c, m_c)
         b_g = gate_gradient(b_g, b_y, b_scale[None, :], b_shift[None, :], dtype)
-    b_g = tl.where(m_x, b_g, 0.0)
-    b_gx = tl.where(m_x, b_g * (b_y - b_mean[None, :]), 0.0)
+    # Outside, b_g is zero and b_y reads as zero. A mask says the same, but Triton 3.6 computes it
+    # anew in the sums' layout, from the pixels' indices, and spills.
+    b_gx = b_g * (b_y - b_mean[None, :])
     p_partials += (tile * 3 * in_channels + c)[None, :]
     m_c = m_c[None, :]
     tl.store(p_partials, total(b_g, 0), mask=m_c)
