@@ -4,10 +4,10 @@ import triton
 import triton.language as tl
 
 from .arithmetic import GATE_MASK, is_open, relu, to_storage
-from .walk import elements, load_values, start, store_bits, unpack_bits
+from .walk import NUMBERS, elements, load_values, start, store_bits, unpack_bits
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def add_act_fwd_kernel(
     p_x,
     p_residual,
@@ -46,7 +46,7 @@ def add_act_fwd_kernel(
             byte += BLOCK_BYTES
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def act_bwd_kernel(
     p_grad_out,
     p_gate,

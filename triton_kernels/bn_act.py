@@ -18,7 +18,7 @@ from .arithmetic import (
     to_storage,
     total,
 )
-from .walk import channel_of, elements, load_values, start, unpack_bits
+from .walk import NUMBERS, channel_of, elements, load_values, start, unpack_bits
 
 
 def sum_shape(partials: int) -> dict[str, int]:
@@ -58,7 +58,7 @@ def _gated(
         return tl.where(is_open(load_values(p_gate, o_element, m_element)), b_g, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def bn_act_reduce_bwd_kernel(
     p_grad_out,
     p_gate,
@@ -145,7 +145,7 @@ def over_tile(b_sum, CHANNELS_LAST: tl.constexpr):
     return total(b_sum, 0 if CHANNELS_LAST else 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def sum_partials_kernel(
     p_partials,
     p_merged,
@@ -169,7 +169,7 @@ def sum_partials_kernel(
     tl.store(p_merged + o_merged, to_storage(b_sum, p_merged.dtype.element_ty), mask=column < width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def bn_act_apply_bwd_kernel(
     p_grad_out,
     p_gate,

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import INVSTD, MEAN, SCALE, SHIFT, total
-from .walk import elements, load_values, start
+from .walk import NUMBERS, elements, load_values, start
 
 #: Partials that one program merges, how many at a time, and for how many channels.
 MERGE = {"GROUP": 512, "ROWS": 128, "CHANNELS": 16}
@@ -54,7 +54,7 @@ def store_partial(p_partials, o_partial, base, mean, m2, channels, mask):
     tl.store(p_partials + o_partial + 2 * channels, m2, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def channel_stats_fwd_kernel(
     p_y,
     p_partials,
@@ -118,7 +118,7 @@ def _visits(first, size, STRIDE: tl.constexpr, steps):
     return tl.minimum(tl.maximum((size - first + STRIDE - 1) // STRIDE, 0), steps).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def merge_stats_kernel(
     p_partials,
     p_counts,
@@ -166,7 +166,7 @@ def merge_stats_kernel(
         tl.store(p_merged_counts + group + tl.zeros_like(channel), count, mask=channel == 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def finalize_stats_fwd_kernel(
     p_state,
     p_mean,

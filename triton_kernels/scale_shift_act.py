@@ -4,10 +4,10 @@ import triton
 import triton.language as tl
 
 from .arithmetic import SCALE, SHIFT, affine, is_open, relu, to_storage
-from .walk import channel_of, elements, load_values, start, store_bits
+from .walk import NUMBERS, channel_of, elements, load_values, start, store_bits
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def scale_shift_act_fwd_kernel(
     p_y,
     p_stats,

@@ -12,6 +12,11 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+#: Numbers that align no access: one binary serves all their values, 1 among them. `row_bytes` is
+#: not among them, since masks are read four bytes at a time where it allows, nor is `steps`, since
+#: a single step needs no loop.
+NUMBERS = ("rows", "chunk", "chunks", "partials", "count")
+
 
 @triton.jit
 def start(

@@ -158,17 +158,22 @@ def compiled(launch: Launch, capability: int) -> Resources:
 
 
 def source_of(launch: Launch) -> Any:
-    """What `triton.compile` takes: a launch's kernel with its types, constants and alignments."""
+    """What `triton.compile` takes: a launch's kernel with its types, constants and alignments.
+
+    They are what Triton's JIT finds: a number that is 1 is a constant, a multiple of 16 is known to
+    be one, unless the kernel says that it does not specialise on it.
+    """
     from triton.compiler import ASTSource
 
     names = list(launch.kernel.arg_names)
+    general = {p.name for p in launch.kernel.params if p.do_not_specialize}
     constants = dict(launch.constants)
     signature: dict[str, str] = {}
     attributes: dict[tuple[int, ...], list[list[Any]]] = {}
     for index, (name, value) in enumerate(
         zip(names, (*launch.dtypes, *launch.sizes), strict=False)
     ):
-        if value is None or (value == 1 and isinstance(value, int)):
+        if value is None or (value == 1 and isinstance(value, int) and name not in general):
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, tuple):
             dtype, block = value
@@ -178,7 +183,7 @@ def source_of(launch: Launch) -> Any:
             attributes[(index,)] = [["tt.divisibility", 16]]
         else:
             signature[name] = "fp32" if isinstance(value, float) else _integer(value)
-            if isinstance(value, int) and value % 16 == 0:
+            if isinstance(value, int) and value % 16 == 0 and name not in general:
                 attributes[(index,)] = [["tt.divisibility", 16]]
     signature |= dict.fromkeys(constants, "constexpr")
     signature = {name: signature[name] for name in names}
