@@ -23,17 +23,41 @@ from .arithmetic import (
 from .bn_act import gate_gradient, load_bn
 from .walk import load_values
 
+#: Numbers that align no access: one binary serves all their values, 1 among them.
+NUMBERS = ("images", "height", "width", "out_height", "out_width", "pixels", "steps")
+
 
 @triton.jit
-def pixels_of(images, height, width):
-    """images*height*width in 64 bits; a size of 1 is a number to the compiler, no tensor."""
-    return (tl.program_id(0).to(tl.int64) * 0 + images) * height * width
+def pixels_of(images, height, width, WIDE: tl.constexpr):
+    """images*height*width; pixels are counted in 64 bits where 32 might not do."""
+    if WIDE:
+        images = images.to(tl.int64)
+    return images * height * width
+
+
+@triton.jit
+def block_of(index, SIZE: tl.constexpr, WIDE: tl.constexpr):
+    """First of the `SIZE` pixels of a block."""
+    if WIDE:
+        index = index.to(tl.int64)
+    return index * SIZE
 
 
 @triton.jit
 def split_pixel(pixel, height, width):
     """(image, row, column) of a pixel's index."""
-    return pixel // (height * width), pixel // width % height, pixel % width
+    line = pixel // width
+    image = line // height
+    return image, line - image * height, pixel - line * width
+
+
+@triton.jit
+def offsets(row, LANES: tl.constexpr, length):
+    """Of [rows, LANES] elements in a matrix whose rows have a length, in 64 bits.
+
+    In a loop they stay as they are: what moves is the pointer that they are added to.
+    """
+    return row.to(tl.int64)[:, None] * length + tl.arange(0, LANES)[None, :]
 
 
 @triton.jit
@@ -53,9 +77,9 @@ def normalised(b_x, p_stats, channel, m_channel, channels, m, RELU: tl.constexpr
 @triton.jit
 def open_bits(p_mask, row, channel, channels, m):
     """Bits of a mask for a tile [pixels, channels]."""
-    o_byte = row[:, None] * ((channels + 7) // 8) + (channel // 8)[None, :]
+    o_byte = row.to(tl.int64)[:, None] * ((channels + 7) // 8) + (channel // 8)[None, :]
     b_byte = tl.load(p_mask + o_byte, mask=m, other=0).to(tl.int32)
-    return ((b_byte >> (channel % 8).to(tl.int32)[None, :]) & 1) != 0
+    return ((b_byte >> (channel % 8)[None, :]) & 1) != 0
 
 
 @triton.jit
@@ -66,28 +90,37 @@ def load_gradient(
     p_stats,
     p_sums,
     row,
-    channel,
+    shift,
+    first,
+    m_row,
     m_channel,
-    m,
     channels,
     inverse_count,
+    LANES: tl.constexpr,
     PENDING: tl.constexpr,
     GATE: tl.constexpr,
     HAS_SUMS: tl.constexpr,
 ):
-    """A tile [pixels, channels] of grad_y: as it lies, or formed from what is pending on it."""
-    o = row[:, None] * channels + channel[None, :]
-    b_grad = tl.load(p_grad + o, mask=m, other=0.0)
+    """A tile [pixels, LANES channels] of grad_y: as it lies, or formed from what is pending on it.
+
+    Its pixels are row + shift, its channels start at `first`; both move with a loop, `row` does
+    not.
+    """
+    o, m = offsets(row, LANES, channels), m_row[:, None] & m_channel[None, :]
+    moved = shift.to(tl.int64) * channels + first
+    b_grad = tl.load(p_grad + moved + o, mask=m, other=0.0)
     if PENDING:
         dtype: tl.constexpr = b_grad.dtype
+        channel = first + tl.arange(0, LANES)
         b_g = b_grad.to(tl.float32)
         b_y = b_g
         if HAS_SUMS or GATE == GATE_AFFINE:
-            b_y = load_values(p_y, o, m)
+            b_y = load_values(p_y + moved, o, m)
         b_scale, b_mean, b_slope, b_mean_g = load_bn(
             p_stats, p_sums, 1, channel, m_channel, channels, inverse_count, HAS_SUMS
         )
         if GATE == GATE_MASK:
+            p_gate += shift.to(tl.int64) * ((channels + 7) // 8)
             b_g = tl.where(open_bits(p_gate, row, channel, channels, m), b_g, 0.0)
         elif GATE == GATE_AFFINE:
             b_shift = load_values(p_stats + SHIFT * channels, channel, m_channel)

@@ -10,10 +10,10 @@ import triton.language as tl
 
 from .arithmetic import dot, to_storage
 from .channel_stats import spread, store_partial
-from .conv import normalised
+from .conv import NUMBERS, normalised
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def conv1x1_fwd_kernel(
     d_x,
     p_x_stats,

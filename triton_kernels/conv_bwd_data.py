@@ -9,7 +9,7 @@ import triton.language as tl
 
 from .arithmetic import GATE_AFFINE, INVSTD, MEAN, SCALE, SHIFT, dot, to_storage, total
 from .bn_act import gate_gradient
-from .conv import load_gradient, open_bits, pixels_of, split_pixel
+from .conv import NUMBERS, block_of, load_gradient, offsets, open_bits, pixels_of, split_pixel
 from .walk import load_values
 
 
@@ -64,13 +64,13 @@ def _store_sums(
     # Outside, b_g is zero and b_y reads as zero. A mask says the same, but Triton 3.6 computes it
     # anew in the sums' layout, from the pixels' indices, and spills.
     b_gx = b_g * (b_y - b_mean[None, :])
-    p_partials += (tile * 3 * in_channels + c)[None, :]
+    p_partials += (tile.to(tl.int64) * 3 * in_channels + c)[None, :]
     m_c = m_c[None, :]
     tl.store(p_partials, total(b_g, 0), mask=m_c)
     tl.store(p_partials + in_channels, total(b_gx, 0) * b_invstd[None, :], mask=m_c)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def conv_bwd_data_kernel(
     p_grad,
     p_gate,
@@ -108,6 +108,7 @@ def conv_bwd_data_kernel(
     HAS_BELOW: tl.constexpr,
     BELOW_GATE: tl.constexpr,
     PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -119,58 +120,70 @@ def conv_bwd_data_kernel(
     """
     group_in, group_out = in_channels // GROUPS, out_channels // GROUPS
     blocks = tl.cdiv(group_in, BLOCK_N)
-    pid = tl.program_id(0).to(tl.int64)
-    tile, column = pid // (blocks * GROUPS), pid % (blocks * GROUPS)
+    tile, column = tl.program_id(0) // (blocks * GROUPS), tl.program_id(0) % (blocks * GROUPS)
     group = column // blocks
     # A class holds at most this many rows and columns of each image.
     class_height, class_width = tl.cdiv(height, STRIDE_H), tl.cdiv(width, STRIDE_W)
-    tiles = tl.cdiv(pixels_of(images, class_height, class_width), BLOCK_M)
-    class_index = tile // tiles
-    class_h = (class_index // STRIDE_W).to(tl.int32)
-    class_w = (class_index % STRIDE_W).to(tl.int32)
-    index = (tile % tiles) * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
-    image, row, col = split_pixel(index, class_height, class_width)
-    row, col = row * STRIDE_H + class_h, col * STRIDE_W + class_w
-    m_pixel = (image < images) & (row < height) & (col < width)
-    pixel = (image * height + row) * width + col
+    pixels = pixels_of(images, class_height, class_width, WIDE)
+    tiles = tl.cdiv(pixels, BLOCK_M).to(tl.int32)
+    class_h, class_w = tile // tiles // STRIDE_W, tile // tiles % STRIDE_W
+    pixel = block_of(tile % tiles, BLOCK_M, WIDE) + tl.arange(0, BLOCK_M)
+    m_pixel = pixel < pixels
     c = (column % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_c = c < group_in
     first_h, taps_h = _taps_of(class_h, TAPS_H, STRIDE_H, PAD_H)
     first_w, taps_w = _taps_of(class_w, TAPS_W, STRIDE_W, PAD_W)
+    taps: tl.constexpr = TAPS_H * TAPS_W
+    flat: tl.constexpr = taps * STRIDE_H * STRIDE_W == 1 and PAD_H == 0 and PAD_W == 0
+    # The output's pixel that a class's first tap leads to; the tap's number counts down from it.
+    origin = pixel
+    if not flat:
+        image, row, col = split_pixel(pixel, class_height, class_width)
+        out_row, out_col = row + (class_h + PAD_H) // STRIDE_H, col + (class_w + PAD_W) // STRIDE_W
+        origin = (image * out_height + out_row) * out_width + out_col
+        row, col = row * STRIDE_H + class_h, col * STRIDE_W + class_w
+        m_pixel &= (row < height) & (col < width)
+        pixel = (image * height + row) * width + col
+    o_weight = offsets(tl.arange(0, BLOCK_K), BLOCK_N, taps * group_in)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    steps = tl.cdiv(group_out, BLOCK_K)
-    for step in range(taps_h * taps_w * steps):
-        # A class without taps divides by none of them, not even ahead of its turn in a pipeline.
-        tap_h = first_h + (step // steps // tl.maximum(taps_w, 1)) * STRIDE_H
-        tap_w = first_w + (step // steps % tl.maximum(taps_w, 1)) * STRIDE_W
-        k = (step % steps) * BLOCK_K + tl.arange(0, BLOCK_K)
-        m_k = k < group_out
-        out_row = (row + PAD_H - tap_h * DILATION_H) // STRIDE_H
-        out_col = (col + PAD_W - tap_w * DILATION_W) // STRIDE_W
-        m_out = m_pixel & (row + PAD_H >= tap_h * DILATION_H) & (out_row < out_height)
-        m_out &= (col + PAD_W >= tap_w * DILATION_W) & (out_col < out_width)
-        o_k = group * group_out + k
+    tap_h, tap_w, first = 0, 0, 0
+    for _ in range(taps_h * taps_w * tl.cdiv(group_out, BLOCK_K)):
+        m_k = first + tl.arange(0, BLOCK_K) < group_out
+        m_out = m_pixel
+        if not flat:
+            at_row, at_col = out_row - tap_h * DILATION_H, out_col - tap_w * DILATION_W
+            m_out &= (at_row >= 0) & (at_row < out_height) & (at_col >= 0) & (at_col < out_width)
         b_grad = load_gradient(
             p_grad,
             p_gate,
             p_y,
             p_stats,
             p_sums,
-            (image * out_height + out_row) * out_width + out_col,
-            o_k,
+            origin,
+            -(tap_h * DILATION_H * out_width + tap_w * DILATION_W),
+            group * group_out + first,
+            m_out,
             m_k,
-            m_out[:, None] & m_k[None, :],
             out_channels,
             inverse_count,
+            BLOCK_K,
             PENDING,
             GATE,
             HAS_SUMS,
         )
-        o_weight = (o_k[:, None] * (TAPS_H * TAPS_W) + tap_h * TAPS_W + tap_w) * group_in + c
-        b_weight = tl.load(p_weight + o_weight, mask=m_k[:, None] & m_c[None, :], other=0.0)
+        tap = (first_h + tap_h * STRIDE_H) * TAPS_W + first_w + tap_w * STRIDE_W
+        moved = ((group * group_out + first).to(tl.int64) * taps + tap) * group_in
+        moved += (column % blocks) * BLOCK_N
+        m_weight = m_k[:, None] & m_c[None, :]
+        b_weight = tl.load(p_weight + moved + o_weight, mask=m_weight, other=0.0)
         acc = dot(b_grad, b_weight, acc, PRECISION)
+        first += BLOCK_K
+        if taps > 1:
+            tap_w, first = tap_w + (first >= group_out), tl.where(first >= group_out, 0, first)
+            tap_h, tap_w = tap_h + (tap_w >= taps_w), tl.where(tap_w >= taps_w, 0, tap_w)
     c += group * group_in
-    o_x, m_x = pixel[:, None] * in_channels + c[None, :], m_pixel[:, None] & m_c[None, :]
+    o_x = pixel.to(tl.int64)[:, None] * in_channels + c[None, :]
+    m_x = m_pixel[:, None] & m_c[None, :]
     acc = _add_residual(acc, p_residual, p_residual_gate, pixel, c, o_x, m_x, in_channels, RESIDUAL)
     dtype: tl.constexpr = p_grad_x.dtype.element_ty
     b_grad_x = to_storage(acc, dtype)

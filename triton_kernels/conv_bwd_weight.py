@@ -8,10 +8,10 @@ import triton
 import triton.language as tl
 
 from .arithmetic import dot
-from .conv import load_gradient, normalised, pixels_of, split_pixel
+from .conv import NUMBERS, block_of, load_gradient, normalised, offsets, pixels_of, split_pixel
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def conv_bwd_weight_kernel(
     p_grad,
     p_gate,
@@ -45,6 +45,7 @@ def conv_bwd_weight_kernel(
     HAS_PROLOGUE: tl.constexpr,
     RELU_X: tl.constexpr,
     PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -56,8 +57,8 @@ def conv_bwd_weight_kernel(
     group_in, group_out = in_channels // GROUPS, out_channels // GROUPS
     k_blocks, c_blocks = tl.cdiv(group_out, BLOCK_M), tl.cdiv(group_in, BLOCK_N)
     taps: tl.constexpr = TAPS_H * TAPS_W
-    pid = tl.program_id(0).to(tl.int64)
-    c_block, rest = pid % c_blocks, pid // c_blocks
+    flat: tl.constexpr = taps * STRIDE_H * STRIDE_W == 1 and PAD_H == 0 and PAD_W == 0
+    c_block, rest = tl.program_id(0) % c_blocks, tl.program_id(0) // c_blocks
     tap, rest = rest % taps, rest // taps
     k_block, rest = rest % k_blocks, rest // k_blocks
     group, split = rest % GROUPS, rest // GROUPS
@@ -66,35 +67,45 @@ def conv_bwd_weight_kernel(
     m_k, m_c = k < group_out, c < group_in
     o_k, o_c = group * group_out + k, group * group_in + c
     tap_h, tap_w = (tap // TAPS_W) * DILATION_H - PAD_H, (tap % TAPS_W) * DILATION_W - PAD_W
-    pixels = pixels_of(images, out_height, out_width)
+    pixels = pixels_of(images, out_height, out_width, WIDE)
+    lane = tl.arange(0, BLOCK_K)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for step in range(steps):
-        pixel = (split * steps + step) * BLOCK_K + tl.arange(0, BLOCK_K).to(tl.int64)
-        m_pixel = pixel < pixels
+        first = block_of(split * steps + step, BLOCK_K, WIDE)
+        m_pixel = first + lane < pixels
         b_grad = load_gradient(
             p_grad,
             p_gate,
             p_y,
             p_stats,
             p_sums,
-            pixel,
-            o_k,
+            lane,
+            first,
+            group * group_out + k_block * BLOCK_M,
+            m_pixel,
             m_k,
-            m_pixel[:, None] & m_k[None, :],
             out_channels,
             inverse_count,
+            BLOCK_M,
             PENDING,
             GATE,
             HAS_SUMS,
         )
-        image, row, col = split_pixel(pixel, out_height, out_width)
-        row, col = row * STRIDE_H + tap_h, col * STRIDE_W + tap_w
-        m_x = m_pixel & (row >= 0) & (row < height) & (col >= 0) & (col < width)
+        m_x, moved = m_pixel, group * group_in + c_block * BLOCK_N
+        if flat:
+            o_x = offsets(lane, BLOCK_N, in_channels)
+            moved += first.to(tl.int64) * in_channels
+        else:
+            image, row, col = split_pixel(first + lane, out_height, out_width)
+            row, col = row * STRIDE_H + tap_h, col * STRIDE_W + tap_w
+            m_x &= (row >= 0) & (row < height) & (col >= 0) & (col < width)
+            o_x = offsets((image * height + row) * width + col, BLOCK_N, in_channels)
         m_x = m_x[:, None] & m_c[None, :]
-        o_x = ((image * height + row) * width + col)[:, None] * in_channels + o_c[None, :]
-        b_x = tl.load(p_x + o_x, mask=m_x, other=0.0)
+        b_x = tl.load(p_x + moved + o_x, mask=m_x, other=0.0)
         if HAS_PROLOGUE:
             b_x = normalised(b_x, p_x_stats, o_c, m_c, in_channels, m_x, RELU_X)
         acc = dot(tl.trans(b_grad), b_x, acc, PRECISION)
-    o_parts = ((split * out_channels + o_k)[:, None] * taps + tap) * group_in + c[None, :]
+    o_parts = ((split.to(tl.int64) * out_channels + o_k)[:, None] * taps + tap) * group_in + c[
+        None, :
+    ]
     tl.store(p_parts + o_parts, acc, mask=m_k[:, None] & m_c[None, :])

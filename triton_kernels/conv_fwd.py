@@ -5,11 +5,11 @@ import triton.language as tl
 
 from .arithmetic import SCALE, SHIFT, affine, dot, relu, to_storage
 from .channel_stats import spread, store_partial
-from .conv import normalised, pixels_of, split_pixel
+from .conv import NUMBERS, block_of, normalised, offsets, pixels_of, split_pixel
 from .walk import load_values
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NUMBERS)
 def conv_fwd_kernel(
     p_x,
     p_x_stats,
@@ -44,6 +44,7 @@ def conv_fwd_kernel(
     RELU: tl.constexpr,
     HAS_STATE: tl.constexpr,
     PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -55,40 +56,45 @@ def conv_fwd_kernel(
     """
     group_in, group_out = in_channels // GROUPS, out_channels // GROUPS
     blocks = tl.cdiv(group_out, BLOCK_N)
-    pid = tl.program_id(0).to(tl.int64)
-    tile, column = pid // (blocks * GROUPS), pid % (blocks * GROUPS)
+    tile, column = tl.program_id(0) // (blocks * GROUPS), tl.program_id(0) % (blocks * GROUPS)
     group = column // blocks
-    pixels = pixels_of(images, out_height, out_width)
-    pixel = tile * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
+    pixel = block_of(tile, BLOCK_M, WIDE) + tl.arange(0, BLOCK_M)
     k = (column % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_pixel, m_k = pixel < pixels, k < group_out
+    m_pixel, m_k = pixel < pixels_of(images, out_height, out_width, WIDE), k < group_out
     k += group * group_out
-    image, row, col = split_pixel(pixel, out_height, out_width)
-    row, col = row * STRIDE_H - PAD_H, col * STRIDE_W - PAD_W
-    origin = (image * height + row) * width + col
+    taps: tl.constexpr = TAPS_H * TAPS_W
+    padded: tl.constexpr = PAD_H > 0 or PAD_W > 0
+    origin = pixel
+    if taps > 1 or STRIDE_H > 1 or STRIDE_W > 1 or padded:
+        image, row, col = split_pixel(pixel, out_height, out_width)
+        row, col = row * STRIDE_H - PAD_H, col * STRIDE_W - PAD_W
+        origin = (image * height + row) * width + col
+    o_x, o_weight = offsets(origin, BLOCK_K, in_channels), offsets(k, BLOCK_K, taps * group_in)
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    steps = tl.cdiv(group_in, BLOCK_K)
-    for step in range(TAPS_H * TAPS_W * steps):
-        tap = step // steps
-        tap_h, tap_w = (tap // TAPS_W) * DILATION_H, (tap % TAPS_W) * DILATION_W
-        c = (step % steps) * BLOCK_K + tl.arange(0, BLOCK_K)
+    tap, first = 0, 0
+    for _ in range(taps * tl.cdiv(group_in, BLOCK_K)):
+        c = first + tl.arange(0, BLOCK_K)
         m_c = c < group_in
+        tap_h, tap_w = (tap // TAPS_W) * DILATION_H, (tap % TAPS_W) * DILATION_W
         m_x = m_pixel
-        if PAD_H > 0 or PAD_W > 0:
+        if padded:
             m_x &= (row + tap_h >= 0) & (row + tap_h < height)
             m_x &= (col + tap_w >= 0) & (col + tap_w < width)
         m_x = m_x[:, None] & m_c[None, :]
-        o_pixel = origin + tap_h * width + tap_w
-        o_c = group * group_in + c
-        b_x = tl.load(p_x + o_pixel[:, None] * in_channels + o_c[None, :], mask=m_x, other=0.0)
+        moved = (tap_h * width + tap_w).to(tl.int64) * in_channels + group * group_in + first
+        b_x = tl.load(p_x + moved + o_x, mask=m_x, other=0.0)
         if HAS_PROLOGUE:
+            o_c = group * group_in + c
             b_x = normalised(b_x, p_x_stats, o_c, m_c, in_channels, m_x, RELU_X)
-        o_weight = (k[None, :] * (TAPS_H * TAPS_W) + tap) * group_in + c[:, None]
-        b_weight = tl.load(p_weight + o_weight, mask=m_c[:, None] & m_k[None, :], other=0.0)
-        acc = dot(b_x, b_weight, acc, PRECISION)
+        m_weight = m_k[:, None] & m_c[None, :]
+        b_weight = tl.load(p_weight + tap * group_in + first + o_weight, mask=m_weight, other=0.0)
+        acc = dot(b_x, tl.trans(b_weight), acc, PRECISION)
+        first += BLOCK_K
+        if taps > 1:
+            tap, first = tap + (first >= group_in), tl.where(first >= group_in, 0, first)
     if HAS_BIAS:
         acc += load_values(p_bias, k, m_k)[None, :]
-    o_y = pixel[:, None] * out_channels + k[None, :]
+    o_y = pixel.to(tl.int64)[:, None] * out_channels + k[None, :]
     m_y = m_pixel[:, None] & m_k[None, :]
     if HAS_AFFINE:
         b_scale = load_values(p_stats + SCALE * out_channels, k, m_k)
@@ -102,7 +108,7 @@ def conv_fwd_kernel(
     tl.store(p_y + o_y, b_y, mask=m_y)
     if HAS_STATE:
         count = tl.sum(m_pixel.to(tl.float32), axis=0)
-        b_base, b_mean, b_m2 = spread(b_y.to(tl.float32), m_y, count)
-        o_partial = (tile * 3 * out_channels + k)[None, :]
+        b_base, b_mean, b_m2 = spread(b_y.to(tl.float32), m_pixel[:, None], count)
+        o_partial = (tile.to(tl.int64) * 3 * out_channels + k)[None, :]
         store_partial(p_partials, o_partial, b_base, b_mean, b_m2, out_channels, m_k[None, :])
         tl.store(p_counts + tile, count, mask=column == 0)

@@ -102,14 +102,18 @@ def test_loads_of_16_bit_activations_are_16_bytes_wide(
             assert "st.global.v4.b32" in row.resources.ptx, row[:5]
 
 
-def test_sizes_of_one_compile() -> None:
-    """Triton makes a number of an argument that is 1, and a number has no methods."""
-    from fastres.backends.triton import convolution, convolution_backward
+@pytest.mark.parametrize("far", [1, 1 << 30])
+def test_sizes_of_one_compile(far: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton makes a number of an argument that is 1, and a number has no methods; with pixels
+    counted in 32 bits and in 64.
+    """
+    from fastres.backends.triton import convolution, convolution_backward, products
     from fastres.backends.triton.launch import recording
     from fastres.backends.triton.support import pretending
     from fastres.primitives import ConvSpec
     from fastres.testing.ahead import compiled
 
+    monkeypatch.setattr(products, "_FAR", far)
     with pretending(resources.DEVICES[90]), recording() as launches:
         for channels, size, kernel, stride in ((64, 14, 3, 1), (64, 14, 3, 2), (1, 1, 1, 1)):
             conv = ConvSpec((stride,) * 2, (kernel // 2,) * 2)
@@ -122,6 +126,22 @@ def test_sizes_of_one_compile() -> None:
     assert len(launches) >= 9
     for launch in launches:
         assert compiled(launch, 90).registers > 0
+
+
+def test_one_binary_serves_all_sizes_that_align_nothing() -> None:
+    """What is compiled ahead of time knows as little of them as what Triton's JIT compiles."""
+    from fastres.backends.triton import convolution
+    from fastres.backends.triton.launch import recording
+    from fastres.backends.triton.support import pretending
+    from fastres.primitives import ConvSpec
+    from fastres.testing.ahead import source_of
+
+    with pretending(resources.DEVICES[90]), recording() as launches:
+        for images, size in ((1, 160), (65536, 1), (32, 48), (37, 47)):
+            x = torch.empty(images, 64, size, size, device="meta", dtype=torch.bfloat16)
+            x = x.contiguous(memory_format=torch.channels_last)
+            convolution.conv_forward(x, x.new_empty(64, 64, 1, 1), None, ConvSpec())
+    assert len({source_of(one).hash() for one in launches}) == 1
 
 
 class Driver:

@@ -63,7 +63,7 @@ def _forward(
             (tiles * conv.groups * -(-group_out // tile.n),),
             (x, x_stats, weight, *given, y, partials, counts),
             p.sizes,
-            {**p.constants, **flags, **tile.constants},
+            {**p.constants, **flags, "WIDE": p.wide, **tile.constants},
             **tile.options,
         )
         return y, partials, counts

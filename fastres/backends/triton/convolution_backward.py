@@ -99,7 +99,7 @@ def data_gradient(
             (tiles * conv.groups * -(-group_in // tile.n),),
             (*incoming.tensors, weight, residual, residual_gate, *below, grad_x, partials),
             (*p.sizes, incoming.inverse_count),
-            {**p.constants, **flags, **tile.constants},
+            {**p.constants, **flags, "WIDE": p.wide, **tile.constants},
             **tile.options,
         )
         return grad_x, partials
@@ -144,7 +144,7 @@ def weight_gradient(
             (programs * splits,),
             (*incoming.tensors, x, x_stats, parts),
             (*p.sizes, incoming.inverse_count, steps),
-            {**p.constants, **flags, **tile.constants},
+            {**p.constants, **flags, "WIDE": p.wide, **tile.constants},
             **tile.options,
         )
         return parts

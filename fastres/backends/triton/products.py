@@ -16,6 +16,9 @@ from fastres.primitives import ConvSpec, Prologue, Request, dense
 #: Fewer channels of a group than this leave the matrix units mostly idle: they take 16 at least.
 _LEAST_GROUP = 16
 
+#: Pixels from which they are counted in 64 bits.
+_FAR = 1 << 30
+
 
 def why_not_convolved(request: Request) -> str | None:
     """Why the convolution kernels decline a request, or None."""
@@ -60,6 +63,11 @@ class Problem(NamedTuple):
     def constants(self) -> dict[str, int]:
         """The kernels' constants."""
         return _geometry(self.kernel, self.conv)
+
+    @property
+    def wide(self) -> bool:
+        """Whether 32 bits might not count the pixels, up to twice as many with those of padding."""
+        return self.images * max(self.height * self.width, self.out_height * self.out_width) >= _FAR
 
     @property
     def out_pixels(self) -> int:
