@@ -63,6 +63,12 @@ def relu(v):
 
 
 @triton.jit
+def relu_operand(v):
+    """ReLU of what goes into a product, where no zero's sign matters; NaN passes."""
+    return tl.maximum(v, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def is_open(v):
     """Where ReLU's gradient passes, by its output: not (v <= 0), so NaN passes."""
     return ~(v <= 0.0)

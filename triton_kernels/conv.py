@@ -17,7 +17,7 @@ from .arithmetic import (
     SHIFT,
     affine,
     bn_gradient,
-    relu,
+    relu_operand,
     to_storage,
 )
 from .bn_act import gate_gradient, load_bn
@@ -61,17 +61,32 @@ def offsets(row, LANES: tl.constexpr, length):
 
 
 @triton.jit
-def normalised(b_x, p_stats, channel, m_channel, channels, m, RELU: tl.constexpr):
+def within(first, LANES: tl.constexpr, size, TAIL: tl.constexpr):
+    """Which of the lanes from `first` on are less than `size`: all, but for a tail."""
+    if TAIL:
+        return first + tl.arange(0, LANES) < size
+    else:
+        return tl.full([LANES], True, tl.int1)
+
+
+@triton.jit
+def normalised(
+    b_x, p_stats, channel, m_channel, channels, m_row, RELU: tl.constexpr, PADDED: tl.constexpr
+):
     """act(scale*x + shift) of a tile [pixels, channels], rounded as if it had been stored.
 
-    Where `m` is False, so in the padding, it is zero: padding comes after the prologue.
+    It is zero for channels that are none, since their scale and shift are, and in the padding,
+    which comes after the prologue. Pixels past the last one may hold anything: nobody reads their
+    results, and their gradients are zero.
     """
     b_scale = load_values(p_stats + SCALE * channels, channel, m_channel)
     b_shift = load_values(p_stats + SHIFT * channels, channel, m_channel)
     b_z = affine(b_x.to(tl.float32), b_scale[None, :], b_shift[None, :])
     if RELU:
-        b_z = relu(b_z)
-    return to_storage(tl.where(m, b_z, 0.0), b_x.dtype)
+        b_z = relu_operand(b_z)
+    if PADDED:
+        b_z = tl.where(m_row[:, None], b_z, 0.0)
+    return to_storage(b_z, b_x.dtype)
 
 
 @triton.jit
@@ -125,12 +140,14 @@ def load_gradient(
         elif GATE == GATE_AFFINE:
             b_shift = load_values(p_stats + SHIFT * channels, channel, m_channel)
             b_g = gate_gradient(b_g, b_y, b_scale[None, :], b_shift[None, :], dtype)
+        # Channels that are none have zeros for all of these, so only pixels need a mask.
         b_value = b_g * b_scale[None, :]
         if HAS_SUMS:
             b_value = bn_gradient(
                 b_g, b_y, b_mean[None, :], b_scale[None, :], b_slope[None, :], b_mean_g[None, :]
             )
-        b_grad = to_storage(tl.where(m, b_value, 0.0), dtype)
+            b_value = tl.where(m_row[:, None], b_value, 0.0)
+        b_grad = to_storage(b_value, dtype)
     return b_grad
 
 

@@ -51,15 +51,13 @@ def conv1x1_fwd_kernel(
             if HAS_PROLOGUE:
                 c = step * BLOCK_K + tl.arange(0, BLOCK_K)
                 m_c = c < in_channels
-                m_x = m_pixel[:, None] & m_c[None, :]
-                b_x = normalised(b_x, p_x_stats, c, m_c, in_channels, m_x, RELU_X)
+                b_x = normalised(b_x, p_x_stats, c, m_c, in_channels, m_pixel, RELU_X, False)
             acc = dot(b_x, tl.trans(b_weight), acc, PRECISION)
         b_y = to_storage(acc, d_y.dtype)
         d_y.store([tile * BLOCK_M, column * BLOCK_N], b_y)
         if HAS_STATE:
             count = tl.sum(m_pixel.to(tl.float32), axis=0)
-            m_y = m_pixel[:, None] & m_k[None, :]
-            b_base, b_mean, b_m2 = spread(b_y.to(tl.float32), m_y, count)
+            b_base, b_mean, b_m2 = spread(b_y.to(tl.float32), m_pixel[:, None], count)
             o_partial = (tile.to(tl.int64) * 3 * out_channels + k)[None, :]
             store_partial(p_partials, o_partial, b_base, b_mean, b_m2, out_channels, m_k[None, :])
             tl.store(p_counts + tile, count, mask=column == 0)

@@ -9,7 +9,16 @@ import triton.language as tl
 
 from .arithmetic import GATE_AFFINE, INVSTD, MEAN, SCALE, SHIFT, dot, to_storage, total
 from .bn_act import gate_gradient
-from .conv import NUMBERS, block_of, load_gradient, offsets, open_bits, pixels_of, split_pixel
+from .conv import (
+    NUMBERS,
+    block_of,
+    load_gradient,
+    offsets,
+    open_bits,
+    pixels_of,
+    split_pixel,
+    within,
+)
 from .walk import load_values
 
 
@@ -109,6 +118,7 @@ def conv_bwd_data_kernel(
     BELOW_GATE: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
+    TAIL_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -148,7 +158,7 @@ def conv_bwd_data_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     tap_h, tap_w, first = 0, 0, 0
     for _ in range(taps_h * taps_w * tl.cdiv(group_out, BLOCK_K)):
-        m_k = first + tl.arange(0, BLOCK_K) < group_out
+        m_k = within(first, BLOCK_K, group_out, TAIL_K)
         m_out = m_pixel
         if not flat:
             at_row, at_col = out_row - tap_h * DILATION_H, out_col - tap_w * DILATION_W

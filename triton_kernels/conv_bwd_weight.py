@@ -57,7 +57,8 @@ def conv_bwd_weight_kernel(
     group_in, group_out = in_channels // GROUPS, out_channels // GROUPS
     k_blocks, c_blocks = tl.cdiv(group_out, BLOCK_M), tl.cdiv(group_in, BLOCK_N)
     taps: tl.constexpr = TAPS_H * TAPS_W
-    flat: tl.constexpr = taps * STRIDE_H * STRIDE_W == 1 and PAD_H == 0 and PAD_W == 0
+    padded: tl.constexpr = PAD_H > 0 or PAD_W > 0
+    flat: tl.constexpr = taps * STRIDE_H * STRIDE_W == 1 and not padded
     c_block, rest = tl.program_id(0) % c_blocks, tl.program_id(0) // c_blocks
     tap, rest = rest % taps, rest // taps
     k_block, rest = rest % k_blocks, rest // k_blocks
@@ -100,10 +101,9 @@ def conv_bwd_weight_kernel(
             row, col = row * STRIDE_H + tap_h, col * STRIDE_W + tap_w
             m_x &= (row >= 0) & (row < height) & (col >= 0) & (col < width)
             o_x = offsets((image * height + row) * width + col, BLOCK_N, in_channels)
-        m_x = m_x[:, None] & m_c[None, :]
-        b_x = tl.load(p_x + moved + o_x, mask=m_x, other=0.0)
+        b_x = tl.load(p_x + moved + o_x, mask=m_x[:, None] & m_c[None, :], other=0.0)
         if HAS_PROLOGUE:
-            b_x = normalised(b_x, p_x_stats, o_c, m_c, in_channels, m_x, RELU_X)
+            b_x = normalised(b_x, p_x_stats, o_c, m_c, in_channels, m_x, RELU_X, padded)
         acc = dot(tl.trans(b_grad), b_x, acc, PRECISION)
     o_parts = ((split.to(tl.int64) * out_channels + o_k)[:, None] * taps + tap) * group_in + c[
         None, :

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .arithmetic import SCALE, SHIFT, affine, dot, relu, to_storage
 from .channel_stats import spread, store_partial
-from .conv import NUMBERS, block_of, normalised, offsets, pixels_of, split_pixel
+from .conv import NUMBERS, block_of, normalised, offsets, pixels_of, split_pixel, within
 from .walk import load_values
 
 
@@ -45,6 +45,7 @@ def conv_fwd_kernel(
     HAS_STATE: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
+    TAIL_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -73,19 +74,17 @@ def conv_fwd_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     tap, first = 0, 0
     for _ in range(taps * tl.cdiv(group_in, BLOCK_K)):
-        c = first + tl.arange(0, BLOCK_K)
-        m_c = c < group_in
+        m_c = within(first, BLOCK_K, group_in, TAIL_K)
         tap_h, tap_w = (tap // TAPS_W) * DILATION_H, (tap % TAPS_W) * DILATION_W
         m_x = m_pixel
         if padded:
             m_x &= (row + tap_h >= 0) & (row + tap_h < height)
             m_x &= (col + tap_w >= 0) & (col + tap_w < width)
-        m_x = m_x[:, None] & m_c[None, :]
         moved = (tap_h * width + tap_w).to(tl.int64) * in_channels + group * group_in + first
-        b_x = tl.load(p_x + moved + o_x, mask=m_x, other=0.0)
+        b_x = tl.load(p_x + moved + o_x, mask=m_x[:, None] & m_c[None, :], other=0.0)
         if HAS_PROLOGUE:
-            o_c = group * group_in + c
-            b_x = normalised(b_x, p_x_stats, o_c, m_c, in_channels, m_x, RELU_X)
+            o_c = group * group_in + first + tl.arange(0, BLOCK_K)
+            b_x = normalised(b_x, p_x_stats, o_c, m_c, in_channels, m_x, RELU_X, padded)
         m_weight = m_k[:, None] & m_c[None, :]
         b_weight = tl.load(p_weight + tap * group_in + first + o_weight, mask=m_weight, other=0.0)
         acc = dot(b_x, tl.trans(b_weight), acc, PRECISION)

@@ -57,13 +57,14 @@ def _forward(
             _launch_described(tile, flags, x, x_stats, weight, y, partials, counts)
             return y, partials, counts
         bias = None if epilogue.bias is None else epilogue.bias.contiguous()
+        tail = p.channels // conv.groups % tile.k > 0
         given = (bias, epilogue.stats, epilogue.residual)
         launch(
             kernel_of("conv_fwd", "conv_fwd_kernel"),
             (tiles * conv.groups * -(-group_out // tile.n),),
             (x, x_stats, weight, *given, y, partials, counts),
             p.sizes,
-            {**p.constants, **flags, "WIDE": p.wide, **tile.constants},
+            {**p.constants, **flags, "WIDE": p.wide, "TAIL_K": tail, **tile.constants},
             **tile.options,
         )
         return y, partials, counts

@@ -91,7 +91,7 @@ def data_gradient(
 
     def run(tile: Any) -> tuple[Tensor, Tensor | None]:
         grad_x, tiles = torch.empty_like(like), sh * sw * -(-class_pixels // tile.m)
-        partials = None
+        tail, partials = p.out_channels // conv.groups % tile.k > 0, None
         if reduce is not None:
             partials = floats(tiles, 3, p.channels, device=like.device)
         launch(
@@ -99,7 +99,7 @@ def data_gradient(
             (tiles * conv.groups * -(-group_in // tile.n),),
             (*incoming.tensors, weight, residual, residual_gate, *below, grad_x, partials),
             (*p.sizes, incoming.inverse_count),
-            {**p.constants, **flags, "WIDE": p.wide, **tile.constants},
+            {**p.constants, **flags, "WIDE": p.wide, "TAIL_K": tail, **tile.constants},
             **tile.options,
         )
         return grad_x, partials
