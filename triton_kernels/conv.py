@@ -90,11 +90,24 @@ def normalised(
 
 
 @triton.jit
-def open_bits(p_mask, row, channel, channels, m):
-    """Bits of a mask for a tile [pixels, channels]."""
-    o_byte = row.to(tl.int64)[:, None] * ((channels + 7) // 8) + (channel // 8)[None, :]
-    b_byte = tl.load(p_mask + o_byte, mask=m, other=0).to(tl.int32)
-    return ((b_byte >> (channel % 8)[None, :]) & 1) != 0
+def open_bits(p_mask, row, first, m_row, channels, LANES: tl.constexpr, WHOLE: tl.constexpr):
+    """Bits of a mask for a tile [pixels, LANES channels]; WHOLE if it starts where a byte does.
+
+    Bits of channels that are none may be anything.
+    """
+    row_bytes = (channels + 7) // 8
+    p_mask += row.to(tl.int64)[:, None] * row_bytes
+    if WHOLE:
+        byte = first // 8 + tl.arange(0, LANES // 8)
+        m = m_row[:, None] & (byte < row_bytes)[None, :]
+        b_byte = tl.load(p_mask + byte[None, :], mask=m, other=0).to(tl.int32)
+        b_bits = b_byte[:, :, None] >> tl.arange(0, 8)[None, None, :]
+        return (tl.reshape(b_bits, [b_byte.shape[0], LANES]) & 1) != 0
+    else:
+        channel = first + tl.arange(0, LANES)
+        m = m_row[:, None] & (channel < channels)[None, :]
+        b_byte = tl.load(p_mask + (channel // 8)[None, :], mask=m, other=0).to(tl.int32)
+        return ((b_byte >> (channel % 8)[None, :]) & 1) != 0
 
 
 @triton.jit
@@ -115,11 +128,12 @@ def load_gradient(
     PENDING: tl.constexpr,
     GATE: tl.constexpr,
     HAS_SUMS: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     """A tile [pixels, LANES channels] of grad_y: as it lies, or formed from what is pending on it.
 
-    Its pixels are row + shift, its channels start at `first`; both move with a loop, `row` does
-    not.
+    Its pixels are row + shift, its channels start at `first`, which is WHOLE bytes of a mask; both
+    move with a loop, `row` does not.
     """
     o, m = offsets(row, LANES, channels), m_row[:, None] & m_channel[None, :]
     moved = shift.to(tl.int64) * channels + first
@@ -136,7 +150,8 @@ def load_gradient(
         )
         if GATE == GATE_MASK:
             p_gate += shift.to(tl.int64) * ((channels + 7) // 8)
-            b_g = tl.where(open_bits(p_gate, row, channel, channels, m), b_g, 0.0)
+            b_open = open_bits(p_gate, row, first, m_row, channels, LANES, WHOLE)
+            b_g = tl.where(b_open, b_g, 0.0)
         elif GATE == GATE_AFFINE:
             b_shift = load_values(p_stats + SHIFT * channels, channel, m_channel)
             b_g = gate_gradient(b_g, b_y, b_scale[None, :], b_shift[None, :], dtype)

@@ -35,13 +35,24 @@ def _taps_of(class_index, TAPS: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.cons
 
 @triton.jit
 def _add_residual(
-    acc, p_residual, p_residual_gate, pixel, c, o_x, m_x, in_channels, RESIDUAL: tl.constexpr
+    acc,
+    p_residual,
+    p_residual_gate,
+    pixel,
+    first,
+    m_pixel,
+    o_x,
+    m_x,
+    in_channels,
+    RESIDUAL: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     """acc + the residual's gradient: 1 as it lies, 2 gated by a mask's bits."""
     if RESIDUAL > 0:
         b_residual = load_values(p_residual, o_x, m_x)
         if RESIDUAL == 2:
-            b_open = open_bits(p_residual_gate, pixel, c, in_channels, m_x)
+            lanes: tl.constexpr = acc.shape[1]
+            b_open = open_bits(p_residual_gate, pixel, first, m_pixel, in_channels, lanes, WHOLE)
             b_residual = tl.where(b_open, b_residual, 0.0)
         acc += b_residual
     return acc
@@ -139,8 +150,8 @@ def conv_bwd_data_kernel(
     class_h, class_w = tile // tiles // STRIDE_W, tile // tiles % STRIDE_W
     pixel = block_of(tile % tiles, BLOCK_M, WIDE) + tl.arange(0, BLOCK_M)
     m_pixel = pixel < pixels
-    c = (column % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_c = c < group_in
+    first_c = (column % blocks) * BLOCK_N
+    m_c = first_c + tl.arange(0, BLOCK_N) < group_in
     first_h, taps_h = _taps_of(class_h, TAPS_H, STRIDE_H, PAD_H)
     first_w, taps_w = _taps_of(class_w, TAPS_W, STRIDE_W, PAD_W)
     taps: tl.constexpr = TAPS_H * TAPS_W
@@ -180,10 +191,11 @@ def conv_bwd_data_kernel(
             PENDING,
             GATE,
             HAS_SUMS,
+            GROUPS == 1,
         )
         tap = (first_h + tap_h * STRIDE_H) * TAPS_W + first_w + tap_w * STRIDE_W
         moved = ((group * group_out + first).to(tl.int64) * taps + tap) * group_in
-        moved += (column % blocks) * BLOCK_N
+        moved += first_c
         m_weight = m_k[:, None] & m_c[None, :]
         b_weight = tl.load(p_weight + moved + o_weight, mask=m_weight, other=0.0)
         acc = dot(b_grad, b_weight, acc, PRECISION)
@@ -191,10 +203,23 @@ def conv_bwd_data_kernel(
         if taps > 1:
             tap_w, first = tap_w + (first >= group_out), tl.where(first >= group_out, 0, first)
             tap_h, tap_w = tap_h + (tap_w >= taps_w), tl.where(tap_w >= taps_w, 0, tap_w)
-    c += group * group_in
+    first_c += group * group_in
+    c = first_c + tl.arange(0, BLOCK_N)
     o_x = pixel.to(tl.int64)[:, None] * in_channels + c[None, :]
     m_x = m_pixel[:, None] & m_c[None, :]
-    acc = _add_residual(acc, p_residual, p_residual_gate, pixel, c, o_x, m_x, in_channels, RESIDUAL)
+    acc = _add_residual(
+        acc,
+        p_residual,
+        p_residual_gate,
+        pixel,
+        first_c,
+        m_pixel,
+        o_x,
+        m_x,
+        in_channels,
+        RESIDUAL,
+        GROUPS == 1,
+    )
     dtype: tl.constexpr = p_grad_x.dtype.element_ty
     b_grad_x = to_storage(acc, dtype)
     tl.store(p_grad_x + o_x, b_grad_x, mask=m_x)

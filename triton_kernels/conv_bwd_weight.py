@@ -91,6 +91,7 @@ def conv_bwd_weight_kernel(
             PENDING,
             GATE,
             HAS_SUMS,
+            GROUPS == 1,
         )
         m_x, moved = m_pixel, group * group_in + c_block * BLOCK_N
         if flat:
