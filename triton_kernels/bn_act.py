@@ -14,7 +14,6 @@ from .arithmetic import (
     affine,
     bn_gradient,
     is_open,
-    relu,
     to_storage,
     total,
 )
@@ -30,7 +29,8 @@ def sum_shape(partials: int) -> dict[str, int]:
 @triton.jit
 def gate_gradient(b_g, b_y, b_scale, b_shift, dtype: tl.constexpr):
     """g where the recomputed activation, rounded as forward stored it, lets it through."""
-    b_z = to_storage(relu(affine(b_y, b_scale, b_shift)), dtype).to(tl.float32)
+    # Where ReLU would have made a zero, its argument is none that passes either.
+    b_z = to_storage(affine(b_y, b_scale, b_shift), dtype).to(tl.float32)
     return tl.where(is_open(b_z), b_g, 0.0)
 
 

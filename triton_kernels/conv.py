@@ -44,11 +44,22 @@ def block_of(index, SIZE: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
+def _unsigned(v):
+    return v.to(tl.uint64) if v.dtype == tl.int64 else v.to(tl.uint32)
+
+
+@triton.jit
 def split_pixel(pixel, height, width):
-    """(image, row, column) of a pixel's index."""
-    line = pixel // width
-    image = line // height
+    """(image, row, column) of a pixel's index; divisions without a sign take fewer instructions."""
+    line = (_unsigned(pixel) // _unsigned(width)).to(pixel.dtype)
+    image = (_unsigned(line) // _unsigned(height)).to(pixel.dtype)
     return image, line - image * height, pixel - line * width
+
+
+@triton.jit
+def inside(position, size):
+    """0 <= position < size, in one comparison: what is negative is large without its sign."""
+    return _unsigned(position) < _unsigned(size)
 
 
 @triton.jit

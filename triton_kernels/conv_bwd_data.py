@@ -12,6 +12,7 @@ from .bn_act import gate_gradient
 from .conv import (
     NUMBERS,
     block_of,
+    inside,
     load_gradient,
     offsets,
     open_bits,
@@ -173,7 +174,7 @@ def conv_bwd_data_kernel(
         m_out = m_pixel
         if not flat:
             at_row, at_col = out_row - tap_h * DILATION_H, out_col - tap_w * DILATION_W
-            m_out &= (at_row >= 0) & (at_row < out_height) & (at_col >= 0) & (at_col < out_width)
+            m_out &= inside(at_row, out_height) & inside(at_col, out_width)
         b_grad = load_gradient(
             p_grad,
             p_gate,

@@ -8,7 +8,16 @@ import triton
 import triton.language as tl
 
 from .arithmetic import dot
-from .conv import NUMBERS, block_of, load_gradient, normalised, offsets, pixels_of, split_pixel
+from .conv import (
+    NUMBERS,
+    block_of,
+    inside,
+    load_gradient,
+    normalised,
+    offsets,
+    pixels_of,
+    split_pixel,
+)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -100,7 +109,7 @@ def conv_bwd_weight_kernel(
         else:
             image, row, col = split_pixel(first + lane, out_height, out_width)
             row, col = row * STRIDE_H + tap_h, col * STRIDE_W + tap_w
-            m_x &= (row >= 0) & (row < height) & (col >= 0) & (col < width)
+            m_x &= inside(row, height) & inside(col, width)
             o_x = offsets((image * height + row) * width + col, BLOCK_N, in_channels)
         b_x = tl.load(p_x + moved + o_x, mask=m_x[:, None] & m_c[None, :], other=0.0)
         if HAS_PROLOGUE:

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from .arithmetic import SCALE, SHIFT, affine, dot, relu, to_storage
 from .channel_stats import spread, store_partial
-from .conv import NUMBERS, block_of, normalised, offsets, pixels_of, split_pixel, within
+from .conv import NUMBERS, block_of, inside, normalised, offsets, pixels_of, split_pixel, within
 from .walk import load_values
 
 
@@ -78,8 +78,7 @@ def conv_fwd_kernel(
         tap_h, tap_w = (tap // TAPS_W) * DILATION_H, (tap % TAPS_W) * DILATION_W
         m_x = m_pixel
         if padded:
-            m_x &= (row + tap_h >= 0) & (row + tap_h < height)
-            m_x &= (col + tap_w >= 0) & (col + tap_w < width)
+            m_x &= inside(row + tap_h, height) & inside(col + tap_w, width)
         moved = (tap_h * width + tap_w).to(tl.int64) * in_channels + group * group_in + first
         b_x = tl.load(p_x + moved + o_x, mask=m_x[:, None] & m_c[None, :], other=0.0)
         if HAS_PROLOGUE:
