@@ -200,6 +200,11 @@ class Tile(NamedTuple):
         return self.num_stages * (self.m + self.n) * self.k * itemsize
 
     @property
+    def results(self) -> int:
+        """Results that a thread holds, each in a register."""
+        return self.m * self.n // (32 * self.num_warps)
+
+    @property
     def options(self) -> dict[str, int]:
         """The launch's options."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
@@ -226,6 +231,12 @@ _TILES = (
     Tile(64, 256, 32, 8, 4),
 )
 
+#: Most results of a thread where another tensor of their shape is read: twice as many spill.
+_BESIDE_OTHERS = 64
+
+#: Rows that a group of four warps multiplies together.
+_WARPGROUP_ROWS = 64
+
 
 def tiles(
     rows: int,
@@ -235,12 +246,15 @@ def tiles(
     processors: int,
     shared: int,
     formed: bool = True,
+    alone: bool = True,
+    warpgroups: bool = False,
 ) -> list[Tile]:
     """Candidate tiles for a [rows, depth] x [depth, columns] product; the heuristic's first.
 
     Tiles are narrowed to the problem; left out are those whose operands do not fit `shared`
-    bytes. The heuristic takes the first that still makes a program for every
-    multiprocessor, and else the smallest.
+    bytes, whose results leave no registers for what is read after the products, and, where there
+    are others, those too low for the matrix units. The heuristic takes the first that still makes a
+    program for every multiprocessor, and else the smallest.
 
     Args:
         rows: of the result.
@@ -250,13 +264,18 @@ def tiles(
         processors: multiprocessors of the device.
         shared: bytes of shared memory that a program may have.
         formed: whether grad_y lies in memory, or is formed from three tensors on the way in.
+        alone: whether nothing of the result's shape is read after the products.
+        warpgroups: whether four warps multiply together, 64 rows at least (Hopper and newer).
     """
     # Bytes of a row of an operand's tile: more of them would not fit the registers.
     widest = (128 if formed else 64) // itemsize
     columns_most = _padded(columns) if itemsize < 4 else min(64, _padded(columns))
     limits = (_padded(rows), columns_most, min(_padded(depth), widest))
     narrowed = [_narrowed(tile, limits) for tile in _TILES]
-    found = list(dict.fromkeys(t for t in narrowed if t.shared_bytes(itemsize) <= shared))
+    fitting = dict.fromkeys(t for t in narrowed if t.shared_bytes(itemsize) <= shared)
+    found = [t for t in fitting if alone or t.results <= _BESIDE_OTHERS] or [*fitting]
+    if warpgroups:
+        found = [t for t in found if t.m >= _WARPGROUP_ROWS] or found
     smallest = min(found, key=lambda tile: tile.m * tile.n)
 
     def fills(tile: Tile) -> bool:

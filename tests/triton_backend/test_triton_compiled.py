@@ -144,6 +144,33 @@ def test_one_binary_serves_all_sizes_that_align_nothing() -> None:
     assert len({source_of(one).hash() for one in launches}) == 1
 
 
+def test_no_tile_spills_beside_what_is_read_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inference with a residual: every candidate fits registers and multiplies by warpgroups."""
+    from fastres.backends.triton import convolution, products
+    from fastres.backends.triton.launch import recording
+    from fastres.backends.triton.support import pretending
+    from fastres.primitives import ConvSpec
+    from fastres.testing.ahead import compiled
+
+    def every(name: str, module: str, sizes: object, candidates: Any, run: Any, *_: Any) -> Any:
+        for tile in candidates[1:]:
+            run(tile)
+        return candidates[0]
+
+    monkeypatch.setattr(products, "tuned", every)
+    x = torch.empty(256, 64, 56, 56, device="meta", dtype=torch.bfloat16)
+    x = x.contiguous(memory_format=torch.channels_last)
+    y, stats = x.new_empty(256, 256, 56, 56), torch.empty(5, 256, device="meta")
+    residual, weight = y.contiguous(memory_format=torch.channels_last), x.new_empty(256, 64, 1, 1)
+    with pretending(resources.DEVICES[90]), recording() as launches:
+        convolution.conv_bn_act(x, weight, None, ConvSpec(), stats, residual=residual, act="relu")
+    assert len(launches) > 5
+    for launch in launches:
+        binary = compiled(launch, 90)
+        assert binary.stack == binary.local == 0, launch.constants
+        assert "wgmma.mma_async" in binary.ptx, launch.constants
+
+
 class Driver:
     """As much of Triton's driver as compiling takes: a Hopper GPU that need not be there."""
 

@@ -16,6 +16,9 @@ from fastres.primitives import ConvSpec, Prologue, Request, dense
 #: Fewer channels of a group than this leave the matrix units mostly idle: they take 16 at least.
 _LEAST_GROUP = 16
 
+#: Flags of what a kernel reads after its products, as large as their result.
+_READ_AFTERWARDS = ("HAS_RESIDUAL", "RESIDUAL", "HAS_BELOW")
+
 #: Pixels from which they are counted in 64 bits.
 _FAR = 1 << 30
 
@@ -117,7 +120,10 @@ def choose_tile(
     # A weight gradient fills the device by splitting its sum, whatever the tile.
     processors = 1 if module == "conv_bwd_weight" else device.processors
     formed = not flags.get("PENDING", False)
-    problem = (*shape, like.element_size(), processors, device.shared_bytes, formed)
+    alone = not any(flags.get(name) for name in _READ_AFTERWARDS)
+    # Who has the copy engine multiplies by warpgroups.
+    how = (formed, alone, device.copy_engine)
+    problem = (*shape, like.element_size(), processors, device.shared_bytes, *how)
     candidates = _tiles(described, device.specialises, *problem)
     # Not by HAS_STATE: a recomputed output must have the bits of the first one.
     by = [value for name, value in flags.items() if name != "HAS_STATE"]
