@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from bench import resources  # noqa: E402
+from bench.launches import NoDriver  # noqa: E402
 
 COMBINATIONS = [("bf16", 80), ("bf16", 90), ("bf16", 100), ("fp16", 90), ("fp32", 90)]
 
@@ -171,21 +172,6 @@ def test_no_tile_spills_beside_what_is_read_afterwards(monkeypatch: pytest.Monke
         assert "wgmma.mma_async" in binary.ptx, launch.constants
 
 
-class Driver:
-    """As much of Triton's driver as compiling takes: a Hopper GPU that need not be there."""
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", 90, 32)
-
-
 @pytest.fixture
 def hopper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Triton compiles for a Hopper GPU, with empty caches."""
@@ -193,7 +179,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     before = driver._active
-    driver.set_active(Driver())
+    driver.set_active(NoDriver())
     yield
     driver._active = before
 
