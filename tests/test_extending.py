@@ -636,7 +636,7 @@ torch.cuda.is_current_stream_capturing = lambda: False
 launch.interpreted = lambda: False
 choose, seen, times = tuning.choose, {}, {}
 
-def pretend(problem, candidates, run, *, device, name=str):
+def pretend(problem, candidates, run, *, device, name=str, prepare=None):
     seen[problem.kernel] = [problem.source, len(candidates)]
     times.clear()
     def prepared(candidate):
