@@ -54,8 +54,7 @@ from torch import Tensor, nn
 
 import fastres
 from fastres.nn._children import Parts
-from fastres.nn._fused import Layers
-from fastres.nn.blocks import FusedModule
+from fastres.nn._fused import FusedParts, Layers
 from fastres.nn.stem import FusedStem
 
 #: docs/design.md, section 6; "a" is PyTorch's own way.
@@ -170,7 +169,7 @@ def _ghost(model: nn.Module) -> nn.Module:
 
 def _fused(ghost: nn.Module) -> Iterator[tuple[str, nn.Module, Layers]]:
     for name, module in ghost.named_modules():
-        if isinstance(module, FusedModule | FusedStem):
+        if isinstance(module, FusedParts):
             found = module.layers()
             if found is not None:
                 yield name, module, found

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastres.convert.levels import Target, describe
 from fastres.convert.report import Report, Row
 from fastres.nn._children import Decline
-from fastres.nn._fused import explained, layers_of
+from fastres.nn._fused import FusedParts, explained, layers_of
 from fastres.nn.blocks import FusedModule
 from fastres.nn.stem import FusedStem
 
@@ -164,7 +164,7 @@ def _blocks(model: nn.Module, swaps: Swaps) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _is_known(module: nn.Module, swaps: Swaps) -> bool:
-    return isinstance(module, (FusedModule, FusedStem, *swaps))
+    return isinstance(module, (FusedParts, *swaps))
 
 
 def _looks_residual(module: nn.Module) -> bool:
@@ -199,7 +199,7 @@ def _row(name: str, module: nn.Module, swaps: Swaps, target: Target) -> Row:
     kind = type_name(type(module), swaps)
     fused = swaps.get(type(module), type(module))
     kind += " stem" if issubclass(fused, FusedStem) else ""
-    if not isinstance(module, FusedModule | FusedStem):
+    if not isinstance(module, FusedParts):
         return Row(name, kind, False, _why_not_converted(module, swaps))
     if (reason := module.why_not()) is not None:
         return Row(name, kind, False, reason)

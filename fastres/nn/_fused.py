@@ -132,3 +132,26 @@ def explained(block: nn.Module, decline: Decline) -> str:
     """A reason in words, with the name that the child has in its block."""
     names = [name for name, child in block.named_modules() if child is decline.module]
     return f"{names[0]} {decline.text}" if names and names[0] else decline.text
+
+
+class FusedParts(nn.Module):
+    """A module that runs some of its children fused where it can.
+
+    A subclass says in `_parts` what they make up.
+    """
+
+    def _parts(self) -> Parts | Decline:
+        raise NotImplementedError(f"{type(self).__name__} must define _parts")
+
+    def why_not(self, x: Tensor | None = None) -> str | None:
+        """Why the stock path would run now, or None; nothing is computed.
+
+        Args:
+            x: [N, C, H, W], or None to look at the module alone.
+        """
+        return why_not_parts(self, self._parts(), x)
+
+    def layers(self) -> Layers | None:
+        """What would be run fused, in the terms of `fastres.functional`; None where it is not."""
+        found = layers_of(self._parts())
+        return found if isinstance(found, Layers) else None

@@ -5,40 +5,24 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastres.nn import stock
-from fastres.nn._children import Decline, Parts
-from fastres.nn._fused import Layers, layers_of, run_parts, why_not_parts
+from fastres.nn._children import Parts
+from fastres.nn._fused import FusedParts, run_parts
 
 
-class FusedModule(nn.Module):
+class FusedModule(FusedParts):
     """Comes before a stock class among the bases, and runs its forward fused where it can.
 
-    A subclass says in `_parts` what the module is made of. What cannot be fused goes to the next
-    class's forward, which calls the children as modules, hooks and all.
+    What cannot be fused goes to the next class's forward, which calls the children as modules,
+    hooks and all.
     """
-
-    def _parts(self) -> Parts | Decline:
-        raise NotImplementedError(f"{type(self).__name__} must define _parts")
 
     def forward(self, x: Tensor) -> Tensor:
         """The stock class's forward, in one fused operation where that is possible."""
         out = run_parts(self._parts(), x)
         return super().forward(x) if out is None else out
-
-    def why_not(self, x: Tensor | None = None) -> str | None:
-        """Why the stock path would run now, or None; nothing is computed.
-
-        Args:
-            x: [N, C, H, W], or None to look at the module alone.
-        """
-        return why_not_parts(self, self._parts(), x)
-
-    def layers(self) -> Layers | None:
-        """What would be run fused, in the terms of `fastres.functional`; None where it is not."""
-        found = layers_of(self._parts())
-        return found if isinstance(found, Layers) else None
 
 
 def two_layers(block: Any) -> Parts:

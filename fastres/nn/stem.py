@@ -5,31 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastres.nn._children import Decline, Parts
-from fastres.nn._fused import Layers, layers_of, run_parts, why_not_parts
+from fastres.nn._children import Parts
+from fastres.nn._fused import FusedParts, run_parts
 
 
-class FusedStem(nn.Module):
+class FusedStem(FusedParts):
     """Comes before a network's class among the bases, and runs its stem fused where it can.
 
-    A subclass says in `_parts` what the stem is made of, and calls `fused_stem` in its forward.
+    A subclass calls `fused_stem` in its forward.
     """
-
-    def _parts(self) -> Parts | Decline:
-        raise NotImplementedError(f"{type(self).__name__} must define _parts")
 
     def fused_stem(self, x: Tensor) -> Tensor | None:
         """The stem's output, or None where its children have to run; then nothing was changed."""
         return run_parts(self._parts(), x)
-
-    def why_not(self, x: Tensor | None = None) -> str | None:
-        """Why the stem's stock path would run now, or None; as `FusedModule.why_not`."""
-        return why_not_parts(self, self._parts(), x)
-
-    def layers(self) -> Layers | None:
-        """What would be run fused; as `FusedModule.layers`."""
-        found = layers_of(self._parts())
-        return found if isinstance(found, Layers) else None
 
 
 class FusedResNetStem(FusedStem):

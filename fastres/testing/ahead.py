@@ -20,7 +20,7 @@ from fastres.backends.triton import convolution, products
 from fastres.backends.triton.launch import Launch, options_of, recording
 from fastres.backends.triton.support import Device, pretending
 from fastres.engine import current, run_backward, run_forward, split_tensors
-from fastres.nn.blocks import FusedModule
+from fastres.nn._fused import FusedParts
 from fastres.nn.stem import FusedStem
 from fastres.primitives import ConvSpec, Prologue
 
@@ -93,7 +93,7 @@ def resnet_launches(
         recording() as launches,
     ):
         for module in model.modules():
-            if isinstance(module, FusedModule | FusedStem):
+            if isinstance(module, FusedParts):
                 x = _run(module, x, training)
     return list(dict.fromkeys(launches))
 
@@ -126,7 +126,7 @@ def _first_described(
     return next((tile for tile in candidates if getattr(tile, "descriptors", False)), candidates[0])
 
 
-def _run(module: FusedModule | FusedStem, x: Tensor, training: bool) -> Tensor:
+def _run(module: FusedParts, x: Tensor, training: bool) -> Tensor:
     block = module.layers()
     if block is None:
         raise ValueError(f"model must be fused throughout, got one that is not: {module.why_not()}")
