@@ -48,14 +48,12 @@ void apply(const BackwardApplyArgs& args, bool vectors, const Where& where) {
 
 void apply_in_ring(const BackwardApplyArgs& args, const Where& where) {
   const Kernel k{args, make_walk(args.shape, args.tiling, kVector)};
-  with_half(args.shape.dtype, [&](auto type) {
-    with_bool(args.grad_y[1] != nullptr, [&](auto second) {
-      constexpr bool kSecond = decltype(second)::value;
-      const size_t shared = ring_bytes<kSecond ? 3 : 2>(args.gate);
-      launch(kName, backward_apply_ring_kernel<typename decltype(type)::type, kSecond>,
-             launch_shape(k.walk, args.tiling, shared), where.stream, k);
-    });
-  });
+  with_ring(args.shape.dtype, args.grad_y[1] != nullptr, args.gate,
+            [&](auto type, auto second, size_t shared) {
+              using T = typename decltype(type)::type;
+              launch(kName, backward_apply_ring_kernel<T, decltype(second)::value>,
+                     launch_shape(k.walk, args.tiling, shared), where.stream, k);
+            });
 }
 
 }  // namespace

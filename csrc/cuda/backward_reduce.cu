@@ -50,14 +50,12 @@ void reduce(const BackwardReduceArgs& args, bool vectors, const Where& where) {
 
 void reduce_in_ring(const BackwardReduceArgs& args, const Where& where) {
   const Kernel k{args, make_walk(args.shape, args.tiling, kVector)};
-  with_half(args.shape.dtype, [&](auto type) {
-    with_bool(args.y[1] != nullptr, [&](auto second) {
-      constexpr bool kSecond = decltype(second)::value;
-      const size_t shared = ring_bytes<kSecond ? 3 : 2>(args.gate);
-      launch(kName, backward_reduce_ring_kernel<typename decltype(type)::type, kSecond>,
-             launch_shape(k.walk, args.tiling, shared), where.stream, k);
-    });
-  });
+  with_ring(args.shape.dtype, args.y[1] != nullptr, args.gate,
+            [&](auto type, auto second, size_t shared) {
+              using T = typename decltype(type)::type;
+              launch(kName, backward_reduce_ring_kernel<T, decltype(second)::value>,
+                     launch_shape(k.walk, args.tiling, shared), where.stream, k);
+            });
 }
 
 void merge(const BackwardReduceArgs& args, const Where& where) {

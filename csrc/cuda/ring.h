@@ -5,6 +5,7 @@
 // For vectors of 16-bit storage under channels_last.
 #pragma once
 
+#include "cuda/dispatch.h"
 #include "cuda/pack.h"
 
 namespace fastres::cuda {
@@ -84,6 +85,16 @@ template <int kTensors>
 size_t ring_bytes(Gate gate) {
   const size_t of_gate = gate == Gate::kOutput ? sizeof(uint4) : gate == Gate::kMask ? 4 : 0;
   return kVectorBytes<kTensors> + of_gate * kRingStages * kMostThreads;
+}
+
+// Calls f(Type<T>, Constant<kSecond>, bytes of the ring) for a backward pass: of grad_out, and of y
+// for each branch.
+template <class F>
+void with_ring(DType dtype, bool second, Gate gate, const F& f) {
+  with_half(dtype, [&](auto type) {
+    with_bool(second,
+              [&](auto both) { f(type, both, ring_bytes<decltype(both)::value ? 3 : 2>(gate)); });
+  });
 }
 
 // Whether a launch takes the ring that its tiling asks for: a choice that was measured on some
