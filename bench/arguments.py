@@ -9,11 +9,10 @@ from typing import Any, NoReturn
 
 import torch
 
-from fastres.backends import BACKENDS
+from fastres.block import LEVELS
+from fastres.block.settings import MEMORY_MODES
 from fastres.cli.errors import CommandError
-from fastres.engine import LEVELS
-from fastres.engine.settings import MEMORY_MODES
-from fastres.primitives import PRIMITIVES
+from fastres.kernels import BACKENDS, PRIMITIVES
 
 from . import results
 from .conditions import ROOT

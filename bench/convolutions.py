@@ -17,9 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastres.backends import BACKENDS, aten
-from fastres.backends.triton import batch_norm, convolution, convolution_backward
-from fastres.primitives import Branch, ConvSpec, Gate, PendingGrad, Prologue, implementations
+from fastres.kernels import (
+    BACKENDS,
+    Branch,
+    ConvSpec,
+    Gate,
+    PendingGrad,
+    Prologue,
+    aten,
+    implementations,
+)
+from fastres.kernels.triton import batch_norm, convolution, convolution_backward
 from fastres.testing import CASES
 
 from .conditions import ROOT, conditions, stamp

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from fastres.backends.triton import launch
-from fastres.primitives import ConvSpec, Prologue
+from fastres.kernels import ConvSpec, Prologue
+from fastres.kernels.triton import launch
 
 ROUNDS, CALLS = 21, 500
 
@@ -54,7 +54,7 @@ class NoDriver:
 
 def _calls() -> tuple[Callable[[], object], Callable[[], object]]:
     """(through the JIT, bound) launches of a 1x1 convolution with prologue and statistics."""
-    from fastres.backends.triton import convolution
+    from fastres.kernels.triton import convolution
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     captured: list[tuple[Any, ...]] = []

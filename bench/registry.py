@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastres.primitives import PRIMITIVES, Implementation, dense, implementations
+from fastres.kernels import PRIMITIVES, Implementation, dense, implementations
 from fastres.testing import BENCH_CASES, CASES, Call, Case, calls, check_implementation
 from fastres.tuning.measure import Timer, gpu_timer
 

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 import fastres
-from fastres.backends.triton.launch import Launch
+from fastres.kernels.triton.launch import Launch
 from fastres.testing.ahead import (
     DEVICES,
     Resources,

@@ -9,7 +9,7 @@ from functools import partial
 from itertools import product
 from typing import Any
 
-from fastres.backends import preference
+from fastres.kernels import preference
 
 from .bounds import Bounds
 from .contenders import KEPT, Job

@@ -1,8 +1,8 @@
 """fastres: residual networks that train and infer faster in PyTorch, with the same numbers."""
 
 from fastres import functional, models, nn
+from fastres.block import use_backend, use_level, use_memory
 from fastres.convert import convert, explain, revert
-from fastres.engine import use_backend, use_level, use_memory
 from fastres.nn import BasicBlock, Bottleneck
 
 __version__ = "0.1.0"

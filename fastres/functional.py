@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastres import ops
-from fastres.engine import PoolSpec, current
-from fastres.ops.eligible import why_not_tensor
-from fastres.ops.fused import run_layers
-from fastres.ops.layers import ConvNorm, Size
+from fastres.block import PoolSpec, add_act, current
+from fastres.block.call import run_layers
+from fastres.block.eligible import why_not_tensor
+from fastres.block.layers import ConvNorm, Size
 
 __all__ = [
     "ConvNorm",
@@ -55,7 +54,7 @@ def bn_act(
         training: normalise with batch statistics, update the running ones.
         momentum: factor of the running update; a 0-d tensor avoids a host synchronisation.
         eps: added to the variance.
-        act: "relu", "none", or a name given to `fastres.primitives.register_activation`.
+        act: "relu", "none", or a name given to `fastres.kernels.register_activation`.
 
     Returns:
         [N, C, H, W], dtype and layout of x.
@@ -142,7 +141,7 @@ def add_relu(x: Tensor, residual: Tensor) -> Tensor:
     if not same:
         return F.relu(x + residual)
     save = torch.is_grad_enabled() and (x.requires_grad or residual.requires_grad)
-    return ops.add_act(x, residual, "relu", save, current().backend)
+    return add_act(x, residual, "relu", save, current().backend)
 
 
 def conv_bn_act(

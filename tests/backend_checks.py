@@ -11,9 +11,8 @@ from torch import Tensor
 
 import fastres
 from fastres import tuning
-from fastres.backends import tuned
-from fastres.engine import autotune
-from fastres.primitives import Branch, Gate, Implementation, implementations
+from fastres.block import autotune
+from fastres.kernels import Branch, Gate, Implementation, implementations, tuned
 from fastres.testing import (
     CASES,
     BlockCase,

@@ -17,9 +17,9 @@ import pytest
 import torch
 
 from fastres import cli
-from fastres.backends.cuda.archs import covering
 from fastres.cli import doctor
 from fastres.cli.environment import VARIABLES
+from fastres.kernels.cuda.archs import covering
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -273,7 +273,7 @@ def test_explain_notes_that_a_backend_cannot_run(
 ) -> None:
     from dataclasses import replace
 
-    from fastres.backends import BACKENDS
+    from fastres.kernels import BACKENDS
 
     absent = replace(BACKENDS["cpu"], why_not=lambda: "it is not there")
     monkeypatch.setitem(BACKENDS, "cpu", absent)

@@ -10,14 +10,14 @@ from backend_checks import check_cases
 from torch import nn
 
 import fastres
-from fastres.backends.cpu import module
-from fastres.primitives import ConvSpec, Implementation, implementations
+from fastres.kernels import ConvSpec, Implementation, implementations
+from fastres.kernels.cpu import module
 from fastres.testing import CASES, check_block
 
 if module.why_not_built() is not None:
     pytest.skip("fastres._cpu was not built", allow_module_level=True)
 
-from fastres.backends.cpu import convolution
+from fastres.kernels.cpu import convolution
 
 
 @pytest.fixture(params=[1, 2], ids=["one image a chunk", "two images a chunk"])

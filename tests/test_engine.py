@@ -12,11 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastres import reference
-from fastres.backends import BACKENDS
-from fastres.engine import BlockSpec, UnitSpec, decode, make_plan, use_backend, use_memory
+from fastres.block import BlockSpec, UnitSpec, decode, make_plan, use_backend, use_memory
 from fastres.functional import residual_block
-from fastres.primitives import ConvSpec, registry
+from fastres.kernels import BACKENDS, ConvSpec, reference, registry
 from fastres.testing import BLOCK_CASES, BlockCase, FunctionalBlock, assert_parity
 
 BACKENDS_HERE = [n for n, b in BACKENDS.items() if "cpu" in b.devices and b.why_not() is None]

@@ -24,26 +24,29 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastres
-from fastres import functional, reference
-from fastres.backends import BACKENDS, Backend, declare
+from fastres import functional
+from fastres.block import BlockSpec, UnitSpec, decode, use_backend, use_memory
+from fastres.block.call import why_not_layers
 from fastres.cli.errors import CommandError
-from fastres.engine import BlockSpec, UnitSpec, decode, use_backend, use_memory
 from fastres.functional import ConvNorm
-from fastres.ops.fused import why_not_layers
-from fastres.primitives import (
+from fastres.kernels import (
+    BACKENDS,
+    Backend,
     ConvSpec,
     Gate,
     Request,
     activation,
     activations,
+    declare,
     extension,
     implementations,
+    reference,
     register,
     register_activation,
     registry,
     select,
 )
-from fastres.primitives.extension import Discovery, Extension
+from fastres.kernels.extension import Discovery, Extension
 from fastres.testing import CASES, check_activation, check_block, check_implementation
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -480,13 +483,13 @@ for _ in range(2):
         fastres.functional.bn_relu(x, None, None, training=True)
     except ValueError as error:
         print(error)
-print("ours" in sys.modules, [tuple(e) for e in fastres.primitives.load_extensions()])
+print("ours" in sys.modules, [tuple(e) for e in fastres.kernels.load_extensions()])
 """
 
 OURS = """
 import torch
-from fastres.backends import Backend, declare
-from fastres.primitives import register_activation
+from fastres.kernels import Backend, declare
+from fastres.kernels import register_activation
 
 declare(Backend("ours", ("cpu",), why_not=lambda: None, fallback=("aten",)))
 register_activation("tanh", torch.tanh, lambda v: 1 - torch.tanh(v) ** 2)
@@ -623,7 +626,7 @@ import torch
 from contextlib import contextmanager
 from types import SimpleNamespace
 from fastres import tuning
-from fastres.backends.triton import launch
+from fastres.kernels.triton import launch
 from fastres.functional import bn_act
 from fastres.tuning import measure
 import fastres

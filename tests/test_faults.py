@@ -14,10 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastres.engine import backward, make_plan, use_backend
-from fastres.engine.backward import _Backward
-from fastres.ops import fused
-from fastres.primitives import Branch, Gate, Implementation, implementations, registry
+from fastres.block import backward, call, make_plan, use_backend
+from fastres.block.backward import _Backward
+from fastres.kernels import Branch, Gate, Implementation, implementations, registry
 from fastres.testing import CASES, BlockCase, FunctionalBlock, check_block, check_implementation
 
 Run = Callable[..., Any]
@@ -147,8 +146,7 @@ def _zero_by_greater_than(run: Run) -> Run:
     def wrong(*args: Any, **kwargs: Any) -> Any:
         out, mask = run(*args, **kwargs)
         if mask is not None:
-            from fastres import reference
-            from fastres.primitives import is_channels_last
+            from fastres.kernels import is_channels_last, reference
 
             mask = reference.pack_mask(out > 0, is_channels_last(args[0]))
         return out, mask
@@ -338,9 +336,9 @@ _ENGINE_FAULTS = [
     Planted("count dropped", _Backward, "_count", lambda f: lambda s, i: 0),
     Planted("count off by one", _Backward, "_count", lambda f: lambda s, i: f(s, i) + 1),
     Planted("count in eval", _Backward, "_count", lambda f: lambda s, i: 120, _EVAL),
-    Planted("running_var biased", fused, "_blend", _biased_running_var),
-    Planted("momentum inverted", fused, "_blend", _momentum_inverted),
-    Planted("running statistics not updated", fused, "_update_running", lambda f: lambda *a: None),
+    Planted("running_var biased", call, "_blend", _biased_running_var),
+    Planted("momentum inverted", call, "_blend", _momentum_inverted),
+    Planted("running statistics not updated", call, "_update_running", lambda f: lambda *a: None),
     Planted("pooling's gradient not scaled", backward, "_unpool",
             lambda f: lambda spec, g, x: 4 * f(spec, g, x), _POOLED),
     Planted("bias gradient in eval unscaled", _Backward, "_bias_gradient",

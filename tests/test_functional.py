@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastres import functional
-from fastres.backends import BACKENDS
-from fastres.engine import use_backend, use_memory
+from fastres.block import use_backend, use_memory
 from fastres.functional import ConvNorm
+from fastres.kernels import BACKENDS
 from fastres.testing import (
     BLOCK_CASES,
     BlockCase,

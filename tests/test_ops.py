@@ -10,10 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastres import functional, ops  # noqa: F401  (defines the operators)
-from fastres.backends import BACKENDS
-from fastres.engine import BlockSpec, UnitSpec, use_backend, use_memory
-from fastres.primitives import ConvSpec
+from fastres import functional
+from fastres.block import BlockSpec, UnitSpec, use_backend, use_memory
+from fastres.kernels import BACKENDS, ConvSpec
 from fastres.testing import BlockCase, FunctionalBlock
 
 BACKENDS_HERE = [n for n, b in BACKENDS.items() if "cpu" in b.devices and b.why_not() is None]
@@ -226,6 +225,6 @@ def test_specification_survives_its_text() -> None:
         _, spec = _block("aten")
         pool = FunctionalBlock.of(replace(case, shape=(2, 16, 4, 4)).stock()).pool_spec
         spec = spec._replace(pool=pool)
-        from fastres.engine import decode
+        from fastres.block import decode
 
         assert decode(spec.encode()) == spec

@@ -6,9 +6,8 @@ import pytest
 import torch
 from backend_checks import check_cases
 
-import fastres.backends  # noqa: F401  (registers the implementations)
-from fastres.backends import BACKENDS
-from fastres.primitives import COMPOSITES, PRIMITIVES, Implementation, implementations
+import fastres.kernels  # noqa: F401  (registers the implementations)
+from fastres.kernels import BACKENDS, COMPOSITES, PRIMITIVES, Implementation, implementations
 from fastres.testing import (
     BENCH_CASES,
     CASES,

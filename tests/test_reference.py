@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastres import reference
-from fastres.primitives import Branch, ConvSpec, Gate, Prologue
+from fastres.kernels import Branch, ConvSpec, Gate, Prologue, reference
 
 F64 = torch.float64
 

@@ -7,15 +7,15 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-import fastres.backends  # noqa: F401
-from fastres.backends import preference
-from fastres.engine import BlockSpec, UnitSpec, make_plan
-from fastres.engine.plan import Signature
-from fastres.primitives import (
+import fastres.kernels  # noqa: F401
+from fastres.block import BlockSpec, UnitSpec, make_plan
+from fastres.block.plan import Signature
+from fastres.kernels import (
     PRIMITIVES,
     ConvSpec,
     Request,
     implementations,
+    preference,
     register,
     registry,
     select,

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fastres import Bottleneck
-from fastres.engine import LEVELS, current, use_backend, use_level, use_memory
+from fastres.block import LEVELS, current, use_backend, use_level, use_memory
 
 
 def test_choices_nest_and_end() -> None:
@@ -63,7 +63,7 @@ def test_every_level_runs_and_backward_follows_its_own_forward() -> None:
 
 
 def test_backend_that_cannot_run_here_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fastres.backends import BACKENDS, Backend
+    from fastres.kernels import BACKENDS, Backend
 
     broken = Backend("broken", ("cpu",), why_not=lambda: "no such accelerator")
     monkeypatch.setitem(BACKENDS, "broken", broken)
@@ -73,7 +73,7 @@ def test_backend_that_cannot_run_here_says_why(monkeypatch: pytest.MonkeyPatch) 
 
 
 _PROGRAM = """
-from fastres.engine import current
+from fastres.block import current
 print(current().backend, current().memory, current().level)
 """
 

@@ -1,5 +1,5 @@
 """Triton kernels of fastres; installed as `fastres.triton_kernels`.
 
 Each file holds one operation: its kernels, and the plain functions that choose launch shapes.
-Nothing here knows about autograd or the registry; `fastres.backends.triton` adapts the kernels.
+Nothing here knows about autograd or the registry; `fastres.kernels.triton` adapts the kernels.
 """

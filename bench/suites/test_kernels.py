@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastres.backends import BACKENDS
-from fastres.primitives import Implementation
+from fastres.kernels import BACKENDS, Implementation
 from fastres.testing import Call, Case, calls
 
 from ..registry import FLUSH_BYTES, MEMORY_BOUND, QUICK, SIZES, cases_of, entries_of, why_wrong

@@ -15,12 +15,11 @@ from typing import Any
 import torch
 
 from fastres import __version__, tuning
-from fastres.backends import BACKENDS
-from fastres.backends.cuda.archs import covering
+from fastres.block import current
 from fastres.cli.environment import VARIABLES
 from fastres.cli.output import as_json, heading, table
-from fastres.engine import current
-from fastres.primitives import load_extensions
+from fastres.kernels import BACKENDS, load_extensions
+from fastres.kernels.cuda.archs import covering
 
 #: Distributions whose versions a bug report needs.
 DISTRIBUTIONS = ("torch", "triton", "torchvision", "timm", "transformers", "numpy")

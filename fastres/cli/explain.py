@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 
 import fastres
-from fastres.backends import BACKENDS
 from fastres.cli import zoo
 from fastres.cli.errors import CommandError
 from fastres.cli.output import as_json
+from fastres.kernels import BACKENDS
 
 DTYPES = {
     "float32": torch.float32,

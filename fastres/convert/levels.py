@@ -8,11 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastres.backends import BACKENDS
-from fastres.engine import Plan, current, known_backend, make_plan
-from fastres.engine.plan import Signature, shapes_of
+from fastres.block import Plan, current, known_backend, make_plan
+from fastres.block.plan import Signature, shapes_of
+from fastres.kernels import BACKENDS, memory_format_of
 from fastres.nn._fused import Layers
-from fastres.primitives import memory_format_of
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
-from fastres.engine import PoolSpec
-from fastres.ops.layers import ConvNorm, pair
+from fastres.block import PoolSpec
+from fastres.block.layers import ConvNorm, pair
 
 
 class Decline(NamedTuple):

@@ -6,7 +6,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from fastres.engine import BlockSpec, PoolSpec
+from fastres.block import BlockSpec, PoolSpec
+from fastres.block.call import try_layers, why_not_layers
+from fastres.block.layers import ConvNorm
 from fastres.nn._children import (
     Decline,
     Parts,
@@ -19,8 +21,6 @@ from fastres.nn._children import (
     projection_of,
     why_not_now,
 )
-from fastres.ops.fused import try_layers, why_not_layers
-from fastres.ops.layers import ConvNorm
 
 
 class Layers(NamedTuple):

@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastres.block.layers import Size
 from fastres.nn._children import Parts, norm_only, why_not_now, why_not_state
 from fastres.nn._fused import Layers, run_fused
 from fastres.nn.blocks import FusedModule
-from fastres.ops.layers import Size
 
 
 class _ConvBNReLU(nn.Module):

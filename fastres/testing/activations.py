@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastres.primitives import Activation, activation
+from fastres.kernels import Activation, activation
 
 #: Where an activation is looked at: beyond, the usual ones are straight lines within rounding.
 _WIDEST = 30.0

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from fastres import use_backend, use_level
-from fastres.backends.triton import convolution, products
-from fastres.backends.triton.launch import Launch, options_of, recording
-from fastres.backends.triton.support import Device, pretending
-from fastres.engine import current, run_backward, run_forward, split_tensors
+from fastres.block import current, run_backward, run_forward, split_tensors
+from fastres.kernels import ConvSpec, Prologue
+from fastres.kernels.triton import convolution, products
+from fastres.kernels.triton.launch import Launch, options_of, recording
+from fastres.kernels.triton.support import Device, pretending
 from fastres.nn._fused import FusedParts
 from fastres.nn.stem import FusedStem
-from fastres.primitives import ConvSpec, Prologue
 
 #: Multiprocessors and shared memory of one program (CUDA C++ Programming Guide, table of compute
 #: capabilities; product data sheets).

@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastres import reference
-from fastres.primitives import (
+from fastres.kernels import (
     Branch,
     Gate,
     Gated,
@@ -23,6 +22,7 @@ from fastres.primitives import (
     acc_dtype,
     dense,
     is_channels_last,
+    reference,
 )
 from fastres.testing.cases import Case
 from fastres.testing.maker import F64, Call, Maker, is_gate, tagged, unambiguous

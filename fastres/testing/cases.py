@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fastres.primitives import ConvSpec, dense
+from fastres.kernels import ConvSpec, dense
 
 #: What a case's activations may look like; see `_fill`.
 VALUES = (

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastres.primitives import acc_dtype
+from fastres.kernels import acc_dtype
 
 #: Below this many values per channel torch's own error there is a matter of luck; it is then
 #: taken relative to each channel's magnitude, from all channels together.

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastres import reference
-from fastres.primitives import (
+from fastres.kernels import (
     ConvSpec,
     Gate,
     Gated,
@@ -18,6 +17,7 @@ from fastres.primitives import (
     acc_dtype,
     activation,
     is_channels_last,
+    reference,
 )
 
 _TAKES_LAYOUT = (
@@ -28,7 +28,7 @@ _TAKES_LAYOUT = (
 
 @dataclass(frozen=True)
 class Formulas:
-    """`fastres.reference` with arithmetic in `acc`, convolutions in `conv_dtype`.
+    """`fastres.kernels.reference` with arithmetic in `acc`, convolutions in `conv_dtype`.
 
     With both float64, on inputs made float64, it is the truth. With torch's own choices it is
     the baseline: convolutions in the activations' dtype, everything around them unfused.

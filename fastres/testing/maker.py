@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastres import reference
-from fastres.primitives import (
+from fastres.kernels import (
     Branch,
     Gate,
     Request,
@@ -18,6 +17,7 @@ from fastres.primitives import (
     activations,
     implementations,
     is_channels_last,
+    reference,
 )
 from fastres.testing.cases import Case
 

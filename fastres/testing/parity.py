@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastres import reference
-from fastres.primitives import (
+from fastres.kernels import (
     STATS_ROWS,
     Implementation,
     acc_dtype,
     activation,
     is_channels_last,
+    reference,
 )
 from fastres.testing.calls import calls
 from fastres.testing.cases import Case
@@ -54,7 +54,7 @@ def check_implementation(
     layouts, the statistics of what was stored, that inputs stay untouched, and aliased outputs.
 
     Args:
-        implementation: one of `fastres.primitives.implementations()`, or one's own.
+        implementation: one of `fastres.kernels.implementations()`, or one's own.
         case: one of `fastres.testing.CASES`, or one's own.
         device: torch device on which to run.
 

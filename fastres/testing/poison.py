@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fastres.backends import BACKENDS
+from fastres.kernels import BACKENDS
 
 
 @contextmanager

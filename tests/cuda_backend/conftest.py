@@ -21,7 +21,7 @@ if EMULATED:
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
-from fastres.backends import BACKENDS  # noqa: E402
+from fastres.kernels import BACKENDS  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -16,11 +16,11 @@ from backend_checks import (
 )
 
 import fastres
-from fastres.backends.cuda import slab
-from fastres.engine import BlockSpec, backward, compose, make_plan
-from fastres.engine.backward import _Backward
-from fastres.engine.plan import Plan, Signature
-from fastres.primitives import Gated
+from fastres.block import BlockSpec, backward, compose, make_plan
+from fastres.block.backward import _Backward
+from fastres.block.plan import Plan, Signature
+from fastres.kernels import Gated
+from fastres.kernels.cuda import slab
 from fastres.testing import BLOCK_CASES, BlockCase, FunctionalBlock, check_block
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("_poison")]

@@ -12,8 +12,8 @@ import torch
 from backend_checks import check_cases, check_repeats, needs_gpu
 from torch import Tensor
 
-from fastres.backends.cuda import batch_norm, slab, tiling
-from fastres.primitives import PRIMITIVES, Branch, Gate, Implementation, implementations
+from fastres.kernels import PRIMITIVES, Branch, Gate, Implementation, implementations
+from fastres.kernels.cuda import batch_norm, slab, tiling
 from fastres.testing import CASES, Case
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("_poison")]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from backend_checks import check_graph_capture, check_tuned_block, needs_gpu
 
-from fastres.backends.cuda import slab
+from fastres.kernels.cuda import slab
 
 pytestmark = pytest.mark.gpu
 

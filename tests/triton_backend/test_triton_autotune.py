@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from fastres import tuning
-from fastres.backends import BACKENDS
-from fastres.engine import BlockSpec, autotune, make_plan
-from fastres.engine.plan import ConvPlan, Plan, Signature, conv_options
+from fastres.block import BlockSpec, autotune, make_plan
+from fastres.block.plan import ConvPlan, Plan, Signature, conv_options
+from fastres.kernels import BACKENDS
 from fastres.testing import BlockCase, FunctionalBlock
 
 pytestmark = pytest.mark.gpu

@@ -9,8 +9,8 @@ import torch
 from backend_checks import check_far_offsets, check_float64_is_refused, check_graph_capture
 
 import fastres
-from fastres.engine import LEVELS, make_plan
-from fastres.engine.plan import Signature
+from fastres.block import LEVELS, make_plan
+from fastres.block.plan import Signature
 from fastres.testing import BLOCK_CASES, BlockCase, FunctionalBlock, check_block
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("_poison")]
@@ -66,7 +66,7 @@ def test_a_level_is_what_it_says(level: str, device: str) -> None:
     case = BlockCase("plan")
     module = FunctionalBlock.of(case.stock(device))
     units = tuple(module.layer(i).spec for i in range(3))
-    spec = fastres.engine.BlockSpec(units, "identity", backend="triton", level=level)
+    spec = fastres.block.BlockSpec(units, "identity", backend="triton", level=level)
     weights = tuple((*module.convs[i].weight.shape,) for i in range(3))
     plan = make_plan(spec, Signature(device, torch.float32, True, weights))
     assert plan.level == level

@@ -108,10 +108,10 @@ def test_sizes_of_one_compile(far: int, monkeypatch: pytest.MonkeyPatch) -> None
     """Triton makes a number of an argument that is 1, and a number has no methods; with pixels
     counted in 32 bits and in 64.
     """
-    from fastres.backends.triton import convolution, convolution_backward, products
-    from fastres.backends.triton.launch import recording
-    from fastres.backends.triton.support import pretending
-    from fastres.primitives import ConvSpec
+    from fastres.kernels import ConvSpec
+    from fastres.kernels.triton import convolution, convolution_backward, products
+    from fastres.kernels.triton.launch import recording
+    from fastres.kernels.triton.support import pretending
     from fastres.testing.ahead import compiled
 
     monkeypatch.setattr(products, "_FAR", far)
@@ -131,10 +131,10 @@ def test_sizes_of_one_compile(far: int, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_one_binary_serves_all_sizes_that_align_nothing() -> None:
     """What is compiled ahead of time knows as little of them as what Triton's JIT compiles."""
-    from fastres.backends.triton import convolution
-    from fastres.backends.triton.launch import recording
-    from fastres.backends.triton.support import pretending
-    from fastres.primitives import ConvSpec
+    from fastres.kernels import ConvSpec
+    from fastres.kernels.triton import convolution
+    from fastres.kernels.triton.launch import recording
+    from fastres.kernels.triton.support import pretending
     from fastres.testing.ahead import source_of
 
     with pretending(resources.DEVICES[90]), recording() as launches:
@@ -147,10 +147,10 @@ def test_one_binary_serves_all_sizes_that_align_nothing() -> None:
 
 def test_no_tile_spills_beside_what_is_read_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Inference with a residual: every candidate fits registers and multiplies by warpgroups."""
-    from fastres.backends.triton import convolution, products
-    from fastres.backends.triton.launch import recording
-    from fastres.backends.triton.support import pretending
-    from fastres.primitives import ConvSpec
+    from fastres.kernels import ConvSpec
+    from fastres.kernels.triton import convolution, products
+    from fastres.kernels.triton.launch import recording
+    from fastres.kernels.triton.support import pretending
     from fastres.testing.ahead import compiled
 
     def every(name: str, module: str, sizes: object, candidates: Any, run: Any, *_: Any) -> Any:
@@ -186,9 +186,9 @@ def hopper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 
 def test_what_is_tuned_is_compiled_together(monkeypatch: pytest.MonkeyPatch, hopper: None) -> None:
     """Side by side, and a launch finds the binary; a candidate that fails takes nobody along."""
-    from fastres.backends.triton import convolution, launch
-    from fastres.backends.triton.support import pretending
-    from fastres.primitives import ConvSpec
+    from fastres.kernels import ConvSpec
+    from fastres.kernels.triton import convolution, launch
+    from fastres.kernels.triton.support import pretending
 
     asked: list[tuple[Sequence[Any], Callable[[Any], object]]] = []
 
@@ -232,7 +232,7 @@ def test_amd_gpus_compile() -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import compile
 
-    from fastres.backends.triton.support import Device
+    from fastres.kernels.triton.support import Device
     from fastres.testing.ahead import resnet_launches, source_of
 
     target, local = GPUTarget("hip", "gfx942", 64), 64 << 10

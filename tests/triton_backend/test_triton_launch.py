@@ -13,8 +13,8 @@ pytest.importorskip("triton")
 from fastres.triton_kernels import conv
 from fastres.triton_kernels.walk import Tiling, tilings
 
-from fastres.backends import common
-from fastres.backends.triton import (
+from fastres.kernels import common, implementations
+from fastres.kernels.triton import (
     convolution,
     convolution_backward,
     launch,
@@ -22,8 +22,7 @@ from fastres.backends.triton import (
     support,
     walk,
 )
-from fastres.backends.triton.support import Device, Matrix
-from fastres.primitives import implementations
+from fastres.kernels.triton.support import Device, Matrix
 from fastres.testing import CASES, check_implementation
 
 #: From 64 channels at 112x112 to 2048 at 7x7, and wide and short ones.
@@ -122,8 +121,8 @@ def test_the_kernel_with_tensor_descriptors_is_right(
 @pytest.mark.gpu
 def test_parameters_may_be_views(device: str) -> None:
     """Every second element of a tensor, and one element for all channels."""
-    from fastres.backends.triton import batch_norm
-    from fastres.primitives import ConvSpec
+    from fastres.kernels import ConvSpec
+    from fastres.kernels.triton import batch_norm
 
     wide = torch.randn(32, device=device)
     mean, var, weight, bias = wide[::2], wide[1::2].abs(), wide[::2] + 1, wide[:1].expand(16)
@@ -140,7 +139,7 @@ def test_parameters_may_be_views(device: str) -> None:
 
 @pytest.mark.gpu
 def test_an_empty_batch_has_sums_of_zero(device: str) -> None:
-    from fastres.primitives import Branch, ConvSpec, Gate
+    from fastres.kernels import Branch, ConvSpec, Gate
 
     x = torch.empty(0, 16, 4, 4, device=device).contiguous(memory_format=torch.channels_last)
     weight, stats = torch.randn(16, 16, 1, 1, device=device), torch.ones(5, 16, device=device)

@@ -8,8 +8,8 @@ import torch
 from backend_checks import check_cases, check_repeats
 from torch import Tensor
 
-from fastres.backends.triton import convolution, convolution_backward, products
-from fastres.primitives import PRIMITIVES, ConvSpec, Implementation, implementations
+from fastres.kernels import PRIMITIVES, ConvSpec, Implementation, implementations
+from fastres.kernels.triton import convolution, convolution_backward, products
 from fastres.testing import CASES, Case
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("_poison")]

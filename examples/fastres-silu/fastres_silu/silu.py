@@ -27,9 +27,10 @@ from fastres.triton_kernels.walk import channel_of, elements, load_values, start
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastres.backends.triton.support import Matrix
-from fastres.backends.triton.support import why_not as why_not_triton
-from fastres.backends.triton.walk import (
+from fastres.kernels import Branch, Gate, Request, register, register_activation
+from fastres.kernels.triton.support import Matrix
+from fastres.kernels.triton.support import why_not as why_not_triton
+from fastres.kernels.triton.walk import (
     SEVERAL,
     choose_tiling,
     launch_walk,
@@ -37,7 +38,6 @@ from fastres.backends.triton.walk import (
     sum_partials,
     walk,
 )
-from fastres.primitives import Branch, Gate, Request, register, register_activation
 
 # ---------------------------------------------------------------- the definition
 

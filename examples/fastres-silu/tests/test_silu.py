@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastres
-from fastres.backends.triton.launch import recording
-from fastres.backends.triton.support import pretending
 from fastres.functional import ConvNorm, bn_act, conv_bn_act, residual_block
-from fastres.primitives import Branch, Gate, Implementation, implementations
+from fastres.kernels import Branch, Gate, Implementation, implementations
+from fastres.kernels.triton.launch import recording
+from fastres.kernels.triton.support import pretending
 from fastres.testing import (
     CASES,
     Case,

@@ -1,0 +1,113 @@
+"""Whether a call can be fused, and why not: the one predicate of the functional layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastres.block.layers import ConvNorm
+from fastres.block.spec import PoolSpec
+from fastres.kernels import activation
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def why_not_tensor(x: object) -> str | None:
+    """Why a value cannot enter a fused block at all, or None."""
+    if not isinstance(x, Tensor):
+        return f"x must be a Tensor, got {type(x).__name__}"
+    if x.dim() != 4:
+        return f"x must have shape [N, C, H, W], got {list(x.shape)}"
+    if x.dtype not in DTYPES:
+        return f"x must be float32, bfloat16, float16 or float64, got {x.dtype}"
+    if x.layout != torch.strided or x.is_quantized:
+        return "x must be a dense tensor"
+    if not torch.compiler.is_compiling() and (reason := _why_not_mode(x)) is not None:
+        return reason
+    return "x is empty" if x.numel() == 0 else None
+
+
+def _why_not_mode(x: Tensor) -> str | None:
+    if torch.overrides.has_torch_function_unary(
+        x
+    ) or torch.utils._python_dispatch.is_traceable_wrapper_subclass(x):
+        return f"{type(x).__name__} is a tensor subclass with behaviour of its own"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "torch.func transforms need torch's own operators"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode differentiation needs torch's own operators"
+    return None
+
+
+def why_not_block(
+    x: Tensor,
+    layers: Sequence[ConvNorm],
+    shortcut: str,
+    residual: Tensor | None,
+    projection: ConvNorm | None,
+    pool: PoolSpec | None,
+    act: str,
+) -> str | None:
+    """Why a block cannot be fused for these inputs, or None. Wrong inputs are among the reasons."""
+    if (reason := why_not_tensor(x)) is not None:
+        return reason
+    if shortcut != "none" and activation(act).gate is None:
+        return f"activation {act!r} behind a shortcut cannot be recomputed from one branch"
+    shape: tuple[int, ...] = tuple(x.shape)
+    for layer in layers:
+        reason, shape = _follow(shape, x, layer)
+        if reason is not None:
+            return reason
+    if shortcut == "identity":
+        residual = x
+    if projection is not None:
+        reason, side = _follow(_pooled_shape(tuple(x.shape), pool), x, projection)
+        if reason is not None or side != shape:
+            return reason or f"the shortcut has shape {list(side)}, the main path {list(shape)}"
+    elif residual is not None:
+        if not isinstance(residual, Tensor) or tuple(residual.shape) != shape:
+            return f"the residual must have shape {list(shape)}"
+        if residual.dtype != x.dtype or residual.device != x.device:
+            return f"the residual must be {x.dtype} on {x.device}"
+    return None
+
+
+def _follow(
+    shape: tuple[int, ...], x: Tensor, layer: ConvNorm
+) -> tuple[str | None, tuple[int, ...]]:
+    """Why a layer cannot take an input of `shape`, and the shape it would give."""
+    conv = layer.conv
+    if layer.weight is not None and conv is not None:
+        k, c, kh, kw = layer.weight.shape
+        if c * layer.groups != shape[1] or k % layer.groups:
+            return f"weight has {c} input channels per group, x has {shape[1]} channels", shape
+        if layer.weight.dtype != x.dtype or layer.weight.device != x.device:
+            return f"weight must be {x.dtype} on {x.device}", shape
+        if layer.bias is not None and layer.bias.dtype != x.dtype:
+            return f"bias must be {x.dtype}", shape
+        h, w = conv.output_size(shape[2:], (kh, kw))
+        shape = (shape[0], k, h, w)
+    if min(shape) < 1:
+        return f"a layer's output would have shape {list(shape)}", shape
+    if layer.batch_stats and shape[0] * shape[2] * shape[3] == 1:
+        return "one value per channel has no variance", shape
+    return _why_not_norm(layer, shape[1], x), shape
+
+
+def _why_not_norm(layer: ConvNorm, channels: int, x: Tensor) -> str | None:
+    for t in (layer.running_mean, layer.running_var, layer.norm_weight, layer.norm_bias):
+        if t is not None and (t.numel() != channels or t.device != x.device or t.dim() != 1):
+            return f"batch norm tensors must have shape [{channels}] on {x.device}"
+        if t is not None and t.dtype not in (x.dtype, torch.float32):
+            return f"batch norm tensors must be {x.dtype} or float32, got {t.dtype}"
+        if t is not None and x.dtype == torch.float64 and t.dtype != torch.float64:
+            return "batch norm tensors must be float64"
+    return None
+
+
+def _pooled_shape(shape: tuple[int, ...], pool: PoolSpec | None) -> tuple[int, ...]:
+    if pool is None:
+        return shape
+    return tuple(pool.apply(torch.empty(shape, device="meta")).shape)

@@ -1,0 +1,279 @@
+"""A Plan: which implementation runs each primitive of a block, and at which level of fusion."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastres.block.spec import LEVELS, BlockSpec, UnitSpec
+from fastres.kernels import (
+    BACKENDS,
+    Implementation,
+    Request,
+    activation,
+    implementations,
+    preference,
+    select,
+)
+
+#: Primitives around the convolutions: those that know no activation, and those that apply one or
+#: its derivative.
+_PLAIN = ("channel_stats", "finalize_stats")
+_ACTING = ("scale_shift_act", "bn_act_backward_reduce", "bn_act_backward_apply")
+#: Batch norm as a whole, with the activation; not every backend has it.
+_WHOLE = ("bn_act_forward", "bn_act_backward")
+
+Weight = tuple[int, int, int, int]
+
+
+class Signature(NamedTuple):
+    """What a plan depends on, apart from the specification.
+
+    Attributes:
+        device: torch device type.
+        dtype: of the activations.
+        channels_last: layout of the activations.
+        weights: shape [K, C/groups, kh, kw] of each unit's weight, or None.
+        here: False for a plan that is only looked at, for a machine that has such a device.
+    """
+
+    device: str
+    dtype: torch.dtype
+    channels_last: bool
+    weights: tuple[Weight | None, ...]
+    here: bool = True
+
+
+@dataclass(frozen=True)
+class ConvPlan:
+    """The implementations that one convolution of the block uses.
+
+    Attributes:
+        level: of fusion, docs/design.md section 6: what these implementations fuse.
+        forward: the convolution, with statistics where `stats`.
+        prologue: the convolution of what is still to be normalised, or None.
+        stats: whether the convolution delivers the statistics of its output.
+        data: gradient of the input.
+        weight: gradient of the weight.
+        joint: a backend's own backward of a whole unit (data, weight and the sums for the
+            previous batch norm in one go), or None where the primitives are composed.
+        infer: convolution with running statistics.
+    """
+
+    level: str
+    forward: Implementation
+    prologue: Implementation | None
+    stats: bool
+    data: Implementation
+    weight: Implementation
+    joint: Implementation | None
+    infer: Implementation
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Implementations of a block's primitives.
+
+    Attributes:
+        pointwise: by primitive and activation.
+        convs: as `BlockSpec.all_units`.
+        declined: why others were passed over.
+    """
+
+    pointwise: dict[tuple[str, str], Implementation]
+    convs: tuple[ConvPlan | None, ...]
+    declined: tuple[str, ...]
+
+    def run(self, primitive: str, act: str = "none") -> Callable[..., Any]:
+        """The function that computes a pointwise primitive with an activation of the block."""
+        found = self.pointwise.get((primitive, act))
+        if found is None:  # an open gate: whoever knows an activation can leave it out
+            found = next(
+                entry for (which, _), entry in self.pointwise.items() if which == primitive
+            )
+        return found.run
+
+    def whole(self, primitive: str, act: str) -> Callable[..., Any] | None:
+        """The function that computes a batch norm as a whole, where the backend has one."""
+        found = self.pointwise.get((primitive, act))
+        return None if found is None else found.run
+
+    @property
+    def level(self) -> str:
+        """The lowest level among the block's convolutions; "b" for a batch norm alone."""
+        levels = [c.level for c in self.convs if c is not None]
+        return min(levels, key=LEVELS.index, default="b")
+
+
+def signature_of(x: Tensor, weights: Sequence[Tensor | None], channels_last: bool) -> Signature:
+    """The part of the inputs that the choice of implementations depends on."""
+    return Signature(x.device.type, x.dtype, channels_last, shapes_of(weights))
+
+
+def shapes_of(weights: Sequence[Tensor | None]) -> tuple[Weight | None, ...]:
+    """The shapes of convolution weights."""
+    return tuple(None if w is None else (*w.shape,) for w in weights)  # type: ignore[misc]
+
+
+@lru_cache(maxsize=4096)
+def make_plan(spec: BlockSpec, signature: Signature) -> Plan:
+    """Choose implementations for a block, without measuring any.
+
+    Raises:
+        NotImplementedError: where a backend that was asked for by name cannot run the block,
+            with its reason.
+    """
+    choose = _Chooser(spec.backend, signature)
+    pointwise = {(p, "none"): choose(p) for p in _PLAIN}
+    acts = dict.fromkeys((*(unit.act for unit in spec.units[:-1]), spec.act))
+    pointwise |= {(p, act): choose(p, act=act) for act in acts for p in _ACTING}
+    for act in acts:
+        backend = pointwise["scale_shift_act", act].backend
+        pointwise |= {
+            (p, act): found for p in _WHOLE if (found := choose.only(backend, p, act=act))
+        }
+    # What is not a gate has no backward by its output alone, and no block that would need one.
+    if activation(spec.act).gate:
+        pointwise["act_backward", spec.act] = choose("act_backward", act=spec.act)
+    convs = tuple(found[0] if found else None for found in _options(choose, spec))
+    return Plan(pointwise, convs, tuple(dict.fromkeys(choose.declined)))
+
+
+@lru_cache(maxsize=4096)
+def conv_options(spec: BlockSpec, signature: Signature) -> list[list[ConvPlan]]:
+    """For each convolution the ways to run it, that of `make_plan` first."""
+    return _options(_Chooser(spec.backend, signature), spec)
+
+
+class _Chooser:
+    """Asks the registry, in the order of the user's choice of backend."""
+
+    def __init__(
+        self, backend: str, signature: Signature, order: tuple[str, ...] | None = None
+    ) -> None:
+        self.backend, self.signature = backend, signature
+        self.order = order or preference(backend, signature.device, signature.here)
+        self.declined: list[str] = []
+
+    def among(self, names: Sequence[str]) -> _Chooser:
+        """The same, asking these backends alone."""
+        return _Chooser(self.backend, self.signature, tuple(names))
+
+    def only(self, backend: str, primitive: str, *, act: str) -> Implementation | None:
+        """What one backend has for a primitive that not every backend has."""
+        s = self.signature
+        request = Request(s.device, s.dtype, s.channels_last, act, here=s.here)
+        return select(primitive, (backend,), request)[0]
+
+    def ask(
+        self, primitive: str, *, acts: Sequence[str] = (), act: str = "none", **request: Any
+    ) -> Implementation | None:
+        """The first that accepts the request, with `act` or with each of `acts`."""
+        s = self.signature
+        asked, *more = (
+            Request(s.device, s.dtype, s.channels_last, one, here=s.here, **request)
+            for one in dict.fromkeys(acts or (act,))
+        )
+        found, reasons = select(primitive, self.order, asked, *more)
+        self.declined += reasons
+        if self.backend != "auto" and (found is None or found.backend != self.backend):
+            self._insist(primitive, asked, reasons)
+        return found
+
+    def _insist(self, primitive: str, asked: Request, reasons: list[str]) -> None:
+        """A backend asked for by name may leave a primitive out, but not decline a plain one."""
+        own = list(implementations(primitive, self.backend))
+        if own and not primitive.startswith("conv_"):
+            raise NotImplementedError(
+                f"backend {self.backend!r} cannot run {primitive}: {'; '.join(reasons)}"
+            )
+        if asked.device not in BACKENDS[self.backend].devices:
+            raise NotImplementedError(
+                f"backend {self.backend!r} cannot run on device {asked.device!r}: "
+                f"it runs on {', '.join(BACKENDS[self.backend].devices)}"
+            )
+
+    def __call__(self, primitive: str, **request: Any) -> Implementation:
+        found = self.ask(primitive, **request)
+        if found is None:
+            raise NotImplementedError(
+                f"no backend runs {primitive} on {self.signature}: {'; '.join(self.declined)}"
+            )
+        return found
+
+
+class _Site(NamedTuple):
+    """A convolution in its block: its weight, and the activations in front of it and behind."""
+
+    unit: UnitSpec
+    weight: Weight
+    before: str
+    after: str
+
+
+def _options(choose: _Chooser, spec: BlockSpec) -> list[list[ConvPlan]]:
+    inner = [unit.act for unit in spec.units[:-1]]
+    before, after = ["none", *inner, "none"], [*inner, spec.act, spec.act]
+    return [
+        []
+        if weight is None
+        else list(
+            dict.fromkeys(_conv_plans(choose, spec, _Site(unit, weight, before[i], after[i])))
+        )
+        for i, (unit, weight) in enumerate(
+            zip(spec.all_units, choose.signature.weights, strict=True)
+        )
+    ]
+
+
+def _conv_plans(choose: _Chooser, spec: BlockSpec, site: _Site) -> Iterator[ConvPlan]:
+    """The ways to run a convolution; several where it is to be measured which is fastest.
+
+    Of a backend whose convolutions are not proven, "auto" only looks at those that fuse something.
+    """
+    plain = fusing = choose
+    unproven = [n for n in choose.order if not BACKENDS[n].proven]
+    if spec.backend == "auto" and unproven:
+        proven = [n for n in choose.order if n not in unproven]
+        plain, fusing = choose.among(proven), choose.among([*unproven, *proven])
+    if spec.level != "auto":
+        yield _plan_conv(fusing, plain, site, spec.level)
+        return
+    yield from (_plan_conv(plain, plain, site, n) for n in BACKENDS[plain.order[0]].levels)
+    if fusing is not plain:
+        levels = BACKENDS[unproven[0]].levels
+        yield from (_plan_conv(fusing, plain, site, level) for level in levels)
+
+
+def _plan_conv(fusing: _Chooser, plain: _Chooser, site: _Site, most: str) -> ConvPlan:
+    """The implementations of a convolution at a level, or below where none goes so far.
+
+    What fuses nothing into the convolution is asked of `plain`.
+    """
+    common: dict[str, Any] = {"conv": site.unit.conv, "weight": site.weight}
+    rank = LEVELS.index(most)
+    stats = prologue = joint = None
+    if rank >= LEVELS.index("b'"):
+        stats = fusing.ask("conv_forward", features=frozenset({"stats"}), **common)
+    if rank >= LEVELS.index("c'"):
+        both = frozenset({"stats", "prologue"})
+        prologue = fusing.ask("conv_forward", features=both, act=site.before, **common)
+        formed = frozenset() if most == "c" else frozenset({"grad_formed"})
+        acts = (site.after, site.before)
+        joint = fusing.ask("conv_backward", features=formed, acts=acts, **common)
+    level = most if joint else "c'" if prologue else "b'" if stats else "b"
+    return ConvPlan(
+        level=level,
+        forward=stats or plain("conv_forward", **common),
+        prologue=prologue,
+        stats=stats is not None,
+        data=plain("conv_backward_data", **common),
+        weight=plain("conv_backward_weight", **common),
+        joint=joint,
+        infer=(fusing if rank else plain)("conv_bn_act", act=site.after, **common),
+    )

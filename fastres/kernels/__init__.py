@@ -1,0 +1,72 @@
+"""Primitives: what each is given and returns, who implements it, and the implementations.
+
+Importing this package registers every backend that can be imported; `BACKENDS` lists them all,
+with the reason where one is not available. docs/design.md section 5 lists the primitives, and
+`fastres.kernels.reference` defines them by functions of the same names.
+"""
+
+from fastres.kernels import aten, cpu, cuda, formulas, reference, triton
+from fastres.kernels.activation import activation, activations, register_activation
+from fastres.kernels.backend import BACKENDS, Backend, declare, preference
+from fastres.kernels.reference import Activation
+from fastres.kernels.registry import (
+    COMPOSITES,
+    PRIMITIVES,
+    Implementation,
+    Request,
+    implementations,
+    load_extensions,
+    register,
+    select,
+)
+from fastres.kernels.types import (
+    STATS_ROWS,
+    Branch,
+    ConvSpec,
+    Gate,
+    Gated,
+    PendingGrad,
+    Prologue,
+    acc_dtype,
+    dense,
+    is_channels_last,
+    mask_shape,
+    memory_format_of,
+)
+
+__all__ = [
+    "BACKENDS",
+    "COMPOSITES",
+    "PRIMITIVES",
+    "STATS_ROWS",
+    "Activation",
+    "Backend",
+    "Branch",
+    "ConvSpec",
+    "Gate",
+    "Gated",
+    "Implementation",
+    "PendingGrad",
+    "Prologue",
+    "Request",
+    "acc_dtype",
+    "activation",
+    "activations",
+    "aten",
+    "cpu",
+    "cuda",
+    "declare",
+    "dense",
+    "formulas",
+    "implementations",
+    "is_channels_last",
+    "load_extensions",
+    "mask_shape",
+    "memory_format_of",
+    "preference",
+    "reference",
+    "register",
+    "register_activation",
+    "select",
+    "triton",
+]

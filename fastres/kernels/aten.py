@@ -1,0 +1,117 @@
+"""The `aten` backend: torch's own convolutions (oneDNN, cuDNN, cuBLAS), torch ops around them.
+
+It runs on every device torch runs on, fuses nothing, and is what the others fall back to.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastres.kernels import reference
+from fastres.kernels.backend import Backend, declare
+from fastres.kernels.formulas import POINTWISE, bind, register_formulas
+from fastres.kernels.registry import Request, register
+from fastres.kernels.types import ConvSpec, Prologue, acc_dtype, dense, memory_format_of
+
+declare(Backend("aten", ("cpu", "cuda"), why_not=lambda: None))
+register_formulas("aten", POINTWISE, acc=acc_dtype)
+formula_scale_shift_act = bind(reference.scale_shift_act, acc_dtype)
+
+aten = torch.ops.aten
+
+
+def _fuses_nothing(request: Request) -> str | None:
+    if request.features:
+        return f"torch's convolution has no {' or '.join(sorted(request.features))}"
+    return None
+
+
+def _geometry(conv: ConvSpec) -> tuple[Any, ...]:
+    stride, padding, dilation, groups = conv
+    return (list(stride), list(padding), list(dilation), False, [0, 0], groups)
+
+
+@register("conv_forward", "aten", why_not=_fuses_nothing, name="convolution")
+def conv_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    conv: ConvSpec,
+    *,
+    prologue: Prologue | None = None,
+    want_state: bool = False,
+) -> tuple[Tensor, None]:
+    """torch's convolution, in the layout that the block goes by whatever the library gave."""
+    y = aten.convolution(x, weight, bias, *_geometry(conv))
+    return dense(y, memory_format_of(x, (weight,))), None
+
+
+def _backward(
+    grad_y: Tensor, x: Tensor, weight: Tensor, conv: ConvSpec, wanted: list[bool]
+) -> tuple[Tensor, ...]:
+    return aten.convolution_backward(grad_y, x, weight, None, *_geometry(conv), wanted)
+
+
+@register("conv_backward_data", "aten", name="convolution_backward")
+def conv_backward_data(
+    grad_y: Tensor,
+    weight: Tensor,
+    like: Tensor,
+    conv: ConvSpec,
+    *,
+    accumulate: Tensor | None = None,
+    overwrite: bool = False,
+) -> Tensor:
+    """torch's gradient of the input, then an addition where there is something to accumulate."""
+    grad = _backward(grad_y, like, weight, conv, [True, False, False])[0]
+    grad = dense(grad, memory_format_of(like))
+    return grad if accumulate is None else grad.add_(accumulate)
+
+
+@register("conv_backward_weight", "aten", why_not=_fuses_nothing, name="convolution_backward")
+def conv_backward_weight(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    conv: ConvSpec,
+    *,
+    prologue: Prologue | None = None,
+) -> Tensor:
+    """torch's gradient of the weight."""
+    return _backward(grad_y, x, weight, conv, [False, True, False])[1]
+
+
+def _fold(weight: Tensor, bias: Tensor | None, stats: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight and bias of the convolution that has the batch norm of `stats` folded in."""
+    scale, shift = stats[3], stats[4]
+    if bias is not None:
+        shift = shift + scale * bias
+    return weight * scale.view(-1, 1, 1, 1), shift
+
+
+@register("conv_bn_act", "aten", name="folded")
+def conv_bn_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    conv: ConvSpec,
+    stats: Tensor,
+    *,
+    residual: Tensor | None = None,
+    act: str = "none",
+) -> Tensor:
+    """Inference: a convolution with the batch norm folded in, then add and activation.
+
+    Below float32 nothing is folded: a shift rounded to 8 bits of mantissa is off by more than
+    torch's own result where the mean is large against the standard deviation.
+    """
+    if weight.dtype != stats.dtype:
+        y, _ = conv_forward(x, weight, bias, conv)
+        return formula_scale_shift_act(y, stats, residual=residual, act=act)[0]
+    y, _ = conv_forward(x, *_fold(weight, bias, stats), conv)
+    if residual is not None:
+        y = y.add_(residual)
+    return y.relu_() if act == "relu" else reference.activate(y, act)

@@ -1,0 +1,89 @@
+"""What the backends' adapters share: the kernels' codes, addresses, and memory for masks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastres.kernels.types import Branch, Gate, is_channels_last, mask_shape
+
+#: `fastres::DType`, and what DLPack memory may hold besides.
+DTYPE_CODES = {
+    torch.float32: 0,
+    torch.bfloat16: 1,
+    torch.float16: 2,
+    torch.float64: 3,
+    torch.uint8: 4,
+}
+#: `fastres::Activation`.
+ACT_CODES = {"none": 0, "relu": 1}
+#: `fastres::Gate`, and `arithmetic.GATE_*` of Triton's kernels.
+GATE_CODES = {"none": 0, "mask": 1, "affine": 2, "out": 3}
+
+
+def gate_code(gate: Gate) -> int:
+    """The kernels' constant for a gate; one without an activation stands open."""
+    kind = "none" if gate.act == "none" and gate.kind != "mask" else gate.kind
+    return GATE_CODES[kind]
+
+
+def new_mask(t: Tensor) -> Tensor:
+    """Memory for the packed mask of an activation."""
+    shape = mask_shape(t.shape, is_channels_last(t))
+    return torch.empty(shape, dtype=torch.uint8, device=t.device)
+
+
+def floats(*shape: int, device: torch.device) -> Tensor:
+    """Memory for per-channel values: float32, whatever torch's default is."""
+    return torch.empty(shape, dtype=torch.float32, device=device)
+
+
+def zeros(*shape: int, device: torch.device) -> Tensor:
+    """Zeros of that kind."""
+    return floats(*shape, device=device).zero_()
+
+
+def new_grads(grad_out: Tensor, wanted: Sequence[bool], out: Tensor | None) -> list[Tensor | None]:
+    """Memory for the gradients that are wanted: the first one in `out`, where that is given."""
+    into: list[Tensor | None] = [out, *([None] * len(wanted))]
+    return [
+        (torch.empty_like(grad_out) if given is None else given) if want else None
+        for want, given in zip(wanted, into, strict=False)
+    ]
+
+
+def address(t: Tensor | None) -> int:
+    """Where a tensor's first element is; 0 for none."""
+    return 0 if t is None else t.data_ptr()
+
+
+def branch_tensors(
+    branches: Sequence[Branch],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """(y1, stats1, y2, stats2), with None for a branch that there is not."""
+    y1, stats1 = branches[0] if branches else (None, None)
+    y2, stats2 = branches[1] if len(branches) > 1 else (None, None)
+    return y1, stats1, y2, stats2
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """ "tf32" or "ieee": float32 products follow torch's own switch for convolutions.
+
+    ROCm's have no TF32.
+    """
+    if dtype != torch.float32 or torch.version.hip is not None:
+        return "ieee"
+    return "tf32" if _allows_tf32() else "ieee"
+
+
+def _allows_tf32() -> bool:
+    """What torch's own convolutions would do, by the newer switch where there is one.
+
+    Reading the older one raises where a user has set the newer.
+    """
+    choices = [torch.backends.cudnn, getattr(torch.backends.cudnn, "conv", None)]
+    found = [getattr(choice, "fp32_precision", "none") for choice in reversed(choices)]
+    named = [precision for precision in found if precision != "none"]
+    return named[0] == "tf32" if named else bool(torch.backends.cudnn.allow_tf32)

@@ -1,0 +1,405 @@
+"""Convolutions through oneDNN, walked in chunks of images that stay in cache.
+
+A chunk is normalised, convolved, and its statistics taken while it is in cache, so a prologue or
+a reduction costs no pass over memory: level c of docs/design.md on a CPU. Several chunks are
+convolved into one tensor: oneDNN's "sum" post-operation adds onto memory of ours, which is zeroed
+or holds the residual's gradient, and where one of its own would page-fault at every step.
+
+oneDNN reorders the weight in every call. Where there are few pixels that is most of the time, and a
+1x1 convolution is left to a matrix product instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from fastres.kernels.aten import conv_backward_data as aten_data
+from fastres.kernels.aten import conv_backward_weight as aten_weight
+from fastres.kernels.common import ACT_CODES
+from fastres.kernels.cpu.module import empty
+from fastres.kernels.cpu.pointwise import (
+    act_backward,
+    bn_act_backward_apply,
+    bn_act_backward_reduce,
+    channel_stats,
+    scale_shift_act,
+)
+from fastres.kernels.registry import Request, register
+from fastres.kernels.types import Branch, ConvSpec, Gate, Gated, PendingGrad, Prologue, dense
+
+#: Bytes of the largest tensor of a chunk. Two of them fit the last-level cache of small machines.
+CHUNK_BYTES = 16 << 20
+
+#: Pixels of a batch up to which a 1x1 convolution is a matrix product. Beside oneDNN's on two
+#: AVX-512 cores, 2048 to 512 channels: forward 3.6 to 1.0 ms at 49 pixels, 6.2 to 4.9 at 392; the
+#: gradient of the weight 5.9 to 1.0, and 7.0 to 5.7. At 1,568 pixels the product is the slower one.
+_FEW_PIXELS = 512
+
+#: other = conv(X, W) + B + other, and the same with an output of its own
+_onednn = torch.ops.mkldnn._convolution_pointwise_.binary
+_onednn_new = torch.ops.mkldnn._convolution_pointwise.default
+
+#: On one thread torch hands float32 batches below 16 to a convolution that is slower than oneDNN's.
+_LEAST_IMAGES = 16
+
+
+def _why_not(request: Request) -> str | None:
+    """Where oneDNN does not take the tensors as they lie, torch's own convolution is used."""
+    if request.device != "cpu" or not request.channels_last:
+        return "it takes channels_last tensors on the CPU"
+    if request.act not in ACT_CODES:
+        return f"activation {request.act!r} has no CPU kernel"
+    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
+        return "oneDNN is not available"
+    if request.dtype == torch.float32:
+        return None
+    if request.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return None
+    return f"oneDNN convolves float32 (and bfloat16 where the CPU does), got {request.dtype}"
+
+
+def _chunks(images: int, *per_image: int) -> Iterator[tuple[int, int]]:
+    """Ranges of images whose largest tensor, of `per_image` bytes, is at most about CHUNK_BYTES.
+
+    A power of two, since a convolution's threads share images out evenly.
+    """
+    least = _LEAST_IMAGES if torch.get_num_threads() == 1 else 1
+    fitting = max(least, CHUNK_BYTES // max(1, *per_image))
+    step = 1 << (fitting.bit_length() - 1)
+    return pairwise([*range(0, images, step), images])
+
+
+def _image_bytes(t: Tensor) -> int:
+    return t[0].numel() * t.element_size()
+
+
+def _convolve_into(
+    out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, conv: ConvSpec
+) -> None:
+    """out += conv(x, weight) + bias, in one call."""
+    if bias is None and _is_product(x, weight, conv):
+        _rows(out).addmm_(_rows(_seen(x, conv)), _matrix(weight).t())
+        return
+    stride, padding, dilation, groups = conv
+    _onednn(out, x, weight, bias, padding, stride, dilation, groups, "add", 1.0, None, [], None)
+
+
+def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, conv: ConvSpec) -> Tensor:
+    """conv(x, weight) + bias, small enough that its memory is some that was used before."""
+    if bias is None and _is_product(x, weight, conv):
+        seen = _seen(x, conv)
+        n, _, h, w = seen.shape
+        y = _product(_rows(seen), _matrix(weight).t())
+        return y.view(n, h, w, weight.shape[0]).permute(0, 3, 1, 2)
+    stride, padding, dilation, groups = conv
+    y = _onednn_new(x, weight, bias, padding, stride, dilation, groups, "none", [], None)
+    return dense(y, torch.channels_last)
+
+
+# ---------------------------------------------------------------- 1x1 as a matrix product
+
+
+def _is_product(x: Tensor, weight: Tensor, conv: ConvSpec) -> bool:
+    """Whether a convolution is a matrix product, and worth it; `x` is its input."""
+    n, _, h, w = x.shape
+    sh, sw = conv.stride
+    return (
+        weight.shape[2:] == (1, 1)
+        and n * -(-h // sh) * -(-w // sw) <= _FEW_PIXELS
+        and not weight.is_mkldnn  # in oneDNN's own order
+        and (conv.padding, conv.groups) == ((0, 0), 1)
+        and x.dtype == torch.float32
+        and _products_are_exact()
+    )
+
+
+def _products_are_exact() -> bool:
+    """A product obeys a switch of its own, which may allow it fewer bits than a convolution has.
+
+    Not read through torch.get_float32_matmul_precision, which raises where a user has set the newer
+    switches.
+    """
+    switch = getattr(torch.backends.mkldnn, "matmul", None)
+    return getattr(switch, "fp32_precision", "none") in ("none", "ieee")
+
+
+def _seen(x: Tensor, conv: ConvSpec) -> Tensor:
+    """The pixels that a 1x1 convolution looks at."""
+    sh, sw = conv.stride
+    return x if (sh, sw) == (1, 1) else x[:, :, ::sh, ::sw]
+
+
+def _rows(t: Tensor) -> Tensor:
+    """[pixels, C]; a view of what lies channels_last."""
+    return t.permute(0, 2, 3, 1).reshape(-1, t.shape[1])
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    """[K, C] of a 1x1 weight."""
+    return weight.reshape(weight.shape[:2])
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in their own dtype: into memory that is there, which autocast leaves alone.
+
+    And which autograd refuses for what requires a gradient.
+    """
+    return torch.mm(a.detach(), b.detach(), out=a.new_empty(a.shape[0], b.shape[1]))
+
+
+def _weight_gradient(grad_y: Tensor, x: Tensor, weight: Tensor, conv: ConvSpec) -> Tensor:
+    """The gradient of the weight."""
+    if _is_product(x, weight, conv):
+        return _product(_rows(grad_y).t(), _rows(_seen(x, conv))).view(weight.shape)
+    return aten_weight(grad_y, x, weight, conv)
+
+
+def _packed(weight: Tensor, conv: ConvSpec, chunk_shape: Sequence[int], uses: int) -> Tensor:
+    """The weight in oneDNN's own order where it is used often enough to be worth it."""
+    if uses < 2:
+        return weight
+    stride, padding, dilation, groups = conv
+    return torch.ops.mkldnn._reorder_convolution_weight(
+        weight, padding, stride, dilation, groups, list(chunk_shape)
+    )
+
+
+def _new_output(x: Tensor, weight: Tensor, conv: ConvSpec) -> Tensor:
+    h, w = conv.output_size(x.shape[2:], weight.shape[2:])
+    return empty((x.shape[0], weight.shape[0], h, w), x.dtype, channels_last=True)
+
+
+@register("conv_forward", "cpu", why_not=_why_not, name="onednn_chunked")
+def conv_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    conv: ConvSpec,
+    *,
+    prologue: Prologue | None = None,
+    want_state: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """y = conv(P(x), weight) + bias and its statistics, chunk by chunk."""
+    chunks = _forward_chunks(x, weight, conv)
+    z = _scratch(x, chunks) if prologue is not None else x
+    if len(chunks) == 1:
+        y = _convolved(x if prologue is None else _applied(prologue, x, z), weight, bias, conv)
+        return y, channel_stats(y) if want_state else None
+    y = _new_output(x, weight, conv)
+    weight = _packed(weight, conv, z[slice(*chunks[0])].shape, len(chunks))
+    state, done = None, 0
+    for a, b in chunks:
+        source = x[a:b]
+        if prologue is not None:
+            source = _applied(prologue, x[a:b], z[: b - a])
+        _convolve_into(y[a:b].zero_(), source, weight, bias, conv)
+        if want_state:
+            state = channel_stats(y[a:b], state, done)
+            done += (b - a) * y.shape[2] * y.shape[3]
+    return y, state
+
+
+def _forward_chunks(x: Tensor, weight: Tensor, conv: ConvSpec) -> list[tuple[int, int]]:
+    h, w = conv.output_size(x.shape[2:], weight.shape[2:])
+    output = weight.shape[0] * h * w * x.element_size()
+    return list(_chunks(len(x), _image_bytes(x), output))
+
+
+def _applied(prologue: Prologue, x: Tensor, out: Tensor | None) -> Tensor:
+    """What the convolution reads: x with its pending normalisation and activation."""
+    return scale_shift_act(x, prologue.stats, act=prologue.act, out=out)[0]
+
+
+def _scratch(like: Tensor, chunks: list[tuple[int, int]]) -> Tensor:
+    """Memory for one chunk of a tensor like that."""
+    return empty((max(b - a for a, b in chunks), *like.shape[1:]), like.dtype, channels_last=True)
+
+
+def _transposed(weight: Tensor, conv: ConvSpec, x: Tensor) -> tuple[Tensor, ConvSpec] | None:
+    """The convolution that computes the data gradient, where it is a plain and worthwhile one.
+
+    With a stride that is so for a 1x1 kernel only: the gradient of the pixels it looked at, all
+    others being zero. Turning a weight around costs passes over it; where it is large against the
+    activations (ResNet's last stage), oneDNN's own backward is faster.
+    """
+    kernel, (sh, sw) = weight.shape[2:], conv.stride
+    alone = max(kernel) == 1 and max(conv.padding) == 0
+    plain = conv.groups == 1 and ((sh, sw) == (1, 1) or alone)
+    ph, pw = (d * (k - 1) - p for d, k, p in zip(conv.dilation, kernel, conv.padding, strict=True))
+    if not plain or min(ph, pw) < 0 or weight.numel() * 2 * sh * sw > x.numel():
+        return None
+    turned = weight.transpose(0, 1)
+    turned = turned.flip(2, 3) if max(kernel) > 1 else turned
+    turned = turned.contiguous(memory_format=torch.channels_last)
+    return turned, ConvSpec((1, 1), (ph, pw), conv.dilation, 1)
+
+
+@register("conv_backward", "cpu", why_not=_why_not, name="onednn_chunked")
+def conv_backward(
+    grad: PendingGrad,
+    x: Tensor,
+    weight: Tensor,
+    conv: ConvSpec,
+    *,
+    prologue: Prologue | None,
+    want_x: bool,
+    want_weight: bool,
+    accumulate: Tensor | Gated | None,
+    reduce: tuple[Gate, Branch] | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Backward of a whole unit: grad_y is formed, used for both gradients, and never stored.
+
+    Args:
+        grad: the pending gradient of the unit's raw output.
+        x: raw input of the convolution.
+        weight: its weight.
+        conv: its geometry.
+        prologue: what is pending on x.
+        want_x: whether the gradient of P(x) is wanted.
+        want_weight: whether the gradient of the weight is wanted.
+        accumulate: what the gradient of P(x) is added to; a tensor is overwritten.
+        reduce: gate and branch of the previous batch norm, whose sums are wanted.
+
+    Returns:
+        (grad of P(x), grad of weight, sums of the previous batch norm), None where not wanted.
+    """
+    chunks = list(_chunks(len(x), _image_bytes(x), _image_bytes(grad.grad_out)))
+    grad_y = _scratch(grad.grad_out, chunks)
+    z = _scratch(x, chunks) if prologue is not None and want_weight else None
+    data = _DataGradient(x, weight, conv, accumulate, chunks) if want_x else None
+    grad_weight: Tensor | None = None
+    sums: Tensor | None = None
+    for a, b in chunks:
+        gy = _form_gradient(grad, a, b, grad_y[: b - a])
+        if want_weight:
+            source = x[a:b]
+            if prologue is not None and z is not None:
+                source = _applied(prologue, source, z[: b - a])
+            part = _weight_gradient(gy, source, weight, conv).float()
+            grad_weight = part if grad_weight is None else grad_weight.add_(part)
+        if data is not None:
+            grad_x = data.chunk(gy, a, b)
+            if reduce is not None:
+                gate, branch = reduce
+                own = (_images(branch, a, b),)
+                sums = bn_act_backward_reduce(grad_x, _gate_images(gate, x, a, b), own, sums=sums)
+    if grad_weight is not None:
+        grad_weight = grad_weight.to(weight.dtype)
+    return (data.result if data else None), grad_weight, sums
+
+
+def _images(branch: Branch, a: int, b: int) -> Branch:
+    return Branch(None if branch.y is None else branch.y[a:b], branch.stats)
+
+
+def _gate_images(gate: Gate, like: Tensor, a: int, b: int) -> Gate:
+    return gate.images(a, b, like.shape[2] * like.shape[3])
+
+
+def _form_gradient(grad: PendingGrad, a: int, b: int, out: Tensor) -> Tensor:
+    """grad_y of images a..b, in memory that is in cache."""
+    bn_act_backward_apply(
+        grad.grad_out[a:b],
+        _gate_images(grad.gate, grad.grad_out, a, b),
+        (_images(grad.branch, a, b),),
+        grad.sums,
+        grad.values,
+        want_grads=(True,),
+        out=out,
+    )
+    return out
+
+
+class _DataGradient:
+    """The data gradient, chunk by chunk, accumulated onto the residual's where there is one."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        conv: ConvSpec,
+        accumulate: Tensor | Gated | None,
+        chunks: list[tuple[int, int]],
+    ) -> None:
+        self.x, self.weight, self.conv, self.accumulate = x, weight, conv, accumulate
+        self.transposed = None
+        if (plain := _transposed(weight, conv, x)) is not None:
+            k = weight.shape[0]
+            h, w = conv.output_size(x.shape[2:], weight.shape[2:])
+            shape = (chunks[0][1] - chunks[0][0], k, h, w)
+            self.transposed = (_packed(plain[0], plain[1], shape, len(chunks)), plain[1])
+        self.result: Tensor | None = None
+        if isinstance(accumulate, Tensor):
+            self.result = accumulate
+        elif len(chunks) > 1 or isinstance(accumulate, Gated) or self._spreads:
+            self.result = empty(x.shape, x.dtype, channels_last=True)
+
+    @property
+    def _spreads(self) -> bool:
+        """Whether what is convolved are the pixels that a stride looked at."""
+        return self.transposed is not None and self.conv.stride != (1, 1)
+
+    def chunk(self, grad_y: Tensor, a: int, b: int) -> Tensor:
+        """The gradient of images a..b, in place in `result`."""
+        if self.result is None:  # one chunk, and nothing to add: what the convolution made
+            self.result = self._convolved(grad_y, self.x)
+            return self.result
+        out = self.result[a:b]
+        if isinstance(self.accumulate, Gated):
+            gated = self.accumulate
+            gate = _gate_images(gated.gate, gated.grad_out, a, b)
+            act_backward(gated.grad_out[a:b], gate, out=out)
+        elif self.accumulate is None and self.transposed is not None:
+            out.zero_()
+        if self.transposed is not None and not self._spreads:
+            weight, conv = self.transposed
+            _convolve_into(out, grad_y, weight, None, conv)
+            return out
+        found = self._convolved(grad_y, self.x[a:b])
+        if self._spreads:
+            sh, sw = self.conv.stride
+            out[:, :, ::sh, ::sw].add_(found)
+            return out
+        return out.copy_(found) if self.accumulate is None else out.add_(found)
+
+    def _convolved(self, grad_y: Tensor, x: Tensor) -> Tensor:
+        """The gradient of `x`, or with a stride of the pixels that it looked at."""
+        if self.transposed is None:
+            found: Tensor = aten_data(grad_y, self.weight, x, self.conv)
+            return found
+        weight, conv = self.transposed
+        return _convolved(grad_y, weight, None, conv)
+
+
+@register("conv_bn_act", "cpu", why_not=_why_not, name="onednn_chunked")
+def conv_bn_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    conv: ConvSpec,
+    stats: Tensor,
+    *,
+    residual: Tensor | None = None,
+    act: str = "none",
+) -> Tensor:
+    """Inference: each chunk is convolved, then normalised, added to and activated in cache.
+
+    Folding the batch norm into the weight would save nothing more: the sum and the activation
+    need their pass over the chunk anyway, since oneDNN's own ReLU turns NaN into 0.
+    """
+    chunks = _forward_chunks(x, weight, conv)
+    if len(chunks) == 1:
+        y = _convolved(x, weight, bias, conv)
+        return scale_shift_act(y, stats, residual=residual, act=act, out=y)[0]
+    y = _new_output(x, weight, conv)
+    weight = _packed(weight, conv, x[slice(*chunks[0])].shape, len(chunks))
+    for a, b in chunks:
+        out = y[a:b].zero_()
+        _convolve_into(out, x[a:b], weight, bias, conv)
+        added = None if residual is None else residual[a:b]
+        scale_shift_act(out, stats, residual=added, act=act, out=out)
+    return y
