@@ -20,7 +20,7 @@ from torch import Tensor
 from fastres.kernels import (
     BACKENDS,
     Branch,
-    ConvSpec,
+    Conv,
     Gate,
     PendingGrad,
     Prologue,
@@ -45,7 +45,7 @@ class Tensors:
     """A convolution's tensors, random; the input raw, with its normalisation pending."""
 
     def __init__(self, shape: ConvShape, device: str) -> None:
-        self.conv = ConvSpec((shape.stride,) * 2, (shape.kernel // 2,) * 2)
+        self.conv = Conv((shape.stride,) * 2, (shape.kernel // 2,) * 2)
         h, w = self.conv.output_size((shape.size,) * 2, (shape.kernel,) * 2)
         self.x = self._random((shape.batch, shape.channels, shape.size, shape.size), device)
         self.weight = self._random(

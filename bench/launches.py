@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from fastres.kernels import ConvSpec, Prologue
+from fastres.kernels import Conv, Prologue
 from fastres.kernels.triton import launch
 
 ROUNDS, CALLS = 21, 500
@@ -65,7 +65,7 @@ def _calls() -> tuple[Callable[[], object], Callable[[], object]]:
         weight = torch.randn(64, 64, 1, 1, device=device, dtype=torch.bfloat16)
         stats = torch.ones(5, 64, device=device)
         convolution.conv_forward(
-            x.contiguous(memory_format=torch.channels_last), weight, None, ConvSpec(),
+            x.contiguous(memory_format=torch.channels_last), weight, None, Conv(),
             prologue=Prologue(stats, "relu"), want_state=True,
         )  # fmt: skip
     finally:

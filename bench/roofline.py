@@ -53,8 +53,8 @@ import torch
 from torch import Tensor, nn
 
 import fastres
-from fastres.nn._children import Parts
-from fastres.nn._fused import FusedParts, Layers
+from fastres.nn.fused import FusedParts
+from fastres.nn.match import Match, Parts
 from fastres.nn.stem import FusedStem
 
 #: docs/design.md, section 6; "a" is PyTorch's own way.
@@ -167,10 +167,10 @@ def _ghost(model: nn.Module) -> nn.Module:
     return ghost
 
 
-def _fused(ghost: nn.Module) -> Iterator[tuple[str, nn.Module, Layers]]:
+def _fused(ghost: nn.Module) -> Iterator[tuple[str, nn.Module, Match]]:
     for name, module in ghost.named_modules():
         if isinstance(module, FusedParts):
-            found = module.layers()
+            found = module.matched()
             if found is not None:
                 yield name, module, found
 
@@ -179,17 +179,12 @@ def _roles(ghost: nn.Module) -> dict[str, tuple[str, str]]:
     """Name of a convolution -> the fused block it is part of, and its role there."""
     by_weight = {id(m.weight): n for n, m in ghost.named_modules() if isinstance(m, nn.Conv2d)}
     found: dict[str, tuple[str, str]] = {}
-    for name, _, parts in _fused(ghost):
-        block = name or "model"
-        last = "chain" if parts.shortcut == "none" else "end"
-        for unit in parts.everything:
-            role = "inner"
-            if unit is parts.projection:
-                role = "projection"
-            elif unit is parts.units[-1]:
-                role = last
-            if unit.weight is not None:
-                found[by_weight[id(unit.weight)]] = (block, role)
+    for name, _, (block, layers) in _fused(ghost):
+        last = "chain" if block.shortcut == "none" else "end"
+        roles = ["inner"] * (len(block.units) - 1) + [last, "projection"]
+        for layer, role in zip(layers, roles, strict=False):
+            if layer.weight is not None:
+                found[by_weight[id(layer.weight)]] = (name or "model", role)
     return found
 
 
@@ -200,7 +195,7 @@ def _absorbed(ghost: nn.Module) -> Iterator[nn.Module]:
         if isinstance(module, FusedStem):  # the network itself
             parts = module._parts()
             assert isinstance(parts, Parts)
-            inside = iter([part for unit in parts.units for part in unit if part is not None])
+            inside = iter([parts.end, *[part for steps in parts.units for part in steps[:3]]])
         yield from (m for m in inside if isinstance(m, nn.BatchNorm2d | nn.ReLU))
 
 

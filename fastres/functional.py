@@ -9,15 +9,26 @@ torch's own functions, with the same result and with torch's own errors.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastres.block import PoolSpec, add_act, current
-from fastres.block.call import run_layers
-from fastres.block.eligible import why_not_tensor
-from fastres.block.layers import ConvNorm, Size
+from fastres.block import (
+    Block,
+    Layer,
+    Norm,
+    PoolSpec,
+    Size,
+    Unit,
+    add_act,
+    current,
+    pair,
+    run_layers,
+)
+from fastres.block.check import why_not_tensor
+from fastres.kernels import Conv
 
 __all__ = [
     "ConvNorm",
@@ -30,6 +41,75 @@ __all__ = [
     "conv_bn_relu",
     "residual_block",
 ]
+
+
+class ConvNorm(NamedTuple):
+    """One convolution with its batch norm and activation, stateless.
+
+    Attributes:
+        weight: [K, C/groups, kh, kw], dtype of the activations.
+        running_mean: [K] or None; updated in place in training.
+        running_var: [K] or None; likewise.
+        norm_weight: [K] or None, the batch norm's weight.
+        norm_bias: [K] or None, the batch norm's bias.
+        bias: [K] or None, the convolution's own bias.
+        stride: as in torch.nn.functional.conv2d.
+        padding: likewise.
+        dilation: likewise.
+        groups: likewise.
+        training: normalise with batch statistics and update the running ones.
+        momentum: factor of the running update; a 0-d tensor avoids a host synchronisation, None
+            is the cumulative average, 1/counter.
+        eps: added to the variance.
+        act: one of `fastres.kernels.activations()`; ignored on the last layer in front of a
+            shortcut.
+        counter: 0-d integer, nn.BatchNorm2d's num_batches_tracked, or None; incremented in place
+            in training.
+    """
+
+    weight: Tensor | None
+    running_mean: Tensor | None = None
+    running_var: Tensor | None = None
+    norm_weight: Tensor | None = None
+    norm_bias: Tensor | None = None
+    bias: Tensor | None = None
+    stride: Size = 1
+    padding: Size = 0
+    dilation: Size = 1
+    groups: int = 1
+    training: bool = False
+    momentum: float | Tensor | None = 0.1
+    eps: float = 1e-5
+    act: str = "relu"
+    counter: Tensor | None = None
+
+    @property
+    def layer(self) -> Layer:
+        """The same as a unit of a block."""
+        unit = Unit(self._conv, Norm(self.eps, self._norm_source), self.act)
+        return Layer(
+            unit, self.weight, self.bias, self.norm_weight, self.norm_bias, self.running_mean,
+            self.running_var, None, self.training, self.momentum, self.counter,
+        )  # fmt: skip
+
+    @property
+    def _conv(self) -> Conv | None:
+        if self.weight is None:
+            return None
+        return Conv(pair(self.stride), pair(self.padding), pair(self.dilation), self.groups)
+
+    @property
+    def _norm_source(self) -> str:
+        """Whose statistics normalise, as nn.BatchNorm2d decides it."""
+        known = self.running_mean is not None and self.running_var is not None
+        return "running" if known and not self.training else "batch"
+
+
+def _block(layers: Sequence[ConvNorm], **more: Any) -> tuple[Block, list[Layer]]:
+    """A chain of layers; the activation of the last one is the block's own."""
+    *inner, last = [layer.layer for layer in layers]
+    inner.append(last._replace(unit=last.unit._replace(act="none")))
+    return Block(tuple([layer.unit for layer in inner]), **more), inner
 
 
 def bn_act(
@@ -69,7 +149,7 @@ def bn_act(
         None, running_mean, running_var, weight, bias,
         training=training, momentum=momentum, eps=eps, act=act,
     )  # fmt: skip
-    return run_layers(x, [layer], shortcut="none", act=act)
+    return run_layers(x, *_block([layer], act=act))
 
 
 def bn_relu(
@@ -120,7 +200,7 @@ def bn_add_relu(
         None, running_mean, running_var, weight, bias,
         training=training, momentum=momentum, eps=eps, act="none",
     )  # fmt: skip
-    return run_layers(x, [layer], shortcut="tensor", residual=residual)
+    return run_layers(x, *_block([layer], shortcut="tensor", act="relu"), residual)
 
 
 def add_relu(x: Tensor, residual: Tensor) -> Tensor:
@@ -191,7 +271,7 @@ def conv_bn_act(
         weight, running_mean, running_var, norm_weight, norm_bias, bias, stride, padding,
         dilation, groups, training, momentum, eps, act,
     )  # fmt: skip
-    return run_layers(x, [layer], shortcut="none", act=act)
+    return run_layers(x, *_block([layer], act=act))
 
 
 def conv_bn_relu(
@@ -233,8 +313,8 @@ def residual_block(
             one's `act` is not used: the block's own follows the addition.
         projection: convolution and batch norm of the shortcut; None is the identity.
         pool: average pooling in front of the projection (ResNet-D), or None.
-        act: after the addition, as in `bn_act`. One whose derivative is not 0 or 1 cannot be
-            fused behind a shortcut; torch's own functions run then.
+        act: after the addition, as in `bn_act`. One whose derivative is not 0 or 1 is applied by
+            torch behind the fused block.
 
     Returns:
         [N, K, H', W'].
@@ -249,5 +329,8 @@ def residual_block(
         raise ValueError("layers must hold at least one ConvNorm, got none")
     if any([layer.weight is None for layer in (*layers, projection) if layer is not None]):
         raise ValueError("every layer of a residual block must have a weight, got None")
-    shortcut = "identity" if projection is None else "projection"
-    return run_layers(x, layers, shortcut=shortcut, projection=projection, pool=pool, act=act)
+    block, units = _block(layers, shortcut="input", act=act)
+    if projection is not None:
+        side = projection._replace(act="none").layer
+        block, units = block._replace(projection=side.unit, pool=pool), [*units, side]
+    return run_layers(x, block, units)

@@ -10,7 +10,7 @@ from backend_checks import check_cases
 from torch import nn
 
 import fastres
-from fastres.kernels import ConvSpec, Implementation, implementations
+from fastres.kernels import Conv, Implementation, implementations
 from fastres.kernels.cpu import module
 from fastres.testing import CASES, check_block
 
@@ -79,7 +79,7 @@ def test_turned_data_gradient_equals_torch_on_small_integers(
     kernel: int, stride: tuple[int, int]
 ) -> None:
     """Small integers are exact in float32, so no bit may differ."""
-    conv = ConvSpec(stride, (kernel // 2, kernel // 2), (1, 1), 1)
+    conv = Conv(stride, (kernel // 2, kernel // 2), (1, 1), 1)
     weight = torch.randint(-3, 4, (4, 8, kernel, kernel)).float()
     x = torch.zeros(3, 8, 9, 7).to(memory_format=torch.channels_last)
     size = conv.output_size(x.shape[2:], weight.shape[2:])
@@ -114,7 +114,7 @@ def test_both_ways_give_the_integers_of_torch(
     few: int, stride: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(convolution, "_FEW_PIXELS", few)
-    conv = ConvSpec(stride)
+    conv = Conv(stride)
     x = torch.randint(-3, 4, (2, 8, 5, 6)).float().contiguous(memory_format=torch.channels_last)
     weight = torch.randint(-3, 4, (16, 8, 1, 1)).float()
     expected = torch.conv2d(x, weight, None, stride)
@@ -134,7 +134,7 @@ def test_where_a_convolution_is_no_product() -> None:
     def taken(size: int = 4, kernel: int = 1, padding: int = 0, groups: int = 1, **more: object):
         x = torch.zeros(2, 8, size, size, **more)
         weight = torch.zeros(8, 8 // groups, kernel, kernel, **more)
-        return convolution._is_product(x, weight, ConvSpec((1, 1), (padding,) * 2, (1, 1), groups))
+        return convolution._is_product(x, weight, Conv((1, 1), (padding,) * 2, (1, 1), groups))
 
     assert taken() and taken(size=16)
     assert not taken(size=17)
@@ -152,10 +152,10 @@ def test_a_product_with_fewer_bits_is_not_taken(precision: str) -> None:
     before = switch.fp32_precision
     try:
         switch.fp32_precision = precision
-        assert not convolution._is_product(x, weight, ConvSpec())
+        assert not convolution._is_product(x, weight, Conv())
     finally:
         switch.fp32_precision = before
-    assert convolution._is_product(x, weight, ConvSpec())
+    assert convolution._is_product(x, weight, Conv())
 
 
 def test_backward_under_autocast_stays_in_float32() -> None:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastres.block import BlockSpec, UnitSpec, decode, make_plan, use_backend, use_memory
+from fastres.block import Block, Norm, Unit, decode, make_plan, use_backend, use_memory
 from fastres.functional import residual_block
-from fastres.kernels import BACKENDS, ConvSpec, reference, registry
+from fastres.kernels import BACKENDS, Conv, reference, registry
 from fastres.testing import BLOCK_CASES, BlockCase, FunctionalBlock, assert_parity
 
 BACKENDS_HERE = [n for n, b in BACKENDS.items() if "cpu" in b.devices and b.why_not() is None]
@@ -62,12 +62,15 @@ def test_gradcheck(shortcut: str, kind: str, mode: str, backend: str) -> None:
 # ---------------------------------------------------------------- what is kept
 
 
+_ACTS = ("relu", "relu", "none")
+
+
 def _arguments(case: BlockCase, backend: str, mode: str) -> tuple[Any, ...]:
     """Arguments of block_forward for a bottleneck with identity shortcut."""
     module = FunctionalBlock.of(case.stock())
-    layers = [module.layer(i) for i in range(3)]
-    units = tuple(layer._replace(act="relu").spec for layer in layers)
-    spec = BlockSpec(units, "identity", save=True, memory=mode, backend=backend)
+    layers = [module.layer(i)._replace(act=act).layer for i, act in enumerate(_ACTS)]
+    units = tuple(layer.unit for layer in layers)
+    spec = Block(units, "input", act="relu", save=True, memory=mode, backend=backend)
     return case.input(), None, [t for layer in layers for t in layer.tensors], spec.encode()
 
 
@@ -79,7 +82,7 @@ def test_saved_statistics_are_those_of_what_was_stored(backend: str, dtype: torc
     _, *saved = torch.ops.fastres.block_forward(x, None, tensors, text)
     raws = saved[4:7]
     for i, raw in enumerate(raws):
-        weight, bias = tensors[6 * i + 2 : 6 * i + 4]
+        weight, bias = tensors[7 * i + 2 : 7 * i + 4]
         results = []
         for acc in (torch.float64, torch.float32):
             state = reference.channel_stats(raw.to(acc), acc=acc)
@@ -289,9 +292,9 @@ def _around(x: Tensor, grad: Tensor) -> list[Tensor]:
 
 
 def test_specification_round_trip() -> None:
-    unit = UnitSpec(ConvSpec((2, 1), (1, 0), (1, 2), 4), 1e-5, False, "relu")
-    alone = UnitSpec(None, 1 / 3, True, "none")
-    spec = BlockSpec((unit, alone), "projection", unit, None, "none", True, "lean", "aten")
+    unit = Unit(Conv((2, 1), (1, 0), (1, 2), 4), Norm(1e-5, "running"), "relu", True)
+    alone = Unit(None, Norm(1 / 3))
+    spec = Block((unit, alone), "activated", unit, None, "relu", True, True, "lean", "aten")
     assert decode(spec.encode()) == spec
 
 

@@ -11,30 +11,31 @@ import torch
 from torch import Tensor
 
 from fastres import functional
-from fastres.block import BlockSpec, UnitSpec, use_backend, use_memory
-from fastres.kernels import BACKENDS, ConvSpec
+from fastres.block import Block, Norm, Unit, use_backend, use_memory
+from fastres.kernels import BACKENDS, Conv
 from fastres.testing import BlockCase, FunctionalBlock
 
 BACKENDS_HERE = [n for n, b in BACKENDS.items() if "cpu" in b.devices and b.why_not() is None]
 
-_THREE = UnitSpec(ConvSpec(padding=(1, 1)), 1e-5, True, "relu")
-_ONE = UnitSpec(ConvSpec(), 1e-5, True, "none")
+_THREE = Unit(Conv(padding=(1, 1)), Norm(1e-5), "relu")
+_ONE = Unit(Conv(), Norm(1e-5), "none")
 
 
 def _block(
     backend: str, *, last: bool = True, shape: tuple[int, ...] = (2, 4, 5, 3), save: bool = True,
     batch: bool = True, memory: str = "speed",
-) -> tuple[tuple[Any, ...], BlockSpec]:  # fmt: skip
+) -> tuple[tuple[Any, ...], Block]:  # fmt: skip
     """Arguments of block_forward: 3x3 and 1x1 with a projection."""
     fmt = torch.channels_last if last else torch.contiguous_format
     c = shape[1]
-    units = tuple(u._replace(batch_stats=batch) for u in (_THREE, _ONE))
-    spec = BlockSpec(units, "projection", units[1], save=save, memory=memory, backend=backend)
+    norm = Norm(1e-5, "batch" if batch else "running")
+    units = tuple(u._replace(norm=norm) for u in (_THREE, _ONE))
+    spec = Block(units, "input", units[1], act="relu", save=save, memory=memory, backend=backend)
     tensors: list[Tensor | None] = []
     for k in (3, 1, 1):
         w = torch.randn(c, c, k, k).contiguous(memory_format=fmt)
         running = [None, None] if batch else [torch.rand(c), torch.rand(c)]
-        tensors += [w, None, torch.rand(c), torch.rand(c), *running]
+        tensors += [w, None, torch.rand(c), torch.rand(c), *running, None]
     x = torch.randn(shape).contiguous(memory_format=fmt)
     return (x, None, tensors, spec.encode()), spec
 
@@ -50,9 +51,11 @@ def test_opcheck_of_block(shape: tuple[int, ...], last: bool, backend: str) -> N
             continue
         x, _, tensors, text = args
         out, *saved = torch.ops.fastres.block_forward(*args)
-        needs = [True, False] + [t is not None for i, t in enumerate(tensors) if i % 6 < 4]
-        plain = [t if i % 6 < 4 else None for i, t in enumerate(tensors)]
-        given = (torch.randn_like(out), x, plain, saved, text, needs)
+        needs = [True, False] + [
+            t is not None for i, t in enumerate(tensors) if i % 7 not in (4, 5)
+        ]
+        kept = [t if i % 7 == 0 else None for i, t in enumerate(tensors)]
+        given = (torch.randn_like(out), None, x, kept, saved, text, needs)
         torch.library.opcheck(torch.ops.fastres.block_backward.default, given)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastres.kernels import Branch, ConvSpec, Gate, Prologue, reference
+from fastres.kernels import Branch, Conv, Gate, Prologue, reference
 
 F64 = torch.float64
 
@@ -54,14 +54,14 @@ def test_backward_formulas_pass_gradcheck(act: str, batch: bool) -> None:
 @pytest.mark.parametrize(
     "conv",
     [
-        ConvSpec(padding=(1, 1)),
-        ConvSpec((2, 2), (1, 1)),
-        ConvSpec((1, 1), (2, 2), (2, 2)),
-        ConvSpec((1, 2), (1, 1), (1, 1), 2),
+        Conv(padding=(1, 1)),
+        Conv((2, 2), (1, 1)),
+        Conv((1, 1), (2, 2), (2, 2)),
+        Conv((1, 2), (1, 1), (1, 1), 2),
     ],
     ids=["plain", "stride2", "dilated", "groups"],
 )
-def test_convolution_gradients_are_autograds(conv: ConvSpec) -> None:
+def test_convolution_gradients_are_autograds(conv: Conv) -> None:
     x = torch.randn(2, 4, 6, 5, dtype=F64, requires_grad=True)
     w = torch.randn(6, 4 // conv.groups, 3, 3, dtype=F64, requires_grad=True)
     y, _ = reference.conv_forward(x, w, None, conv)
@@ -79,7 +79,7 @@ def test_prologue_comes_before_zero_padding() -> None:
     x, w = torch.randn(2, 3, 4, 4, dtype=F64), torch.randn(5, 3, 3, 3, dtype=F64)
     stats = torch.randn(5, 3, dtype=F64)
     y, _ = reference.conv_forward(
-        x, w, None, ConvSpec(padding=(1, 1)), prologue=Prologue(stats, "relu")
+        x, w, None, Conv(padding=(1, 1)), prologue=Prologue(stats, "relu")
     )
     z = F.relu(x * stats[3].view(1, -1, 1, 1) + stats[4].view(1, -1, 1, 1))
     torch.testing.assert_close(y, F.conv2d(z, w, padding=1), rtol=1e-13, atol=1e-13)

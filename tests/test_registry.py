@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import fastres.kernels  # noqa: F401
-from fastres.block import BlockSpec, UnitSpec, make_plan
-from fastres.block.plan import Signature
+from fastres.block import Block, Norm, Unit, make_plan
+from fastres.block.plan import Context
 from fastres.kernels import (
     PRIMITIVES,
-    ConvSpec,
+    Conv,
     Request,
     implementations,
     preference,
@@ -80,8 +80,8 @@ def test_auto_ends_with_torch_and_a_named_backend_starts_with_itself() -> None:
     assert preference("cpu", "cpu") == ("cpu", "aten")
 
 
-SPEC = BlockSpec((UnitSpec(ConvSpec(), 1e-5, True, "relu"),), backend="reference")
-SIGNATURE = Signature("cpu", torch.float32, True, ((8, 8, 1, 1),))
+SPEC = Block((Unit(Conv(), Norm(1e-5)),), act="relu", backend="reference")
+SIGNATURE = Context("cpu", torch.float32, True, ((8, 8, 1, 1),))
 
 
 def test_plan_prefers_the_fused_convolution() -> None:

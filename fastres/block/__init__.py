@@ -2,17 +2,19 @@
 
 from fastres.block.add import add_act
 from fastres.block.backward import run_backward
+from fastres.block.call import run_layers, run_open, try_layers, why_not_layers
 from fastres.block.forward import run_forward
-from fastres.block.op import run_block
-from fastres.block.plan import Plan, make_plan, signature_of
+from fastres.block.layers import Layer, Size, pair
+from fastres.block.plan import Context, Plan, context_of, make_plan
 from fastres.block.settings import current, known_backend, use_backend, use_level, use_memory
 from fastres.block.spec import (
     LEVELS,
     SHORTCUTS,
     UNIT_TENSORS,
-    BlockSpec,
+    Block,
+    Norm,
     PoolSpec,
-    UnitSpec,
+    Unit,
     decode,
 )
 from fastres.block.tensors import UnitTensors, output_metas, split_tensors
@@ -21,23 +23,31 @@ __all__ = [
     "LEVELS",
     "SHORTCUTS",
     "UNIT_TENSORS",
-    "BlockSpec",
+    "Block",
+    "Context",
+    "Layer",
+    "Norm",
     "Plan",
     "PoolSpec",
-    "UnitSpec",
+    "Size",
+    "Unit",
     "UnitTensors",
     "add_act",
+    "context_of",
     "current",
     "decode",
     "known_backend",
     "make_plan",
     "output_metas",
+    "pair",
     "run_backward",
-    "run_block",
     "run_forward",
-    "signature_of",
+    "run_layers",
+    "run_open",
     "split_tensors",
+    "try_layers",
     "use_backend",
     "use_level",
     "use_memory",
+    "why_not_layers",
 ]

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from fastres import tuning
-from fastres.block.compose import Pending, conv_backward, convolve
-from fastres.block.plan import ConvPlan, Plan, Signature, conv_options
-from fastres.block.spec import LEVELS, BlockSpec, UnitSpec
-from fastres.block.tensors import input_shapes
+from fastres.block.compose import conv_backward, convolve
+from fastres.block.plan import Context, ConvPlan, Plan, conv_options
+from fastres.block.spec import LEVELS, Block, Unit
+from fastres.block.tensors import Act, input_shapes
 from fastres.kernels import (
     BACKENDS,
     COMPOSITES,
@@ -55,7 +55,7 @@ class Site(NamedTuple):
 
     shape: tuple[int, ...]
     weight: tuple[int, ...]
-    unit: UnitSpec
+    unit: Unit
     act_before: str | None
     keeps: bool
     dtype: torch.dtype
@@ -77,20 +77,20 @@ def _switches(dtype: torch.dtype) -> tuple[str, bool]:
     return precision_of(dtype), torch.backends.cudnn.benchmark
 
 
-def tuned_plan(spec: BlockSpec, signature: Signature, plan: Plan, x: Tensor) -> Plan:
+def tuned_plan(spec: Block, context: Context, plan: Plan, x: Tensor) -> Plan:
     """`plan` with the fastest ways to run its convolutions on x [N, C, H, W].
 
     Returns `plan` itself where it leaves nothing open, or nothing may be measured and no table
     knows better.
     """
-    options = conv_options(spec, signature)
+    options = conv_options(spec, context)
     if all(len(found) < 2 for found in options):
         return plan
     switches = (*_switches(x.dtype), torch.are_deterministic_algorithms_enabled())
-    key = (spec, signature, x.shape, x.device, *switches)
+    key = (spec, context, x.shape, x.device, *switches)
     found = _tuned.get(key)
     if found is None:
-        sites = _sites(spec, signature, x)
+        sites = _sites(spec, context, x)
         best = _best if spec.save else _best_forward if spec.batch_stats else _best_inference
         convs = [
             conv if conv is None or site is None else best(plan, choices, site, x.device)
@@ -104,17 +104,19 @@ def tuned_plan(spec: BlockSpec, signature: Signature, plan: Plan, x: Tensor) -> 
     return found
 
 
-def _sites(spec: BlockSpec, signature: Signature, x: Tensor) -> list[Site | None]:
-    shapes = input_shapes(spec, x.shape, signature.weights)
+def _sites(spec: Block, context: Context, x: Tensor) -> list[Site | None]:
+    shapes = input_shapes(spec, x.shape, context.weights)
     found: list[Site | None] = []
-    for i, (unit, weight) in enumerate(zip(spec.all_units, signature.weights, strict=True)):
+    for i, (unit, weight) in enumerate(zip(spec.all_units, context.weights, strict=True)):
         inner = 0 < i < len(spec.units)
-        before = spec.units[i - 1].act if inner else None
+        previous = spec.units[i - 1] if inner else Unit()
+        pends = previous.norm is not None or previous.act != "none"
+        before = previous.act if pends and not previous.scale else None
         keeps = inner and spec.keeps_activated
         site = None
         if weight is not None:
             site = Site(
-                shapes[i], weight, unit, before, keeps, signature.dtype, signature.channels_last
+                shapes[i], weight, unit, before, keeps, context.dtype, context.channels_last
             )
         found.append(site)
     return found
@@ -239,6 +241,13 @@ class Inputs:
         act = self.site.act_before
         return None if act is None else Prologue(self.stats(self.site.shape[1]), act)
 
+    @property
+    def act(self) -> Act:
+        """The input, with what is pending on it."""
+        if self.prologue is None:
+            return Act(self.x)
+        return Act(self.x, *self.prologue)
+
     @cached_property
     def pending(self) -> PendingGrad:
         """The gradient of the raw output."""
@@ -256,7 +265,7 @@ def _gate(act: str) -> Gate:
 
 def _forward(plan: Plan, option: ConvPlan, given: Inputs) -> Thunk:
     unit, keeps = given.site.unit, given.site.keeps
-    pending, weight = Pending(given.x, given.prologue), given.weight
+    pending, weight = given.act, given.weight
 
     def run() -> None:
         raw, state, _ = convolve(plan, option, unit, (weight, None), pending, keeps)

@@ -8,12 +8,33 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastres.block.compose import Formed, Pending, conv_backward, materialise
+from fastres.block.compose import conv_backward, form, materialise, scaled
 from fastres.block.forward import prepare
 from fastres.block.plan import Plan
-from fastres.block.spec import BlockSpec
-from fastres.block.tensors import Saved, UnitNeeds, UnitTensors, pooled
-from fastres.kernels import Branch, Gate, Gated, PendingGrad, Prologue, dense, memory_format_of
+from fastres.block.spec import Block
+from fastres.block.tensors import Act, Saved, UnitTensors, identity_stats, pooled
+from fastres.kernels import Branch, Gate, Gated, PendingGrad, dense, memory_format_of
+
+_OPEN = Gate("none")
+
+
+class UnitNeeds(NamedTuple):
+    """Which of a unit's tensors want a gradient."""
+
+    weight: bool
+    bias: bool
+    norm_weight: bool
+    norm_bias: bool
+    factor: bool
+
+    @property
+    def affine(self) -> bool:
+        """Whether the sums are needed for the batch norm's own parameters."""
+        return self.norm_weight or self.norm_bias
+
+
+#: How many of a unit's tensors may want a gradient.
+UNIT_NEEDS = len(UnitNeeds._fields)
 
 
 class Needs(NamedTuple):
@@ -25,29 +46,35 @@ class Needs(NamedTuple):
 
     @classmethod
     def from_flags(cls, flags: Sequence[bool]) -> Needs:
-        """From the operator's flat list: x, residual, then four per unit."""
-        units = tuple(UnitNeeds(*flags[i : i + 4]) for i in range(2, len(flags), 4))
+        """From the operator's flat list: x, residual, then five per unit."""
+        rest = range(2, len(flags), UNIT_NEEDS)
+        units = tuple([UnitNeeds(*flags[i : i + UNIT_NEEDS]) for i in rest])
         return cls(flags[0], flags[1], units)
 
 
 def run_backward(
-    spec: BlockSpec,
+    block: Block,
     grad_out: Tensor,
+    grad_mean: Tensor | None,
     x: Tensor,
     units: Sequence[UnitTensors],
     saved: Sequence[Tensor],
     flags: Sequence[bool],
 ) -> list[Tensor]:
-    """The wanted gradients, in the order of `flags`: x, residual, then four per unit."""
-    plan, fmt = prepare(spec, x, units)
-    kept = Saved.unflatten(spec, [u.weight is not None for u in units], saved)
-    run = _Backward(spec, plan, dense(x, fmt), units, kept, Needs.from_flags(flags))
-    run.run(dense(grad_out, fmt))
+    """The wanted gradients, in the order of `flags`: x, residual, then five per unit.
+
+    Those of 1-d tensors have the dtype of the statistics. With an open end `grad_out` is the
+    gradient of the normalised output, and `grad_mean` that of its mean over each image.
+    """
+    plan, fmt = prepare(block, x, units)
+    kept = Saved.unflatten(block, saved)
+    run = _Backward(block, plan, dense(x, fmt), units, kept, Needs.from_flags(flags))
+    grad_out = dense(grad_out, fmt)
+    if grad_mean is not None:
+        pixels = grad_out.shape[2] * grad_out.shape[3]
+        grad_out = grad_out + (grad_mean / pixels).to(grad_out.dtype)[:, :, None, None]
+    run.run(grad_out)
     return run.collect(memory_format_of(x))
-
-
-#: The gradient of a unit's raw output: with what is pending on it, or formed.
-Incoming = PendingGrad | Formed
 
 
 class _Backward:
@@ -55,64 +82,77 @@ class _Backward:
 
     def __init__(
         self,
-        spec: BlockSpec,
+        block: Block,
         plan: Plan,
         x: Tensor,
         units: Sequence[UnitTensors],
         saved: Saved,
         needs: Needs,
     ) -> None:
-        self.spec, self.plan, self.x, self.units = spec, plan, x, units
+        self.block, self.plan, self.x, self.units = block, plan, x, units
         self.saved, self.needs = saved, needs
-        self.last = len(spec.units) - 1
+        self.specs = block.all_units
+        self.last = len(block.units) - 1
         self.fmt = memory_format_of(x)
+        self.end: Tensor | Gated | None = None
         self.grad_x: Tensor | None = None
         self.grad_residual: Tensor | None = None
         self.grad_weights: list[Tensor | None] = [None] * len(units)
+        self.grad_factors: list[Tensor | None] = [None] * len(units)
         self.sums: list[Tensor | None] = [None] * len(units)
 
     # ------------------------------------------------------------ the walk
 
     def run(self, grad_out: Tensor) -> None:
         """Fill in every gradient that is wanted."""
-        spec = self.spec
+        self.grad_out = grad_out
         gate = self._end_gate()
-        self.end: Tensor | Gated = Gated(grad_out, gate)
-        main = self._branch(self.last)
-        side = self._branch(self.last + 1) if spec.shortcut == "projection" else None
-        branches = (main,) if side is None else (main, side)
-        if self._forms_end():
-            formed = self._formed_end(grad_out, gate, branches)
+        if self.block.simple_end:
+            grads = self._simple_end(grad_out, gate)
         else:
-            formed = self._pending_end(grad_out, gate, branches)
+            grads = self._scaled_end(grad_out, gate)
         # Given away one by one: each is as large as an activation, and of no use once it was used.
-        if side is not None:
-            self._projection(formed.pop())
-        self._main_path(formed)
+        if self.block.projection is not None:
+            self._projection(grads.pop())
+        self._main_path(grads)
+
+    def _simple_end(self, grad_out: Tensor, gate: Gate) -> list[PendingGrad]:
+        """Both branches of the block's end in one, as nothing stands in front of the sum."""
+        self.end = Gated(grad_out, gate)
+        main = self._branch(self.last)
+        branches: tuple[Branch, ...] = (main,)
+        if self.block.projection is not None:
+            branches = (main, self._branch(self.last + 1))
+        if self._forms_end():
+            return self._formed_end(grad_out, gate, branches)
+        return self._pending_end(grad_out, gate, branches)
 
     def _pending_end(
         self, grad_out: Tensor, gate: Gate, branches: tuple[Branch, ...]
-    ) -> list[Incoming]:
+    ) -> list[PendingGrad]:
         """What each branch of the block's end is given: sums, and how the gradient is formed."""
         last, applied = self.last, gate.applied
-        if any(self._wants_sums(last + i) for i in range(len(branches))):
+        if any([self._wants_sums(last + i) for i in range(len(branches))]):
             sums = self.plan.run("bn_act_backward_reduce", applied)(grad_out, gate, branches)
         else:
             sums = grad_out.new_empty(0)
-        if self.spec.shortcut == "tensor" and self.needs.residual:
-            self.grad_residual = self.plan.run("act_backward", applied)(grad_out, gate)
+        if self.block.shortcut == "tensor" and self.needs.residual:
+            self.grad_residual = self._through_gate(grad_out, gate)
         return [
-            PendingGrad(grad_out, gate, branch, _own_sums(sums, i), self._count(last + i))
+            self._pending(last + i, grad_out, gate, branch, _own_sums(sums, i))
             for i, branch in enumerate(branches)
         ]
 
     def _formed_end(
         self, grad_out: Tensor, gate: Gate, branches: tuple[Branch, ...]
-    ) -> list[Incoming]:
+    ) -> list[PendingGrad]:
         """The same gradients formed at once, and with them the residual's."""
-        shortcut, needs = self.spec.shortcut, self.needs
+        shortcut, needs = self.block.shortcut, self.needs
         given = shortcut == "tensor" and needs.residual
-        passes_on = shortcut == "identity" and needs.x and self._takes_formed_residual(gate)
+        passes_on = (
+            shortcut == "input" and self.block.projection is None and needs.x
+            and self._takes_formed_residual(gate)
+        )  # fmt: skip
         whole = self.plan.whole("bn_act_backward", gate.applied)
         assert whole is not None
         count = self._count(self.last)
@@ -122,7 +162,10 @@ class _Backward:
             self.grad_residual = residual
         elif passes_on:
             self.end = residual
-        return [Formed(grad, _own_sums(sums, i)) for i, grad in enumerate(grads)]
+        return [
+            PendingGrad(grad_out, gate, branches[i], _own_sums(sums, i), count, grad)
+            for i, grad in enumerate(grads)
+        ]
 
     def _takes_formed_residual(self, gate: Gate) -> bool:
         """Whether the first convolution's data gradient is best added to g itself, held until then:
@@ -130,98 +173,167 @@ class _Backward:
         """
         first = self.plan.convs[0]
         formed_there = first is not None and first.joint is not None
-        return gate.applied != "none" and self.spec.memory != "lean" and not formed_there
+        return gate.applied != "none" and self.block.memory != "lean" and not formed_there
 
-    def _projection(self, incoming: Incoming) -> None:
+    def _scaled_end(self, grad_out: Tensor, gate: Gate) -> list[PendingGrad]:
+        """The end of a block whose last unit activates or scales in front of the sum."""
+        g = self._through_gate(grad_out, gate)
+        self.end = Gated(g, _OPEN)
+        if self.block.shortcut == "tensor" and self.needs.residual:
+            self.grad_residual = g
+        grads = [self._through_unit(self.last, g)]
+        if self.block.projection is not None:
+            grads.append(self._through_unit(self.last + 1, g))
+        return grads
+
+    def _through_gate(self, grad_out: Tensor, gate: Gate) -> Tensor:
+        if gate.applied == "none":
+            return grad_out
+        return self.plan.run("act_backward", gate.applied)(grad_out, gate)
+
+    def _through_unit(self, index: int, grad: Tensor, sums: Tensor | None = None) -> PendingGrad:
+        """What the convolution of unit `index` is given, with `grad` that of the unit's output."""
+        unit, factor = self.specs[index], self.units[index].factor
+        if unit.scale:
+            assert factor is not None
+            if self.needs.units[index].factor:
+                self.grad_factors[index] = self._factor_gradient(index, grad, factor)
+            grad = scaled(grad, factor)
+        gate, branch = self._inner_gate(index), self._branch(index)
+        if self._forms(index):
+            whole = self.plan.whole("bn_act_backward", gate.applied)
+            assert whole is not None
+            count = self._count(index)
+            sums, (grad_y,), _ = whole(grad, gate, (branch,), count)
+            return PendingGrad(grad, gate, branch, sums, count, grad_y)
+        if sums is None and self._wants_sums(index):
+            sums = self.plan.run("bn_act_backward_reduce", gate.applied)(grad, gate, (branch,))
+        sums = grad.new_empty(0) if sums is None else sums
+        return self._pending(index, grad, gate, branch, sums)
+
+    def _pending(
+        self, index: int, grad: Tensor, gate: Gate, branch: Branch, sums: Tensor
+    ) -> PendingGrad:
+        """A gradient to be formed where it is consumed; where nothing has to be, formed already."""
+        plain = gate.applied == "none" and not self.specs[index].scaled_norm
+        value = grad if plain else None
+        return PendingGrad(grad, gate, branch, sums, self._count(index), value)
+
+    def _factor_gradient(self, index: int, grad: Tensor, factor: Tensor) -> Tensor:
+        """sum(grad * z) over what the factor was spread over, z being what it multiplied."""
+        z = materialise(self.plan, self._output(index)._replace(factor=None))
+        products = grad.float() * z.float() if grad.dtype.itemsize < 4 else grad * z
+        return products.sum_to_size(factor.shape).to(factor.dtype)
+
+    def _projection(self, incoming: PendingGrad) -> None:
         index = self.last + 1
         self.sums[index] = incoming.sums
-        if not (self.needs.x or self.needs.units[index].weight):
+        wants_source = self._source_wants()
+        if not (wants_source or self.needs.units[index].weight):
             return
-        source = Pending(pooled(self.spec, self.x, self.fmt))
-        grad, _ = self._unit(index, incoming, source, self.needs.x, None, None)
-        if grad is not None and self.spec.pool is not None:
-            grad = _unpool(self.spec, grad, self.x)
+        source = self._source()
+        grad, _ = self._unit(
+            index, incoming, Act(pooled(self.block, source, self.fmt)), wants_source, None, None
+        )
+        if grad is not None and self.block.pool is not None:
+            grad = _unpool(self.block, grad, source)
         self.grad_x = grad
 
-    def _main_path(self, given: list[Incoming]) -> None:
+    def _source(self) -> Tensor:
+        """Where the shortcut starts."""
+        if self.block.shortcut == "activated":
+            return materialise(self.plan, self._input(1))
+        return self.x
+
+    def _source_wants(self) -> bool:
+        return self._below(1) if self.block.shortcut == "activated" else self.needs.x
+
+    def _main_path(self, given: list[PendingGrad]) -> None:
+        joins = 1 if self.block.shortcut == "activated" else 0
         for index in range(self.last, -1, -1):
             incoming = given.pop()
             self.sums[index] = incoming.sums
             below = self._below(index)
             if not (below or self.needs.units[index].weight):
                 return
+            accumulate = self._residual_gradient() if index == joins and below else None
             if self.plan.convs[index] is None:
-                self.grad_x = self._norm_alone(incoming)
-                return
-            branch = self._branch(index - 1) if index else None
-            reduce = self._reduction(index - 1, branch) if branch else None
-            accumulate = self._residual_gradient() if index == 0 and below else None
-            grad, sums = self._unit(index, incoming, self._input(index), below, accumulate, reduce)
+                grad, sums = self._without_convolution(incoming, accumulate)
+            else:
+                reduce = self._reduction(index - 1) if index else None
+                source = self._input(index)
+                grad, sums = self._unit(index, incoming, source, below, accumulate, reduce)
             del incoming
             if index == 0:
                 self.grad_x = grad
-            elif grad is None or branch is None:
+            elif grad is None or not below:
                 return
             else:
-                given.append(self._inner(index - 1, grad, branch, sums))
+                given.append(self._through_unit(index - 1, grad, sums))
 
-    def _reduction(self, index: int, branch: Branch) -> tuple[Gate, Branch] | None:
+    def _without_convolution(
+        self, incoming: PendingGrad, accumulate: Tensor | Gated | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """A norm alone: the gradient of what it was given, and the shortcut's added to it."""
+        grad = form(self.plan, incoming)
+        if isinstance(accumulate, Gated):
+            accumulate = self._through_gate(*accumulate)
+        return (grad if accumulate is None else grad + accumulate), None
+
+    def _reduction(self, index: int) -> tuple[Gate, Branch] | None:
         """The sums that the unit behind `index` is to deliver for it, if it is."""
-        if not self._wants_sums(index) or self._forms(index):
+        unit = self.specs[index]
+        if unit.scale or not self._wants_sums(index) or self._forms(index):
             return None
-        return self._inner_gate(index), branch
-
-    def _inner(self, index: int, grad: Tensor, branch: Branch, sums: Tensor | None) -> Incoming:
-        """What inner unit `index` is given, with `grad` the gradient of its activation."""
-        gate, count = self._inner_gate(index), self._count(index)
-        if not self._forms(index):
-            sums = grad.new_empty(0) if sums is None else sums
-            return PendingGrad(grad, gate, branch, sums, count)
-        whole = self.plan.whole("bn_act_backward", gate.applied)
-        assert whole is not None
-        sums, (grad_y,), _ = whole(grad, gate, (branch,), count)
-        return Formed(grad_y, sums)
+        return self._inner_gate(index), self._branch(index)
 
     def _forms(self, index: int) -> bool:
         """Whether a unit's gradient is formed by the primitive that also sums: all of it is wanted,
         and no kernel of the convolution forms it on the way in.
         """
-        act = self.spec.units[index].act if index < self.last else self.spec.act
+        act = self.specs[index].act
+        if index >= self.last and self.block.simple_end:
+            act = self.block.act
         conv = self.plan.convs[index]
-        wanted = self.needs.units[index].weight or (
-            self.needs.x if index > self.last else self._below(index)
-        )
+        wanted = self.needs.units[index].weight or self._wants_below(index)
         return (
             self.plan.whole("bn_act_backward", act) is not None
             and (conv is None or conv.joint is None)
+            and self.specs[index].scaled_norm
             and self._wants_sums(index)
             and wanted
         )
 
     def _forms_end(self) -> bool:
         """Whether the gradients of all branches of the block's end are formed together."""
-        ends = range(self.last, len(self.spec.all_units))
+        ends = range(self.last, len(self.specs))
         counts = {self._count(index) for index in ends}
-        return len(counts) == 1 and all(self._forms(index) for index in ends)
+        return len(counts) == 1 and all([self._forms(index) for index in ends])
 
     def _unit(
         self,
         index: int,
-        incoming: Incoming,
-        source: Pending,
+        incoming: PendingGrad,
+        source: Act,
         want_x: bool,
         accumulate: Tensor | Gated | None,
         reduce: tuple[Gate, Branch] | None,
     ) -> tuple[Tensor | None, Tensor | None]:
-        conv, unit, tensors = self.plan.convs[index], self.spec.all_units[index], self.units[index]
+        conv, unit, tensors = self.plan.convs[index], self.specs[index], self.units[index]
         assert conv is not None and unit.conv is not None and tensors.weight is not None
         backward = conv.joint.run if conv.joint else conv_backward(self.plan, conv)
+        x, prologue = source.raw, None
+        if not source.plain:
+            if source.factor is None and source.value is None:
+                prologue = source.prologue
+            elif self.needs.units[index].weight:
+                x = materialise(self.plan, source)
         grad_x, self.grad_weights[index], sums = backward(
             incoming,
-            source.raw,
+            x,
             tensors.weight,
             unit.conv,
-            prologue=source.prologue,
+            prologue=prologue,
             want_x=want_x,
             want_weight=self.needs.units[index].weight,
             accumulate=accumulate,
@@ -229,134 +341,137 @@ class _Backward:
         )
         return grad_x, sums
 
-    def _norm_alone(self, pending: Incoming) -> Tensor:
-        if isinstance(pending, Formed):
-            return pending.grad_y
-        grads, _ = self.plan.run("bn_act_backward_apply", pending.gate.applied)(
-            pending.grad_out,
-            pending.gate,
-            (pending.branch,),
-            pending.sums,
-            pending.values,
-            want_grads=(True,),
-        )
-        return grads[0]
-
     # ------------------------------------------------------------ what it walks over
 
     def _end_gate(self) -> Gate:
-        if self.spec.act == "none":
-            return Gate("none")
-        if self.spec.keeps_mask:
-            return Gate("mask", self.saved.mask, self.spec.act)
-        return Gate("affine", None, self.spec.act)
+        act = self.block.act
+        if act == "none":
+            return _OPEN
+        if self.block.keeps_mask:
+            return Gate("mask", self.saved.mask, act)
+        return Gate("affine", None, act)
 
     def _inner_gate(self, index: int) -> Gate:
-        act = self.spec.units[index].act
-        return Gate("none") if act == "none" else Gate("affine", None, act)
+        act = self.specs[index].act
+        return _OPEN if act == "none" else Gate("affine", None, act)
 
     def _branch(self, index: int) -> Branch:
+        raw = self._raw(index)
         stats = self.saved.stats[index]
+        known = identity_stats(raw) if stats is None or not self.specs[index].scaled_norm else stats
+        return Branch(raw, known)
+
+    def _raw(self, index: int) -> Tensor:
+        """The raw output of a unit's convolution, or what a unit without one was given."""
         raw = self.saved.raw[index]
         if raw is None and self.plan.convs[index] is None:
-            raw = self._input(index).raw
-        elif raw is None:
+            return materialise(self.plan, self._input(index))
+        if raw is None:
             raw = self.saved.raw[index] = self._recompute(index)
-        return Branch(raw, stats)
-
-    def _recompute(self, index: int) -> Tensor:
-        conv, unit, tensors = self.plan.convs[index], self.spec.all_units[index], self.units[index]
-        assert conv is not None
-        given = self._input(index)
-        fused = given.prologue is not None and conv.prologue is not None
-        implementation = conv.prologue if fused and conv.prologue else conv.forward
-        if not fused:
-            given = Pending(materialise(self.plan, given))
-        raw, _ = implementation.run(
-            given.raw, tensors.weight, tensors.bias, unit.conv, prologue=given.prologue
-        )
         return raw
 
-    def _input(self, index: int) -> Pending:
+    def _recompute(self, index: int) -> Tensor:
+        conv, unit, tensors = self.plan.convs[index], self.specs[index], self.units[index]
+        assert conv is not None
+        given = self._input(index)
+        fused = not given.plain and given.factor is None and conv.prologue is not None
+        prologue = given.prologue if fused else None
+        implementation = conv.prologue if fused and conv.prologue else conv.forward
+        x = given.raw if fused else materialise(self.plan, given)
+        raw, _ = implementation.run(x, tensors.weight, tensors.bias, unit.conv, prologue=prologue)
+        return raw
+
+    def _input(self, index: int) -> Act:
         """What unit `index` of the main path was given in forward."""
         if index == 0:
-            return Pending(self.x)
-        if self.spec.keeps_activated:
+            return Act(self.x)
+        if self.block.keeps_value(index - 1):
             activated = self.saved.activated[index - 1]
             assert activated is not None
-            return Pending(activated)
-        raw = self.saved.raw[index - 1]
-        raw = self.x if raw is None else raw
-        return Pending(raw, Prologue(self.saved.stats[index - 1], self.spec.units[index - 1].act))
+            return Act(activated)
+        return self._output(index - 1)
+
+    def _output(self, index: int) -> Act:
+        """What unit `index` gave in forward, by what was kept."""
+        unit, tensors = self.specs[index], self.units[index]
+        return Act(self._raw(index), self.saved.stats[index], unit.act, tensors.factor)
 
     def _residual_gradient(self) -> Tensor | Gated | None:
-        """What the first convolution's data gradient is added to."""
-        if self.spec.shortcut == "projection":
+        """What the shortcut adds to the gradient of where it starts."""
+        if self.block.projection is not None:
             return self.grad_x
-        if self.spec.shortcut == "identity":
-            return self.end
-        return None
+        return self.end if self.block.shortcut in ("input", "activated") else None
 
     def _count(self, index: int) -> int:
-        if not self.spec.all_units[index].batch_stats:
+        if not self.specs[index].batch_stats:
             return 0
-        raw = self._branch(index).y
-        assert raw is not None
+        raw = self._raw(index)
         return raw.shape[0] * raw.shape[2] * raw.shape[3]
 
     # ------------------------------------------------------------ what is wanted
 
     def _below(self, index: int) -> bool:
         """Whether anything in front of unit `index` of the main path wants a gradient."""
-        return self.needs.x or any(any(u) for u in self.needs.units[:index])
+        return self.needs.x or any([any(u) for u in self.needs.units[:index]])
+
+    def _wants_below(self, index: int) -> bool:
+        return self._source_wants() if index > self.last else self._below(index)
 
     def _wants_sums(self, index: int) -> bool:
-        needs, unit = self.needs.units[index], self.spec.all_units[index]
-        below = self.needs.x if index > self.last else self._below(index)
-        return needs.affine or needs.bias or (unit.batch_stats and (below or needs.weight))
+        needs, unit = self.needs.units[index], self.specs[index]
+        wanted = self._wants_below(index) or needs.weight
+        return needs.affine or needs.bias or (unit.batch_stats and wanted)
 
     def collect(self, fmt: torch.memory_format) -> list[Tensor]:
         """The wanted gradients, in the operator's order."""
-        found: list[Tensor] = []
+        grads: list[Tensor] = []
         if self.needs.x:
             assert self.grad_x is not None
-            found.append(dense(self.grad_x, fmt))
+            grads.append(dense(self._owned(self.grad_x), fmt))
         if self.needs.residual:
             assert self.grad_residual is not None
-            found.append(self.grad_residual)
+            grads.append(self._owned(self.grad_residual))
         for index, needs in enumerate(self.needs.units):
-            found += self._unit_gradients(index, needs)
-        return found
+            grads += self._unit_gradients(index, needs)
+        return grads
+
+    def _owned(self, grad: Tensor) -> Tensor:
+        """A gradient that nothing was done to is still the caller's: an operator returns a copy."""
+        return grad.clone() if grad is self.grad_out else grad
 
     def _unit_gradients(self, index: int, needs: UnitNeeds) -> list[Tensor]:
-        tensors, found = self.units[index], []
+        tensors, grads = self.units[index], []
         if needs.weight:
             grad = self.grad_weights[index]
             assert grad is not None and tensors.weight is not None
-            found.append(dense(grad, memory_format_of(tensors.weight)))
+            grads.append(dense(grad, memory_format_of(tensors.weight)))
         if needs.bias:
-            assert tensors.bias is not None
-            found.append(self._bias_gradient(index).to(tensors.bias.dtype))
+            grads.append(self._bias_gradient(index))
         if needs.norm_weight:
-            assert tensors.norm_weight is not None
-            found.append(self._sum(index, None).to(tensors.norm_weight.dtype, copy=True))
+            grads.append(self._sum(index, None))
         if needs.norm_bias:
-            assert tensors.norm_bias is not None
-            found.append(self._sum(index, 0).to(tensors.norm_bias.dtype, copy=True))
-        return found
+            grads.append(self._sum(index, 0))
+        if needs.factor:
+            factor = self.grad_factors[index]
+            assert factor is not None
+            grads.append(factor)
+        return grads
 
     def _sum(self, index: int, row: int | None) -> Tensor:
-        """A row of the unit's sums: a view, which parameters must not share as their gradient."""
+        """A row of the unit's sums, copied: parameters must not share memory as their gradient."""
         sums = self.sums[index]
         assert sums is not None
-        return sums[1 if row is None else row]
+        return sums[1 if row is None else row].to(self._dtype(index), copy=True)
+
+    def _dtype(self, index: int) -> torch.dtype:
+        return identity_stats(self._raw(index)).dtype
 
     def _bias_gradient(self, index: int) -> Tensor:
         """A convolution's bias in front of batch statistics cancels: its gradient is zero."""
-        sum_g = self._sum(index, 0)
-        if self.spec.all_units[index].batch_stats:
+        sum_g, stats = self._sum(index, 0), self.saved.stats[index]
+        if self.specs[index].batch_stats:
             return torch.zeros_like(sum_g)
-        return sum_g * self.saved.stats[index][3]
+        return sum_g * stats[3] if stats is not None and self.specs[index].scaled_norm else sum_g
 
 
 def _own_sums(sums: Tensor, branch: int) -> Tensor:
@@ -366,8 +481,8 @@ def _own_sums(sums: Tensor, branch: int) -> Tensor:
     return torch.stack([sums[0], sums[2], sums[1]])
 
 
-def _unpool(spec: BlockSpec, grad: Tensor, x: Tensor) -> Tensor:
-    p = spec.pool
+def _unpool(block: Block, grad: Tensor, x: Tensor) -> Tensor:
+    p = block.pool
     assert p is not None
     return torch.ops.aten.avg_pool2d_backward(
         grad, x, p.kernel, p.stride, p.padding, p.ceil_mode, p.count_include_pad, None

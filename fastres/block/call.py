@@ -7,107 +7,112 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastres.block.eligible import why_not_block
-from fastres.block.layers import ConvNorm, count_batch
+from fastres.block.check import why_not_block
+from fastres.block.layers import Layer, count_batch
 from fastres.block.op import run_block
 from fastres.block.settings import current
-from fastres.block.spec import BlockSpec, PoolSpec
-from fastres.block.stock import run_stock
+from fastres.block.spec import Block
+from fastres.block.stock import activate, run_stock
 from fastres.kernels import activation
 
 
 def run_layers(
-    x: Tensor,
-    layers: Sequence[ConvNorm],
-    *,
-    shortcut: str,
-    residual: Tensor | None = None,
-    projection: ConvNorm | None = None,
-    pool: PoolSpec | None = None,
-    act: str = "relu",
+    x: Tensor, block: Block, layers: Sequence[Layer], residual: Tensor | None = None
 ) -> Tensor:
-    """act(layers(x) + shortcut), and the update of the running statistics.
+    """What a block computes, and the update of the running statistics.
 
     Args:
         x: [N, C, H, W].
-        layers: the main path.
-        shortcut: "none", "identity", "tensor" (then `residual`) or "projection" (`projection`).
-        residual: what is added for "tensor", of the output's shape.
-        projection: convolution and batch norm of the shortcut.
-        pool: average pooling in front of the projection.
-        act: after the sum, one of `fastres.kernels.activations()`.
+        block: its specification; what concerns the run (save, memory, backend, level) is set here.
+        layers: the units of the main path, and the projection behind them, with their tensors.
+        residual: what is added for the shortcut "tensor", of the output's shape.
 
     Raises:
         ValueError: for an unknown activation; the rest is torch's own.
     """
-    for name in (act, *[layer.act for layer in layers]):
+    for name in (block.act, *[unit.act for unit in block.all_units]):
         activation(name)
-    out = try_layers(
-        x, layers, shortcut=shortcut, residual=residual, projection=projection, pool=pool, act=act
-    )
-    if out is not None:
-        return out
-    return run_stock(
-        x, layers, shortcut=shortcut, residual=residual, projection=projection, pool=pool, act=act
-    )
+    out = try_layers(x, block, layers, residual)
+    return run_stock(x, block, layers, residual) if out is None else out
 
 
 def why_not_layers(
-    x: Tensor,
-    layers: Sequence[ConvNorm],
-    *,
-    shortcut: str,
-    residual: Tensor | None = None,
-    projection: ConvNorm | None = None,
-    pool: PoolSpec | None = None,
-    act: str = "relu",
+    x: Tensor, block: Block, layers: Sequence[Layer], residual: Tensor | None = None
 ) -> str | None:
     """Why `run_layers` would take the stock path for these arguments, or None."""
     if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
-        x, layers, projection = _autocast(x, layers, projection)
-    return why_not_block(x, layers, shortcut, residual, projection, pool, act)
+        x, layers = _autocast(x, layers)
+    return why_not_block(x, _without_late_activation(block)[0], layers, residual)
 
 
 def try_layers(
-    x: Tensor,
-    layers: Sequence[ConvNorm],
-    *,
-    shortcut: str,
-    residual: Tensor | None = None,
-    projection: ConvNorm | None = None,
-    pool: PoolSpec | None = None,
-    act: str = "relu",
+    x: Tensor, block: Block, layers: Sequence[Layer], residual: Tensor | None = None
 ) -> Tensor | None:
     """`run_layers`, but None where it cannot be fused; then nothing was run or updated."""
     if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
-        x, layers, projection = _autocast(x, layers, projection)
-    if why_not_block(x, layers, shortcut, residual, projection, pool, act) is not None:
+        x, layers = _autocast(x, layers)
+    block, late = _without_late_activation(block)
+    if why_not_block(x, block, layers, residual) is not None:
         return None
-    everything = [*layers] if projection is None else [*layers, projection]
-    spec = BlockSpec(
-        units=tuple([layer.spec for layer in layers]),
-        shortcut=shortcut,
-        projection=None if projection is None else projection.spec,
-        pool=pool,
-        act=act,
-        save=_wants_backward(x, residual, everything),
+    out, _ = _run(x, block, layers, residual)
+    return out if late == "none" else activate(out, late)
+
+
+def run_open(
+    x: Tensor, block: Block, layers: Sequence[Layer]
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The block without its last normalisation, or None where it cannot be fused.
+
+    Returns:
+        (raw output [N, K, H, W], its statistics [5, K], the mean of what it would be, [N, K]).
+        Only a block whose first unit is given these statistics may read the raw output: its
+        gradient is that of what it stands for.
+    """
+    if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
+        x, layers = _autocast(x, layers)
+    block = block._replace(open_end=True)
+    if why_not_block(x, block, layers) is not None:
+        return None
+    out, (mean, *stats) = _run(x, block, layers, None)
+    return out, stats[-1], mean
+
+
+def _without_late_activation(block: Block) -> tuple[Block, str]:
+    """The block, and the activation that torch has to apply behind it: one that follows a sum and
+    whose derivative is not 0 or 1 would need the sum itself kept.
+    """
+    late = block.act
+    shortcut = block.shortcut != "none" or not block.simple_end
+    if late == "none" or not shortcut or activation(late).gate is not None:
+        return block, "none"
+    return block._replace(act="none"), late
+
+
+def _run(
+    x: Tensor, block: Block, layers: Sequence[Layer], residual: Tensor | None
+) -> tuple[Tensor, Sequence[Tensor]]:
+    settings = current()
+    block = block._replace(
+        save=_wants_backward(x, residual, layers),
         memory=_memory_mode(x),
-        backend=current().backend,
-        level=current().level,
+        backend=settings.backend,
+        level=settings.level,
     )
-    tensors = [t for layer in everything for t in layer.tensors]
-    size, main = x.shape, len(layers)
+    tensors = [t for layer in layers for t in layer.tensors]
+    size, main = x.shape, len(block.units)
+    updated = [layer for layer in layers if layer.unit.norm is not None]
 
     def update(out: Tensor, stats: Sequence[Tensor]) -> None:
-        _update_running(size, everything, stats, main, out)
+        if any([layer.training for layer in updated]):
+            _update_running(size, layers, stats, main, out)
 
-    return run_block(spec, x, residual, tensors, update)
+    return run_block(block, x, residual, tensors, update)
 
 
-def _wants_backward(x: Tensor, residual: Tensor | None, layers: Sequence[ConvNorm]) -> bool:
+def _wants_backward(x: Tensor, residual: Tensor | None, layers: Sequence[Layer]) -> bool:
     if not torch.is_grad_enabled():
         return False
-    tensors = [x, residual, *(t for layer in layers for t in layer.parameters)]
+    tensors = [x, residual, *[t for layer in layers for t in layer.parameters]]
     return any([t is not None and t.requires_grad for t in tensors])
 
 
@@ -122,9 +127,7 @@ def _memory_mode(x: Tensor) -> str:
     return "balanced" if x.device.type == "cpu" or current().backend == "triton" else "speed"
 
 
-def _autocast(
-    x: Tensor, layers: Sequence[ConvNorm], projection: ConvNorm | None
-) -> tuple[Tensor, Sequence[ConvNorm], ConvNorm | None]:
+def _autocast(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, Sequence[Layer]]:
     """What autocast does to a convolution: its input, weight and bias in the lower precision."""
     dtype = torch.get_autocast_dtype(x.device.type)
 
@@ -132,33 +135,31 @@ def _autocast(
         eligible = t is not None and t.is_floating_point() and t.dtype != torch.float64
         return t.to(dtype) if eligible and t is not None else t
 
-    def lower(layer: ConvNorm) -> ConvNorm:
-        return layer._replace(weight=cast(layer.weight), bias=cast(layer.bias))
-
     if layers[0].weight is not None:
         x = x if (lowered := cast(x)) is None else lowered
-    projection = None if projection is None else lower(projection)
-    return x, [lower(layer) for layer in layers], projection
+    return x, [layer._replace(weight=cast(layer.weight), bias=cast(layer.bias)) for layer in layers]
 
 
 def _update_running(
     shape: Sequence[int],
-    layers: Sequence[ConvNorm],
+    layers: Sequence[Layer],
     stats: Sequence[Tensor],
     main: int,
     out: Tensor,
 ) -> None:
     """running = (1 - momentum)*running + momentum*batch, with the unbiased variance, in place."""
-    if not any([layer.training for layer in layers]):
-        return
     size: tuple[int, ...] = tuple(shape[2:])
     updates: list[tuple[Tensor, Tensor, float | Tensor, float]] = []
+    known = iter(stats)
     with torch.no_grad():
-        for i, (layer, s) in enumerate(zip(layers, stats, strict=True)):
+        for i, layer in enumerate(layers):
             if i >= main:
                 size = tuple(out.shape[2:])
-            elif layer.weight is not None and (conv := layer.conv) is not None:
+            elif layer.weight is not None and (conv := layer.unit.conv) is not None:
                 size = conv.output_size(size, layer.weight.shape[2:])
+            if layer.unit.norm is None:
+                continue
+            s = next(known)
             if not layer.training:
                 continue
             momentum = count_batch(layer)

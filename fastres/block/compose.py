@@ -5,83 +5,66 @@ one of its own.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
 from fastres.block.plan import ConvPlan, Plan
-from fastres.block.spec import UnitSpec
-from fastres.kernels import Branch, ConvSpec, Gate, Gated, PendingGrad, Prologue
-
-
-class Pending(NamedTuple):
-    """An activation on its way: a raw tensor, and what is still to be applied to it.
-
-    `formed` is the result, where it is there already.
-    """
-
-    raw: Tensor
-    prologue: Prologue | None = None
-    formed: Tensor | None = None
-
-
-class Formed(NamedTuple):
-    """The gradient of a raw output as such, with the sums (sum_g, sum_gx...) it was made of."""
-
-    grad_y: Tensor
-    sums: Tensor
+from fastres.block.spec import Unit
+from fastres.block.tensors import Act
+from fastres.kernels import Branch, Conv, Gate, Gated, PendingGrad, Prologue
 
 
 def convolve(
     plan: Plan,
     conv: ConvPlan,
-    unit: UnitSpec,
+    unit: Unit,
     parameters: tuple[Tensor | None, Tensor | None],
-    given: Pending,
+    given: Act,
     keep: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """A unit's convolution: its raw output, the state of that where it comes with it, and its input
     where that had to be formed first: for a convolution without prologue, or to `keep` it.
     """
-    z = None
-    fused = given.prologue is not None and conv.prologue is not None and not keep
-    if given.prologue is not None and not fused:
-        z = materialise(plan, given)
-        given = Pending(z)
-    implementation = conv.prologue if fused and conv.prologue else conv.forward
+    x, prologue, z = given.raw, None, None
+    if not given.plain:
+        if conv.prologue is None or keep or given.factor is not None or given.value is not None:
+            x = z = materialise(plan, given)
+        else:
+            prologue = given.prologue
+    implementation = conv.forward if prologue is None or conv.prologue is None else conv.prologue
     raw, state = implementation.run(
-        given.raw,
-        *parameters,
-        unit.conv,
-        prologue=given.prologue,
-        want_state=unit.batch_stats and conv.stats,
+        x, *parameters, unit.conv, prologue=prologue, want_state=unit.batch_stats and conv.stats
     )
     return raw, state, z
 
 
-def materialise(plan: Plan, given: Pending) -> Tensor:
-    """The activation itself, act(scale*raw + shift)."""
-    if given.prologue is None:
-        return given.raw
-    if given.formed is not None:
-        return given.formed
-    stats, act = given.prologue
-    z, _ = plan.run("scale_shift_act", act)(given.raw, stats, act=act)
-    return z
+def materialise(plan: Plan, given: Act) -> Tensor:
+    """The activation itself, factor * act(scale*raw + shift)."""
+    if given.value is not None:
+        return given.value
+    z = given.raw
+    if given.stats is not None or given.act != "none":
+        z, _ = plan.run("scale_shift_act", given.act)(z, given.known_stats, act=given.act)
+    return z if given.factor is None else scaled(z, given.factor)
+
+
+def scaled(z: Tensor, factor: Tensor) -> Tensor:
+    """factor * z, in the dtype and layout of z: torch's own product, as no kernel fuses one."""
+    return z * factor.to(z.dtype)
 
 
 def conv_backward(plan: Plan, conv_plan: ConvPlan) -> Callable[..., Any]:
     """The primitive `conv_backward`, composed of the plan's other primitives.
 
-    It also takes a gradient that was formed before, and overwrites `accumulate` where that is a
-    tensor: such a one is made for it.
+    It overwrites `accumulate` where that is a tensor: such a one is made for it.
     """
 
     def run(
-        grad: PendingGrad | Formed,
+        grad: PendingGrad,
         x: Tensor,
         weight: Tensor,
-        conv: ConvSpec,
+        conv: Conv,
         *,
         prologue: Prologue | None,
         want_x: bool,
@@ -89,10 +72,10 @@ def conv_backward(plan: Plan, conv_plan: ConvPlan) -> Callable[..., Any]:
         accumulate: Tensor | Gated | None,
         reduce: tuple[Gate, Branch] | None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        grad_y = _form(plan, grad)
+        grad_y = form(plan, grad)
         grad_weight = grad_x = sums = None
         if want_weight:
-            z = materialise(plan, Pending(x, prologue))
+            z = x if prologue is None else materialise(plan, Act(x, *prologue))
             grad_weight = conv_plan.weight.run(grad_y, z, weight, conv)
         if want_x:
             more, own = _formed_residual(plan, accumulate)
@@ -105,9 +88,10 @@ def conv_backward(plan: Plan, conv_plan: ConvPlan) -> Callable[..., Any]:
     return run
 
 
-def _form(plan: Plan, grad: PendingGrad | Formed) -> Tensor:
-    if isinstance(grad, Formed):
-        return grad.grad_y
+def form(plan: Plan, grad: PendingGrad) -> Tensor:
+    """The gradient of a raw output itself."""
+    if grad.value is not None:
+        return grad.value
     (grad_y,), _ = plan.run("bn_act_backward_apply", grad.gate.applied)(
         grad.grad_out, grad.gate, (grad.branch,), grad.sums, grad.values, want_grads=(True,)
     )

@@ -1,87 +1,64 @@
-"""A layer as the functional API takes it: the tensors and settings of convolution + batch norm."""
+"""Layer: a unit with its tensors, as modules and the functional API hand them over."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
-from fastres.block.spec import UnitSpec
-from fastres.kernels import ConvSpec
+from fastres.block.spec import Unit
 
 Size = int | tuple[int, int]
 
 
-class ConvNorm(NamedTuple):
-    """One convolution with its batch norm and activation, stateless.
+class Layer(NamedTuple):
+    """A unit of a block with its tensors.
 
     Attributes:
-        weight: [K, C/groups, kh, kw], dtype of the activations.
-        running_mean: [K] or None; updated in place in training.
-        running_var: [K] or None; likewise.
+        unit: what it computes.
+        weight: [K, C/groups, kh, kw], dtype of the activations, or None without a convolution.
+        bias: [K] or None, the convolution's own bias.
         norm_weight: [K] or None, the batch norm's weight.
         norm_bias: [K] or None, the batch norm's bias.
-        bias: [K] or None, the convolution's own bias.
-        stride: as in torch.nn.functional.conv2d.
-        padding: likewise.
-        dilation: likewise.
-        groups: likewise.
-        training: normalise with batch statistics and update the running ones.
+        running_mean: [K] or None; updated in place in training. Statistics [5, K] where they are
+            given.
+        running_var: [K] or None; likewise.
+        factor: [N, K or 1, 1, 1] or [N, K, H, W], where the unit scales.
+        training: whether the running statistics are updated.
         momentum: factor of the running update; a 0-d tensor avoids a host synchronisation, None
             is the cumulative average, 1/counter.
-        eps: added to the variance.
-        act: one of `fastres.kernels.activations()`; ignored on the last layer in front of a
-            shortcut.
         counter: 0-d integer, nn.BatchNorm2d's num_batches_tracked, or None; incremented in place
             in training.
     """
 
-    weight: Tensor | None
-    running_mean: Tensor | None = None
-    running_var: Tensor | None = None
+    unit: Unit
+    weight: Tensor | None = None
+    bias: Tensor | None = None
     norm_weight: Tensor | None = None
     norm_bias: Tensor | None = None
-    bias: Tensor | None = None
-    stride: Size = 1
-    padding: Size = 0
-    dilation: Size = 1
-    groups: int = 1
+    running_mean: Tensor | None = None
+    running_var: Tensor | None = None
+    factor: Tensor | None = None
     training: bool = False
     momentum: float | Tensor | None = 0.1
-    eps: float = 1e-5
-    act: str = "relu"
     counter: Tensor | None = None
-
-    @property
-    def batch_stats(self) -> bool:
-        """Whether the batch's own statistics normalise, as nn.BatchNorm2d decides it."""
-        return self.training or self.running_mean is None or self.running_var is None
-
-    @property
-    def conv(self) -> ConvSpec | None:
-        """Geometry of the convolution, or None for a batch norm alone."""
-        if self.weight is None:
-            return None
-        return ConvSpec(pair(self.stride), pair(self.padding), pair(self.dilation), self.groups)
-
-    @property
-    def spec(self) -> UnitSpec:
-        """The layer without its tensors."""
-        return UnitSpec(self.conv, self.eps, self.batch_stats, self.act)
 
     @property
     def parameters(self) -> tuple[Tensor | None, ...]:
         """The tensors that may want a gradient."""
-        return self.weight, self.bias, self.norm_weight, self.norm_bias
+        return self.weight, self.bias, self.norm_weight, self.norm_bias, self.factor
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """The six tensors of `fastres.block.UnitTensors`."""
-        running = (None, None) if self.batch_stats else (self.running_mean, self.running_var)
-        return (*self.parameters, *running)
+        """The seven tensors of `fastres.block.UnitTensors`."""
+        running = (self.running_mean, self.running_var)
+        if self.unit.norm is None or self.unit.norm.source == "batch":
+            running = (None, None)
+        return (*self[1:5], *running, self.factor)
 
 
-def pair(value: Size) -> tuple[int, int]:
+def pair(value: Size | Sequence[int]) -> tuple[int, int]:
     """(value, value) for an int, the pair itself else."""
     if isinstance(value, int):
         return (value, value)
@@ -89,7 +66,7 @@ def pair(value: Size) -> tuple[int, int]:
     return (h, w)
 
 
-def count_batch(layer: ConvNorm) -> float | Tensor:
+def count_batch(layer: Layer) -> float | Tensor:
     """Increment the counter in place, as nn.BatchNorm2d does, and give the running factor.
 
     The cumulative average's 1/counter stays on the device: no synchronisation.

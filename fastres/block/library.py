@@ -12,19 +12,21 @@ import torch
 from torch import Tensor
 
 from fastres.block.addition import add_backward, add_forward, add_metas
-from fastres.block.backward import run_backward
+from fastres.block.backward import UNIT_NEEDS, UnitNeeds, run_backward
 from fastres.block.forward import run_forward
-from fastres.block.spec import UNIT_TENSORS, decode
-from fastres.block.tensors import output_metas, split_tensors
-from fastres.kernels import memory_format_of
+from fastres.block.spec import decode
+from fastres.block.tensors import Saved, output_metas, split_tensors
+from fastres.kernels import acc_dtype, memory_format_of
+
+Tensors = Sequence[Tensor | None]
 
 _library = torch.library.Library("fastres", "DEF")
 _library.define(
     "block_forward(Tensor x, Tensor? residual, Tensor?[] tensors, str spec) -> Tensor[]"
 )
 _library.define(
-    "block_backward(Tensor grad_out, Tensor x, Tensor?[] tensors, Tensor[] saved, str spec, "
-    "bool[] needs) -> Tensor[]"
+    "block_backward(Tensor grad_out, Tensor? grad_mean, Tensor x, Tensor?[] tensors, "
+    "Tensor[] saved, str spec, bool[] needs) -> Tensor[]"
 )
 _library.define(
     "add_act(Tensor x, Tensor residual, str act, bool want_mask, str backend) -> Tensor[]"
@@ -36,15 +38,13 @@ _library.define(
 
 
 @torch.library.impl(_library, "block_forward", "CompositeExplicitAutograd")
-def _block_forward(
-    x: Tensor, residual: Tensor | None, tensors: Sequence[Tensor | None], spec: str
-) -> list[Tensor]:
+def _block_forward(x: Tensor, residual: Tensor | None, tensors: Tensors, spec: str) -> list[Tensor]:
     return run_forward(decode(spec), x, residual, split_tensors(tensors))
 
 
 @torch.library.register_fake("fastres::block_forward", lib=_library)
 def _block_forward_fake(
-    x: Tensor, residual: Tensor | None, tensors: Sequence[Tensor | None], spec: str
+    x: Tensor, residual: Tensor | None, tensors: Tensors, spec: str
 ) -> list[Tensor]:
     return output_metas(decode(spec), x, split_tensors(tensors))
 
@@ -52,34 +52,65 @@ def _block_forward_fake(
 @torch.library.impl(_library, "block_backward", "CompositeExplicitAutograd")
 def _block_backward(
     grad_out: Tensor,
+    grad_mean: Tensor | None,
     x: Tensor,
-    tensors: Sequence[Tensor | None],
+    tensors: Tensors,
     saved: Sequence[Tensor],
     spec: str,
     needs: Sequence[bool],
 ) -> list[Tensor]:
     units = split_tensors(tensors)
-    return run_backward(decode(spec), grad_out, x, units, saved, needs)
+    return run_backward(decode(spec), grad_out, grad_mean, x, units, saved, needs)
 
 
 @torch.library.register_fake("fastres::block_backward", lib=_library)
 def _block_backward_fake(
     grad_out: Tensor,
+    grad_mean: Tensor | None,
     x: Tensor,
-    tensors: Sequence[Tensor | None],
+    tensors: Tensors,
     saved: Sequence[Tensor],
     spec: str,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    """Gradients have the shape, dtype and layout of what they are gradients of."""
+    """Gradients have the shape and layout of what they are gradients of; those of 1-d tensors the
+    dtype of the statistics.
+    """
+    block, units = decode(spec), split_tensors(tensors)
     grads = [_like(x)] if needs[0] else []
     if needs[1]:
-        grads.append(_empty(grad_out, memory_format_of(x, tensors[::UNIT_TENSORS])))
-    for unit in range(len(tensors) // UNIT_TENSORS):
-        own = tensors[unit * UNIT_TENSORS :][:4]
-        wanted = needs[2 + 4 * unit :][:4]
-        grads += [_like(t) for t, want in zip(own, wanted, strict=True) if want and t is not None]
+        grads.append(_empty(grad_out, memory_format_of(x, [u.weight for u in units])))
+    stats, acc = Saved.unflatten(block, saved).stats, acc_dtype(x.dtype)
+    for i, unit in enumerate(units):
+        wants = UnitNeeds(*needs[2 + i * UNIT_NEEDS :][:UNIT_NEEDS])
+        if wants.weight and unit.weight is not None:
+            grads.append(_like(unit.weight))
+        if wants.bias and unit.weight is not None:
+            grads.append(x.new_empty(unit.weight.shape[:1], dtype=acc))
+        norm = stats[i]
+        if norm is not None:
+            grads += [norm.new_empty(norm.shape[1:]) for want in wants[2:4] if want]
+        if wants.factor and unit.factor is not None:
+            grads.append(torch.empty_like(unit.factor, memory_format=torch.contiguous_format))
     return grads
+
+
+def _in_the_open() -> bool:
+    """Whether nobody watches or rewrites operators: then they need not go by the dispatcher."""
+    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
+
+
+def forward(x: Tensor, residual: Tensor | None, tensors: Tensors, spec: str) -> list[Tensor]:
+    """The operator block_forward."""
+    return torch.ops.fastres.block_forward(x, residual, list(tensors), spec)
+
+
+def backward(
+    grad_out: Tensor, grad_mean: Tensor | None, x: Tensor, tensors: Tensors,
+    saved: Sequence[Tensor], spec: str, needs: Sequence[bool],
+) -> list[Tensor]:  # fmt: skip
+    """The operator block_backward."""
+    return torch.ops.fastres.block_backward(grad_out, grad_mean, x, tensors, saved, spec, needs)
 
 
 def _like(t: Tensor) -> Tensor:

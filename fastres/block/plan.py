@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastres.block.spec import LEVELS, BlockSpec, UnitSpec
+from fastres.block.spec import LEVELS, Block, Unit
 from fastres.kernels import (
     BACKENDS,
     Implementation,
@@ -18,8 +18,10 @@ from fastres.kernels import (
     activation,
     implementations,
     preference,
+    registrations,
     select,
 )
+from fastres.kernels.common import precision_of
 
 #: Primitives around the convolutions: those that know no activation, and those that apply one or
 #: its derivative.
@@ -31,14 +33,17 @@ _WHOLE = ("bn_act_forward", "bn_act_backward")
 Weight = tuple[int, int, int, int]
 
 
-class Signature(NamedTuple):
-    """What a plan depends on, apart from the specification.
+class Context(NamedTuple):
+    """What a choice of implementations depends on, apart from the block: all that predicates read.
 
     Attributes:
         device: torch device type.
         dtype: of the activations.
         channels_last: layout of the activations.
         weights: shape [K, C/groups, kh, kw] of each unit's weight, or None.
+        device_index: of the device among those of its type, or None.
+        switches: torch's own that libraries and predicates look at.
+        registrations: of kernels, so far.
         here: False for a plan that is only looked at, for a machine that has such a device.
     """
 
@@ -46,7 +51,23 @@ class Signature(NamedTuple):
     dtype: torch.dtype
     channels_last: bool
     weights: tuple[Weight | None, ...]
+    device_index: int | None = None
+    switches: tuple[bool | str, ...] = ()
+    registrations: int = 0
     here: bool = True
+
+
+def switches(device: str) -> tuple[bool | str, ...]:
+    """torch's switches that change which kernels can or should run on a device type."""
+    if device != "cuda":
+        return (torch._C._get_mkldnn_enabled(), torch._C._get_deterministic_algorithms())
+    return (
+        torch._C._get_cudnn_enabled(),
+        torch._C._get_cudnn_benchmark(),
+        torch._C._get_cudnn_deterministic(),
+        torch._C._get_deterministic_algorithms(),
+        precision_of(torch.float32),
+    )
 
 
 @dataclass(frozen=True)
@@ -81,7 +102,7 @@ class Plan:
 
     Attributes:
         pointwise: by primitive and activation.
-        convs: as `BlockSpec.all_units`.
+        convs: as `Block.all_units`.
         declined: why others were passed over.
     """
 
@@ -110,9 +131,13 @@ class Plan:
         return min(levels, key=LEVELS.index, default="b")
 
 
-def signature_of(x: Tensor, weights: Sequence[Tensor | None], channels_last: bool) -> Signature:
-    """The part of the inputs that the choice of implementations depends on."""
-    return Signature(x.device.type, x.dtype, channels_last, shapes_of(weights))
+def context_of(x: Tensor, weights: Sequence[Tensor | None], channels_last: bool) -> Context:
+    """The context of a block that runs on x [N, C, H, W] now."""
+    device = x.device
+    return Context(
+        device.type, x.dtype, channels_last, shapes_of(weights), device.index,
+        switches(device.type), registrations(),
+    )  # fmt: skip
 
 
 def shapes_of(weights: Sequence[Tensor | None]) -> tuple[Weight | None, ...]:
@@ -121,16 +146,16 @@ def shapes_of(weights: Sequence[Tensor | None]) -> tuple[Weight | None, ...]:
 
 
 @lru_cache(maxsize=4096)
-def make_plan(spec: BlockSpec, signature: Signature) -> Plan:
+def make_plan(spec: Block, context: Context) -> Plan:
     """Choose implementations for a block, without measuring any.
 
     Raises:
         NotImplementedError: where a backend that was asked for by name cannot run the block,
             with its reason.
     """
-    choose = _Chooser(spec.backend, signature)
+    choose = _Chooser(spec.backend, context)
     pointwise = {(p, "none"): choose(p) for p in _PLAIN}
-    acts = dict.fromkeys((*(unit.act for unit in spec.units[:-1]), spec.act))
+    acts = dict.fromkeys((*[unit.act for unit in spec.units], spec.act))
     pointwise |= {(p, act): choose(p, act=act) for act in acts for p in _ACTING}
     for act in acts:
         backend = pointwise["scale_shift_act", act].backend
@@ -145,40 +170,50 @@ def make_plan(spec: BlockSpec, signature: Signature) -> Plan:
 
 
 @lru_cache(maxsize=4096)
-def conv_options(spec: BlockSpec, signature: Signature) -> list[list[ConvPlan]]:
+def conv_options(spec: Block, context: Context) -> list[list[ConvPlan]]:
     """For each convolution the ways to run it, that of `make_plan` first."""
-    return _options(_Chooser(spec.backend, signature), spec)
+    return _options(_Chooser(spec.backend, context), spec)
 
 
 class _Chooser:
     """Asks the registry, in the order of the user's choice of backend."""
 
     def __init__(
-        self, backend: str, signature: Signature, order: tuple[str, ...] | None = None
+        self, backend: str, context: Context, order: tuple[str, ...] | None = None
     ) -> None:
-        self.backend, self.signature = backend, signature
-        self.order = order or preference(backend, signature.device, signature.here)
+        self.backend, self.context = backend, context
+        self.order = order or preference(backend, context.device, context.here)
         self.declined: list[str] = []
 
     def among(self, names: Sequence[str]) -> _Chooser:
         """The same, asking these backends alone."""
-        return _Chooser(self.backend, self.signature, tuple(names))
+        return _Chooser(self.backend, self.context, tuple(names))
+
+    def _request(self, act: str, **more: Any) -> Request:
+        c = self.context
+        return Request(
+            c.device,
+            c.dtype,
+            c.channels_last,
+            act,
+            here=c.here,
+            device_index=c.device_index,
+            **more,
+        )
 
     def only(self, backend: str, primitive: str, *, act: str) -> Implementation | None:
         """What one backend has for a primitive that not every backend has."""
-        s = self.signature
-        request = Request(s.device, s.dtype, s.channels_last, act, here=s.here)
+        s = self.context
+        request = Request(
+            s.device, s.dtype, s.channels_last, act, here=s.here, device_index=s.device_index
+        )
         return select(primitive, (backend,), request)[0]
 
     def ask(
         self, primitive: str, *, acts: Sequence[str] = (), act: str = "none", **request: Any
     ) -> Implementation | None:
         """The first that accepts the request, with `act` or with each of `acts`."""
-        s = self.signature
-        asked, *more = (
-            Request(s.device, s.dtype, s.channels_last, one, here=s.here, **request)
-            for one in dict.fromkeys(acts or (act,))
-        )
+        asked, *more = [self._request(one, **request) for one in dict.fromkeys(acts or (act,))]
         found, reasons = select(primitive, self.order, asked, *more)
         self.declined += reasons
         if self.backend != "auto" and (found is None or found.backend != self.backend):
@@ -202,7 +237,7 @@ class _Chooser:
         found = self.ask(primitive, **request)
         if found is None:
             raise NotImplementedError(
-                f"no backend runs {primitive} on {self.signature}: {'; '.join(self.declined)}"
+                f"no backend runs {primitive} on {self.context}: {'; '.join(self.declined)}"
             )
         return found
 
@@ -210,28 +245,28 @@ class _Chooser:
 class _Site(NamedTuple):
     """A convolution in its block: its weight, and the activations in front of it and behind."""
 
-    unit: UnitSpec
+    unit: Unit
     weight: Weight
     before: str
     after: str
 
 
-def _options(choose: _Chooser, spec: BlockSpec) -> list[list[ConvPlan]]:
-    inner = [unit.act for unit in spec.units[:-1]]
-    before, after = ["none", *inner, "none"], [*inner, spec.act, spec.act]
+def _options(choose: _Chooser, spec: Block) -> list[list[ConvPlan]]:
+    acts = [unit.act for unit in spec.units]
+    before, after = ["none", *acts[:-1], "none"], [*acts, spec.act]
+    if spec.simple_end:
+        after[len(acts) - 1] = spec.act
     return [
         []
         if weight is None
         else list(
             dict.fromkeys(_conv_plans(choose, spec, _Site(unit, weight, before[i], after[i])))
         )
-        for i, (unit, weight) in enumerate(
-            zip(spec.all_units, choose.signature.weights, strict=True)
-        )
+        for i, (unit, weight) in enumerate(zip(spec.all_units, choose.context.weights, strict=True))
     ]
 
 
-def _conv_plans(choose: _Chooser, spec: BlockSpec, site: _Site) -> Iterator[ConvPlan]:
+def _conv_plans(choose: _Chooser, spec: Block, site: _Site) -> Iterator[ConvPlan]:
     """The ways to run a convolution; several where it is to be measured which is fastest.
 
     Of a backend whose convolutions are not proven, "auto" only looks at those that fuse something.

@@ -1,34 +1,70 @@
-"""BlockSpec: what a residual block computes, apart from its tensors.
+"""Block: what a residual block computes, apart from its tensors.
 
 A specification is plain data, and one line of text to the operators: `encode` and `decode`.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastres.kernels import ConvSpec, activation
+from fastres.kernels import Conv, activation
 
-#: Tensors that one unit brings: weight, bias, norm_weight, norm_bias, running_mean, running_var.
-UNIT_TENSORS = 6
+#: Tensors that one unit brings: weight, bias, norm_weight, norm_bias, running_mean, running_var,
+#: factor.
+UNIT_TENSORS = 7
 
-SHORTCUTS = ("none", "identity", "tensor", "projection")
+#: Where the shortcut comes from: nowhere; the block's input; the output of the first unit, which is
+#: then a norm and an activation without a convolution; a tensor given.
+SHORTCUTS = ("none", "input", "activated", "tensor")
 
 #: Levels of fusion, docs/design.md section 6: what is fused into the convolutions.
 LEVELS = ("b", "b'", "c'", "c")
 
 
-class UnitSpec(NamedTuple):
-    """[convolution +] batch norm + activation; `conv` None is a batch norm alone."""
+class Norm(NamedTuple):
+    """A batch norm: `eps`, and whose statistics normalise.
 
-    conv: ConvSpec | None
+    `source` is "batch"; "running"; or "given" for statistics [5, C] that a block before this one
+    left unapplied, together with its raw output.
+    """
+
     eps: float
-    batch_stats: bool
-    act: str
+    source: str = "batch"
+
+
+class Unit(NamedTuple):
+    """Steps in the order of the data: convolve, normalise, activate, scale; each may be missing.
+
+    `scale` multiplies by a factor that is given: [N, C or 1, 1, 1] per image and channel (squeeze
+    and excite, stochastic depth), or one of the full size (dropout).
+    """
+
+    conv: Conv | None = None
+    norm: Norm | None = None
+    act: str = "none"
+    scale: bool = False
+
+    @property
+    def batch_stats(self) -> bool:
+        """Whether the statistics of its batch normalise."""
+        return self.norm is not None and self.norm.source == "batch"
+
+    @property
+    def scaled_norm(self) -> bool:
+        """Whether it normalises a raw output itself, rather than go by what was left to it."""
+        return self.norm is not None and self.norm.source != "given"
+
+    @property
+    def plain(self) -> bool:
+        """Whether nothing follows the convolution."""
+        return self.norm is None and self.act == "none" and not self.scale
 
 
 class PoolSpec(NamedTuple):
@@ -46,46 +82,60 @@ class PoolSpec(NamedTuple):
         return F.avg_pool2d(x, kernel, stride, padding, ceil_mode, count_include_pad)
 
 
-class BlockSpec(NamedTuple):
+class Block(NamedTuple):
     """A chain of units, a shortcut, and an activation after their sum.
 
     Attributes:
-        units: the main path, in order; the last one's own `act` is "none" where a shortcut is
-            added, and the block's `act` follows the addition.
-        shortcut: "none"; "identity" (x); "tensor" (a residual given); "projection".
-        projection: the shortcut's convolution and batch norm, for "projection".
+        units: the main path, in order. Where there is no shortcut, the activation of the last unit
+            is the block's `act`, and its own is "none".
+        shortcut: one of `SHORTCUTS`.
+        projection: convolution and perhaps norm of the shortcut, or None.
         pool: average pooling in front of the projection, or None.
         act: activation at the end of the block.
+        open_end: whether the last unit's norm is left to the next block: the operator returns the
+            raw output of the last convolution, its statistics, and the normalised output's mean
+            per image and channel.
         save: whether anything is kept for a backward.
         memory: "speed", "balanced" or "lean".
         backend: the user's choice, "auto" or a backend's name.
         level: the level of fusion, of `LEVELS`, or "auto" for what is fastest.
     """
 
-    units: tuple[UnitSpec, ...]
+    units: tuple[Unit, ...]
     shortcut: str = "none"
-    projection: UnitSpec | None = None
+    projection: Unit | None = None
     pool: PoolSpec | None = None
-    act: str = "relu"
+    act: str = "none"
+    open_end: bool = False
     save: bool = False
     memory: str = "speed"
     backend: str = "auto"
     level: str = "auto"
 
     @property
-    def all_units(self) -> tuple[UnitSpec, ...]:
+    def all_units(self) -> tuple[Unit, ...]:
         """Main path and projection, in the order of their tensors."""
         return self.units if self.projection is None else (*self.units, self.projection)
 
     @property
     def batch_stats(self) -> bool:
         """Whether anything is normalised by the statistics of its batch."""
-        return any(unit.batch_stats for unit in self.all_units)
+        return any([unit.batch_stats for unit in self.all_units])
+
+    @property
+    def simple_end(self) -> bool:
+        """Whether nothing stands between the last unit's norm and the sum."""
+        return self.units[-1].act == "none" and not self.units[-1].scale
 
     @property
     def keeps_mask(self) -> bool:
-        """A sum with a shortcut cannot be recomputed from one branch: its gate is kept as bits."""
-        return self.save and self.act != "none" and self.shortcut != "none"
+        """A sum with a shortcut, or a scaled output, cannot be recomputed from one branch: the
+        derivative of the activation behind it is kept as bits.
+        """
+        norm = self.units[-1].norm
+        given = norm is not None and norm.source == "given"
+        recomputed = self.shortcut == "none" and self.simple_end and not given
+        return self.save and self.act != "none" and not recomputed
 
     @property
     def keeps_activated(self) -> bool:
@@ -95,7 +145,22 @@ class BlockSpec(NamedTuple):
     @property
     def recomputes_last(self) -> bool:
         """Whether the last raw convolution output is computed again in backward."""
-        return self.save and self.memory == "lean" and len(self.units) > 1
+        return (
+            self.save and self.memory == "lean" and not self.open_end
+            and len(self.units) > 1 and self.units[-1].conv is not None
+        )  # fmt: skip
+
+    def keeps_value(self, index: int) -> bool:
+        """Whether the activated output of inner unit `index` is kept for backward."""
+        return self.keeps_activated and not self.units[index].plain
+
+    def keeps_raw(self, index: int) -> bool:
+        """Whether the raw output of unit `index`'s convolution is kept for backward, apart from one
+        that is the block's own output.
+        """
+        if not self.save or self.all_units[index].conv is None:
+            return False
+        return index != len(self.units) - 1 or not (self.recomputes_last or self.open_end)
 
     def encode(self) -> str:
         """The specification as one line, the inverse of `decode`.
@@ -103,61 +168,57 @@ class BlockSpec(NamedTuple):
         Raises:
             ValueError: for an unknown activation, with the known ones.
         """
-        units = ";".join([_encode_unit(u) for u in self.units])
-        projection = "-" if self.projection is None else _encode_unit(self.projection)
-        pool = "-"
-        if self.pool is not None:
-            (kh, kw), (sh, sw), (ph, pw), ceil_mode, include = self.pool
-            pool = f"{kh},{kw},{sh},{sw},{ph},{pw},{int(ceil_mode)},{int(include)}"
-        return (
-            f"{units}/{self.shortcut}/{projection}/{pool}/{_known(self.act)}/"
-            f"{int(self.save)}/{self.memory}/{self.backend}/{self.level}"
-        )
+        # A compiler sees through the function, not through its cache.
+        return _encoded(self) if torch.compiler.is_compiling() else _encoded_once(self)
 
 
-def _known(act: str) -> str:
-    """`act`, where there is such an activation."""
+def _encoded(block: Block) -> str:
+    for act in (block.act, *[unit.act for unit in block.all_units]):
+        activation(act)
+    return _json(block)
+
+
+_encoded_once = lru_cache(maxsize=4096)(_encoded)
+
+
+def _json(value: Any) -> str:
+    """json.dumps, in terms that torch.compile can trace."""
+    if isinstance(value, tuple):
+        return "[" + ",".join([_json(part) for part in value]) + "]"
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return f'"{value}"' if isinstance(value, str) else repr(value)
+
+
+def _pair(values: Sequence[int]) -> tuple[int, int]:
+    h, w = values
+    return h, w
+
+
+def _unit_of(value: Any) -> Unit | None:
+    if value is None:
+        return None
+    conv, norm, act, scale = value
     activation(act)
-    return act
-
-
-def _encode_unit(unit: UnitSpec) -> str:
-    conv = "-"
-    if unit.conv is not None:
-        (sh, sw), (ph, pw), (dh, dw), groups = unit.conv
-        conv = f"{sh},{sw},{ph},{pw},{dh},{dw},{groups}"
-    return f"{conv}:{unit.eps!r}:{int(unit.batch_stats)}:{_known(unit.act)}"
-
-
-def _decode_unit(text: str) -> UnitSpec:
-    geometry, eps, batch_stats, act = text.split(":")
-    conv = None
-    if geometry != "-":
-        sh, sw, ph, pw, dh, dw, groups = map(int, geometry.split(","))
-        conv = ConvSpec((sh, sw), (ph, pw), (dh, dw), groups)
-    return UnitSpec(conv, float(eps), batch_stats == "1", _known(act))
+    if conv is not None:
+        stride, padding, dilation, groups = conv
+        conv = Conv(_pair(stride), _pair(padding), _pair(dilation), groups)
+    return Unit(conv, None if norm is None else Norm(*norm), act, scale)
 
 
 @lru_cache(maxsize=4096)
-def decode(text: str) -> BlockSpec:
-    """The specification that `BlockSpec.encode` wrote.
+def decode(text: str) -> Block:
+    """The specification that `Block.encode` wrote.
 
     Raises:
         ValueError: for an unknown activation, with the known ones.
     """
-    units, shortcut, projection, pool, act, save, memory, backend, level = text.split("/")
-    pool_spec = None
-    if pool != "-":
-        kh, kw, sh, sw, ph, pw, ceil_mode, include = map(int, pool.split(","))
-        pool_spec = PoolSpec((kh, kw), (sh, sw), (ph, pw), bool(ceil_mode), bool(include))
-    return BlockSpec(
-        units=tuple(_decode_unit(u) for u in units.split(";")),
-        shortcut=shortcut,
-        projection=None if projection == "-" else _decode_unit(projection),
-        pool=pool_spec,
-        act=_known(act),
-        save=save == "1",
-        memory=memory,
-        backend=backend,
-        level=level,
-    )
+    units, shortcut, projection, pool, act, *rest = json.loads(text)
+    activation(act)
+    if pool is not None:
+        kernel, stride, padding, *flags = pool
+        pool = PoolSpec(_pair(kernel), _pair(stride), _pair(padding), *flags)
+    main = tuple([unit for value in units if (unit := _unit_of(value)) is not None])
+    return Block(main, shortcut, _unit_of(projection), pool, act, *rest)

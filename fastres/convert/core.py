@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from fastres.convert.levels import Target, describe
 from fastres.convert.report import Report, Row
-from fastres.nn._children import Decline
-from fastres.nn._fused import FusedParts, explained, layers_of
 from fastres.nn.blocks import FusedModule
+from fastres.nn.fused import FusedParts, explained
+from fastres.nn.match import Decline, match
 from fastres.nn.stem import FusedStem
 
 #: The module a zoo's models come from -> our file about it, imported once that module is.
@@ -64,7 +64,7 @@ def convert(model: nn.Module) -> Report:
     swaps, changed = _swaps(), 0
     for _, module in _blocks(model, swaps):
         fused = swaps.get(type(module))
-        if fused is not None and _lasting_obstacle(module, fused) is None:
+        if fused is not None and _permanent_obstacle(module, fused) is None:
             module.__class__ = fused
             changed += 1
     return _report(model, swaps, Target.of(), changed)
@@ -176,14 +176,14 @@ def _looks_residual(module: nn.Module) -> bool:
 
 def _obstacle(module: nn.Module, fused: Any) -> Decline | None:
     """What keeps a module from running fused, were it of the class `fused`."""
-    found = layers_of(fused._parts(module))
+    found = match(fused._parts(module))
     return found if isinstance(found, Decline) else None
 
 
-def _lasting_obstacle(module: nn.Module, fused: type) -> Decline | None:
+def _permanent_obstacle(module: nn.Module, fused: type) -> Decline | None:
     """As `_obstacle`, but for hooks and the like, which a converted block copes with."""
     found = _obstacle(module, fused)
-    return found if found is not None and found.lasting else None
+    return found if found is not None and found.permanent else None
 
 
 def _report(model: nn.Module, swaps: Swaps, target: Target, changed: int = 0) -> Report:
@@ -203,10 +203,10 @@ def _row(name: str, module: nn.Module, swaps: Swaps, target: Target) -> Row:
         return Row(name, kind, False, _why_not_converted(module, swaps))
     if (reason := module.why_not()) is not None:
         return Row(name, kind, False, reason)
-    layers = module.layers()
-    assert layers is not None
+    matched = module.matched()
+    assert matched is not None
     try:
-        level, backends = describe(layers, target)
+        level, backends = describe(matched, target)
     except NotImplementedError as error:
         return Row(name, kind, False, str(error))
     return Row(name, kind, True, level=level, backends=backends)

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fastres.block import Plan, current, known_backend, make_plan
-from fastres.block.plan import Signature, shapes_of
+from fastres.block.plan import Context, shapes_of
 from fastres.kernels import BACKENDS, memory_format_of
-from fastres.nn._fused import Layers
+from fastres.nn.match import Match
 
 
 @dataclass(frozen=True)
@@ -58,14 +58,14 @@ def why_not_here(device: str | None, backend: str) -> str | None:
     return None
 
 
-def describe(layers: Layers, target: Target) -> tuple[str, dict[str, str]]:
+def describe(matched: Match, target: Target) -> tuple[str, dict[str, str]]:
     """(level of fusion, primitive -> implementation) of a block.
 
     Raises:
         NotImplementedError: where the backend that was asked for cannot run it.
     """
-    plan = _plan(layers, target)
-    if not any(layer.batch_stats for layer in layers.everything):
+    plan = _plan(matched, target)
+    if not matched.block.batch_stats:
         return plan.level, {"conv_bn_act": _joined([c.infer for c in plan.convs if c is not None])}
     primitives = dict.fromkeys(name for name, _ in plan.pointwise)
     found = {
@@ -86,15 +86,14 @@ def _joined(entries: Sequence[object]) -> str:
     return ", ".join(dict.fromkeys(str(entry) for entry in entries))
 
 
-def _plan(layers: Layers, target: Target) -> Plan:
-    weights = [layer.weight for layer in layers.everything]
+def _plan(matched: Match, target: Target) -> Plan:
+    weights = [layer.weight for layer in matched.layers]
     some = next(w for w in weights if w is not None)
     channels_last = target.channels_last
     if channels_last is None:
         channels_last = memory_format_of(some) == torch.channels_last
-    spec = layers.spec(save=True, backend=target.backend, level=current().level)
+    block = matched.block._replace(save=True, backend=target.backend, level=current().level)
     device, dtype = target.device or some.device.type, target.dtype or some.dtype
     shapes = shapes_of(weights)
-    return make_plan(
-        spec, Signature(device, dtype, channels_last, shapes, target.why_not_here is None)
-    )
+    here = target.why_not_here is None
+    return make_plan(block, Context(device, dtype, channels_last, shapes, here=here))

@@ -8,8 +8,8 @@ from timm.layers import DropBlock2d, DropPath
 from timm.models import resnet
 from torch import Tensor, nn
 
-from fastres.nn._children import Decline, Parts, Unit, hooked
 from fastres.nn.blocks import FusedModule
+from fastres.nn.match import Decline, Parts, Steps, hooked
 from fastres.nn.stem import FusedStem
 
 
@@ -18,7 +18,7 @@ class FusedBasicBlock(FusedModule, resnet.BasicBlock):  # type: ignore[misc]
 
     def _parts(self) -> Parts | Decline:
         m = self._modules
-        units = ((m["conv1"], m["bn1"], m["act1"]), (m["conv2"], m["bn2"], None))
+        units = (Steps(m["conv1"], m["bn1"], m["act1"]), Steps(m["conv2"], m["bn2"]))
         return _parts_of(self, units, m["act2"])
 
 
@@ -28,23 +28,23 @@ class FusedBottleneck(FusedModule, resnet.Bottleneck):  # type: ignore[misc]
     def _parts(self) -> Parts | Decline:
         m = self._modules
         units = (
-            (m["conv1"], m["bn1"], m["act1"]),
-            (m["conv2"], m["bn2"], m["act2"]),
-            (m["conv3"], m["bn3"], None),
+            Steps(m["conv1"], m["bn1"], m["act1"]),
+            Steps(m["conv2"], m["bn2"], m["act2"]),
+            Steps(m["conv3"], m["bn3"]),
         )
         return _parts_of(self, units, m["act3"])
 
 
-def _parts_of(block: Any, units: tuple[Unit, ...], end: nn.Module | None) -> Parts | Decline:
-    passive: list[nn.Module | None] = [block.aa, block.se]
+def _parts_of(block: Any, units: tuple[Steps, ...], end: nn.Module | None) -> Parts | Decline:
+    identities: list[nn.Module | None] = [block.aa, block.se]
     for drop in (block.drop_block, block.drop_path):
         if type(drop) not in (DropBlock2d, DropPath):
-            passive.append(drop)
+            identities.append(drop)
         elif drop.training and drop.drop_prob:
-            return Decline(drop, f"is a {type(drop).__name__} at work", lasting=False)
+            return Decline(drop, f"is a {type(drop).__name__} at work", permanent=False)
         elif (decline := hooked(drop)) is not None:
             return decline
-    return Parts(units, end, block.downsample, tuple(passive))
+    return Parts(units, end, projection=block.downsample, identities=tuple(identities))
 
 
 class FusedResNet(FusedStem, resnet.ResNet):  # type: ignore[misc]
@@ -60,13 +60,14 @@ class FusedResNet(FusedStem, resnet.ResNet):  # type: ignore[misc]
         m = self._modules
         conv, end = m["conv1"], m["act1"]
         if type(conv) is not nn.Sequential:
-            return Parts(((conv, m["bn1"], end),), end, kind="none")
+            return Parts((Steps(conv, m["bn1"]),), end, "none")
         chain = list(conv._modules.values())
         if len(chain) % 3 != 1:
             return Decline(conv, "is not a chain of convolutions, batch norms and activations")
         links = [*chain, m["bn1"], end]
-        units = tuple(zip(links[::3], links[1::3], links[2::3], strict=True))
-        return Parts(units, end, containers=(conv,), kind="none")
+        groups = zip(links[::3], links[1::3], links[2::3], strict=True)
+        *units, last = [Steps(*group) for group in groups]
+        return Parts((*units, last._replace(act=None)), end, "none", wrappers=(conv,))
 
     def forward_features(self, x: Tensor) -> Tensor:
         """As timm's, all but the stem."""

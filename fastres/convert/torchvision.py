@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torchvision.models import resnet
 
-from fastres.nn._children import Parts
 from fastres.nn.blocks import FusedModule, three_layers, two_layers
+from fastres.nn.match import Parts
 from fastres.nn.stem import FusedResNetStem
 
 

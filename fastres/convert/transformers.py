@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 from transformers.models.resnet import modeling_resnet as resnet
 
-from fastres.nn._children import Decline, Parts, Projection, Unit
 from fastres.nn.blocks import FusedModule
+from fastres.nn.match import Decline, Parts, Projection, Steps
 
 
 def _parts_of(layer: Any) -> Parts | Decline:
@@ -18,18 +18,18 @@ def _parts_of(layer: Any) -> Parts | Decline:
     if type(chain) is not nn.Sequential or any([type(c) not in _CONV_LAYERS for c in convs]):
         return Decline(chain, "is not a Sequential of ResNetConvLayer")
     units = tuple([_unit_of(c) for c in convs])
-    containers: tuple[nn.Module | None, ...] = (chain, *convs)
+    wrappers: tuple[nn.Module | None, ...] = (chain, *convs)
     if type(shortcut) is resnet.ResNetShortCut:
-        containers = (*containers, shortcut)
+        wrappers = (*wrappers, shortcut)
         m = shortcut._modules
         shortcut = Projection(m["convolution"], m["normalization"])
-    return Parts(units, layer._modules["activation"], shortcut, (), containers)
+    return Parts(units, layer._modules["activation"], "input", shortcut, (), wrappers)
 
 
-def _unit_of(layer: nn.Module | None) -> Unit:
+def _unit_of(layer: nn.Module | None) -> Steps:
     assert layer is not None
     m = layer._modules
-    return m["convolution"], m["normalization"], m["activation"]
+    return Steps(m["convolution"], m["normalization"], m["activation"])
 
 
 class FusedBasicLayer(FusedModule, resnet.ResNetBasicLayer):  # type: ignore[misc]
@@ -51,7 +51,7 @@ class FusedConvLayer(FusedModule, resnet.ResNetConvLayer):  # type: ignore[misc]
 
     def _parts(self) -> Parts:
         unit = _unit_of(self)
-        return Parts((unit,), unit[2], kind="none")
+        return Parts((unit._replace(act=None),), unit.act, "none")
 
 
 _CONV_LAYERS = (resnet.ResNetConvLayer, FusedConvLayer)

@@ -17,12 +17,13 @@ from fastres.kernels.registry import (
     implementations,
     load_extensions,
     register,
+    registrations,
     select,
 )
 from fastres.kernels.types import (
     STATS_ROWS,
     Branch,
-    ConvSpec,
+    Conv,
     Gate,
     Gated,
     PendingGrad,
@@ -42,7 +43,7 @@ __all__ = [
     "Activation",
     "Backend",
     "Branch",
-    "ConvSpec",
+    "Conv",
     "Gate",
     "Gated",
     "Implementation",
@@ -67,6 +68,7 @@ __all__ = [
     "reference",
     "register",
     "register_activation",
+    "registrations",
     "select",
     "triton",
 ]

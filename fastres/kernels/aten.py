@@ -14,7 +14,7 @@ from fastres.kernels import reference
 from fastres.kernels.backend import Backend, declare
 from fastres.kernels.formulas import POINTWISE, bind, register_formulas
 from fastres.kernels.registry import Request, register
-from fastres.kernels.types import ConvSpec, Prologue, acc_dtype, dense, memory_format_of
+from fastres.kernels.types import Conv, Prologue, acc_dtype, dense, memory_format_of
 
 declare(Backend("aten", ("cpu", "cuda"), why_not=lambda: None))
 register_formulas("aten", POINTWISE, acc=acc_dtype)
@@ -29,7 +29,7 @@ def _fuses_nothing(request: Request) -> str | None:
     return None
 
 
-def _geometry(conv: ConvSpec) -> tuple[Any, ...]:
+def _geometry(conv: Conv) -> tuple[Any, ...]:
     stride, padding, dilation, groups = conv
     return (list(stride), list(padding), list(dilation), False, [0, 0], groups)
 
@@ -39,7 +39,7 @@ def conv_forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    conv: ConvSpec,
+    conv: Conv,
     *,
     prologue: Prologue | None = None,
     want_state: bool = False,
@@ -50,7 +50,7 @@ def conv_forward(
 
 
 def _backward(
-    grad_y: Tensor, x: Tensor, weight: Tensor, conv: ConvSpec, wanted: list[bool]
+    grad_y: Tensor, x: Tensor, weight: Tensor, conv: Conv, wanted: list[bool]
 ) -> tuple[Tensor, ...]:
     return aten.convolution_backward(grad_y, x, weight, None, *_geometry(conv), wanted)
 
@@ -60,7 +60,7 @@ def conv_backward_data(
     grad_y: Tensor,
     weight: Tensor,
     like: Tensor,
-    conv: ConvSpec,
+    conv: Conv,
     *,
     accumulate: Tensor | None = None,
     overwrite: bool = False,
@@ -76,7 +76,7 @@ def conv_backward_weight(
     grad_y: Tensor,
     x: Tensor,
     weight: Tensor,
-    conv: ConvSpec,
+    conv: Conv,
     *,
     prologue: Prologue | None = None,
 ) -> Tensor:
@@ -97,7 +97,7 @@ def conv_bn_act(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    conv: ConvSpec,
+    conv: Conv,
     stats: Tensor,
     *,
     residual: Tensor | None = None,

@@ -14,7 +14,7 @@ import torch
 
 from fastres.kernels.extension import Discovery
 from fastres.kernels.reference import ACTIVATIONS
-from fastres.kernels.types import ConvSpec
+from fastres.kernels.types import Conv
 
 #: The primitives; `fastres.kernels.reference` defines each of them under the same name.
 PRIMITIVES = (
@@ -51,6 +51,7 @@ class Request:
         weight: shape [K, C/groups, kh, kw] of the weight, for the convolution primitives.
         features: what is fused in: "prologue", "stats"; "grad_formed" asks a `conv_backward` to
             form grad_y in a pass of its own, and not in its prologues.
+        device_index: of the device among those of its type, or None.
         here: whether it has to be able to run on this machine; False asks what would run on one
             that has such a device.
     """
@@ -59,10 +60,11 @@ class Request:
     dtype: torch.dtype
     channels_last: bool
     act: str = "none"
-    conv: ConvSpec | None = None
+    conv: Conv | None = None
     weight: tuple[int, int, int, int] | None = None
     features: frozenset[str] = frozenset()
     here: bool = True
+    device_index: int | None = None
 
     @property
     def group_width(self) -> int:
@@ -90,6 +92,13 @@ class Implementation:
 
 
 _TABLE: dict[tuple[str, str], list[Implementation]] = {}
+_registrations = 0
+
+
+def registrations() -> int:
+    """How often something was registered so far: part of the key of every choice that is kept."""
+    return _registrations
+
 
 #: Imports, once, the extensions that are installed: every question to the registry comes first
 #: through here. What one registered before it failed is taken back.
@@ -118,11 +127,13 @@ def register(
         raise ValueError(f"primitive must be one of {PRIMITIVES}, got {primitive!r}")
 
     def announce(run: Callable[..., Any]) -> Callable[..., Any]:
+        global _registrations
         entry = Implementation(primitive, backend, name or run.__name__, run, why_not)
         entries = _TABLE.setdefault((primitive, backend), [])
         if any(e.name == entry.name for e in entries):
             raise ValueError(f"{entry} is already registered for {primitive}")
         entries.append(entry)
+        _registrations += 1
         return run
 
     return announce

@@ -12,7 +12,7 @@ from torch import Tensor
 STATS_ROWS = ("mean", "var", "invstd", "scale", "shift")
 
 
-class ConvSpec(NamedTuple):
+class Conv(NamedTuple):
     """Geometry of a 2-d convolution, in torch's terms (zero padding)."""
 
     stride: tuple[int, int] = (1, 1)
@@ -91,7 +91,8 @@ class PendingGrad(NamedTuple):
     """A gradient that was not formed yet: grad_y = A*g + B*y + C with g = gate(grad_out).
 
     `values` is the number of values per channel behind batch statistics, 0 where running
-    statistics were used (then B = C = 0). `sums` are the reduced (sum_g, sum_gx...) rows.
+    statistics were used (then B = C = 0). `sums` are the reduced (sum_g, sum_gx...) rows. `value`
+    is grad_y where it was formed already.
     """
 
     grad_out: Tensor
@@ -99,6 +100,7 @@ class PendingGrad(NamedTuple):
     branch: Branch
     sums: Tensor
     values: int
+    value: Tensor | None = None
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from fastres.nn import stock
-from fastres.nn._children import Parts
-from fastres.nn._fused import FusedParts, run_parts
+from fastres.nn.fused import FusedParts, run_parts
+from fastres.nn.match import Parts, Steps
 
 
 class FusedModule(FusedParts):
@@ -29,8 +29,8 @@ def two_layers(block: Any) -> Parts:
     """The parts of a block with the attribute names of torchvision's BasicBlock."""
     m = block._modules
     relu = m["relu"]
-    units = ((m["conv1"], m["bn1"], relu), (m["conv2"], m["bn2"], None))
-    return Parts(units, relu, block.downsample)
+    units = (Steps(m["conv1"], m["bn1"], relu), Steps(m["conv2"], m["bn2"]))
+    return Parts(units, relu, projection=block.downsample)
 
 
 def three_layers(block: Any) -> Parts:
@@ -38,11 +38,11 @@ def three_layers(block: Any) -> Parts:
     m = block._modules
     relu = m["relu"]
     units = (
-        (m["conv1"], m["bn1"], relu),
-        (m["conv2"], m["bn2"], relu),
-        (m["conv3"], m["bn3"], None),
+        Steps(m["conv1"], m["bn1"], relu),
+        Steps(m["conv2"], m["bn2"], relu),
+        Steps(m["conv3"], m["bn3"]),
     )
-    return Parts(units, relu, block.downsample)
+    return Parts(units, relu, projection=block.downsample)
 
 
 def _class_for(cls: type[Any], own: type[Any], name: str) -> type[Any]:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastres.block.layers import Size
-from fastres.nn._children import Parts, norm_only, why_not_now, why_not_state
-from fastres.nn._fused import Layers, run_fused
+from fastres.block import Block, Size, try_layers
 from fastres.nn.blocks import FusedModule
+from fastres.nn.match import Parts, Steps, norm_only, why_not_now, why_not_state
 
 
 class _ConvBNReLU(nn.Module):
@@ -62,7 +61,7 @@ class ConvBNReLU(FusedModule, _ConvBNReLU):
         m = self._modules
         conv, norm, relu = m["conv"], m["bn"], m["relu"]
         assert conv is not None and norm is not None
-        return Parts(((conv, norm, relu),), relu, kind="none")
+        return Parts((Steps(conv, norm),), relu, "none")
 
 
 class BNReLU(nn.BatchNorm2d):
@@ -74,7 +73,7 @@ class BNReLU(nn.BatchNorm2d):
 
     def forward(self, input: Tensor) -> Tensor:
         """relu(super().forward(input))."""
-        out = _run(self, input, "relu", None)
+        out = _run(self, input, None)
         return F.relu(super().forward(input)) if out is None else out
 
 
@@ -87,14 +86,13 @@ class BNAddReLU(nn.BatchNorm2d):
 
     def forward(self, input: Tensor, residual: Tensor) -> Tensor:  # type: ignore[override]
         """relu(super().forward(input) + residual)."""
-        out = _run(self, input, "none", residual)
+        out = _run(self, input, residual)
         return F.relu(super().forward(input) + residual) if out is None else out
 
 
-def _run(norm: nn.BatchNorm2d, x: Tensor, act: str, residual: Tensor | None) -> Tensor | None:
+def _run(norm: nn.BatchNorm2d, x: Tensor, residual: Tensor | None) -> Tensor | None:
     """The fused result, or None. The module's own hooks run around its forward, as ever."""
     if not isinstance(x, Tensor) or why_not_now() is not None or why_not_state(norm) is not None:
         return None
-    shortcut = "none" if residual is None else "tensor"
-    layers = Layers([norm_only(norm, act)], shortcut, None, None, "relu")
-    return run_fused(layers, x, residual)
+    layer, shortcut = norm_only(norm), "none" if residual is None else "tensor"
+    return try_layers(x, Block((layer.unit,), shortcut, act="relu"), [layer], residual)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fastres.nn._children import Parts
-from fastres.nn._fused import FusedParts, run_parts
+from fastres.nn.fused import FusedParts, run_parts
+from fastres.nn.match import Parts, Steps
 
 
 class FusedStem(FusedParts):
@@ -39,7 +39,7 @@ class FusedResNetStem(FusedStem):
 
     def _parts(self) -> Parts:
         m = self._modules
-        return Parts(((m["conv1"], m["bn1"], m["relu"]),), m["relu"], kind="none")
+        return Parts((Steps(m["conv1"], m["bn1"]),), m["relu"], "none")
 
     def _forward_impl(self, x: Tensor) -> Tensor:
         out = self.fused_stem(x)

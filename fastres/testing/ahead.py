@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from fastres import use_backend, use_level
 from fastres.block import current, run_backward, run_forward, split_tensors
-from fastres.kernels import ConvSpec, Prologue
+from fastres.kernels import Conv, Prologue
 from fastres.kernels.triton import convolution, products
 from fastres.kernels.triton.launch import Launch, options_of, recording
 from fastres.kernels.triton.support import Device, pretending
-from fastres.nn._fused import FusedParts
+from fastres.nn.fused import FusedParts
 from fastres.nn.stem import FusedStem
 
 #: Multiprocessors and shared memory of one program (CUDA C++ Programming Guide, table of compute
@@ -115,7 +115,7 @@ def described_launches(dtype: torch.dtype, device: Device) -> list[Launch]:
             stats = torch.empty(5, channels, device="meta")
             for prologue in (None, Prologue(stats, "relu")):
                 convolution.conv_forward(
-                    x, weight, None, ConvSpec(), prologue=prologue, want_state=True
+                    x, weight, None, Conv(), prologue=prologue, want_state=True
                 )
     return [one for one in dict.fromkeys(launches) if one.kernel.__name__ == "conv1x1_fwd_kernel"]
 
@@ -127,18 +127,20 @@ def _first_described(
 
 
 def _run(module: FusedParts, x: Tensor, training: bool) -> Tensor:
-    block = module.layers()
-    if block is None:
+    matched = module.matched()
+    if matched is None:
         raise ValueError(f"model must be fused throughout, got one that is not: {module.why_not()}")
     chosen = current()
-    spec = block.spec(save=training, memory="balanced", backend=chosen.backend, level=chosen.level)
-    units = split_tensors([t for layer in block.everything for t in layer.tensors])
-    out, *saved = run_forward(spec, x, None, units)
+    block = matched.block._replace(
+        save=training, memory="balanced", backend=chosen.backend, level=chosen.level
+    )
+    units = split_tensors([t for layer in matched.layers for t in layer.tensors])
+    out, *saved = run_forward(block, x, None, units)
     if training:
-        parameters = [p is not None for layer in block.everything for p in layer.parameters]
+        parameters = [p is not None for layer in matched.layers for p in layer.parameters]
         # Images want no gradient.
         wants_x = not isinstance(module, FusedStem)
-        run_backward(spec, out, x, units, saved, [wants_x, False, *parameters])
+        run_backward(block, out, None, x, units, saved, [wants_x, False, *parameters])
     return nn.functional.max_pool2d(out, 3, 2, 1) if isinstance(module, FusedStem) else out
 
 

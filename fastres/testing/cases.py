@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fastres.kernels import ConvSpec, dense
+from fastres.kernels import Conv, dense
 
 #: What a case's activations may look like; see `_fill`.
 VALUES = (
@@ -42,7 +42,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     channels_last: bool = True
     values: str = "normal"
-    conv: ConvSpec | None = None
+    conv: Conv | None = None
     kernel: tuple[int, int] = (1, 1)
     out_channels: int = 8
     bench: bool = False
@@ -143,8 +143,8 @@ def _integers(shape: tuple[int, ...], g: torch.Generator) -> Tensor:
 
 # ---------------------------------------------------------------- the table
 
-_BASE = Case("base", (2, 16, 6, 5), conv=ConvSpec(padding=(1, 1)), kernel=(3, 3))
-_POINTWISE = ConvSpec()
+_BASE = Case("base", (2, 16, 6, 5), conv=Conv(padding=(1, 1)), kernel=(3, 3))
+_POINTWISE = Conv()
 
 #: Sizes: C that fills no vector, exactly some, and more; H*W of one pixel; one value in all.
 _SHAPES = (
@@ -153,30 +153,30 @@ _SHAPES = (
 )  # fmt: skip
 
 _GEOMETRIES = {
-    "stride2": {"conv": ConvSpec((2, 2), (1, 1)), "kernel": (3, 3)},
-    "dilated": {"conv": ConvSpec((1, 1), (2, 2), (2, 2)), "kernel": (3, 3)},
-    "groups": {"conv": ConvSpec((1, 1), (1, 1), (1, 1), 4), "kernel": (3, 3)},
+    "stride2": {"conv": Conv((2, 2), (1, 1)), "kernel": (3, 3)},
+    "dilated": {"conv": Conv((1, 1), (2, 2), (2, 2)), "kernel": (3, 3)},
+    "groups": {"conv": Conv((1, 1), (1, 1), (1, 1), 4), "kernel": (3, 3)},
     "depthwise": {
-        "conv": ConvSpec((2, 1), (1, 1), (1, 1), 16),
+        "conv": Conv((2, 1), (1, 1), (1, 1), 16),
         "kernel": (3, 3),
         "out_channels": 16,
     },
     "groups of 16": {
-        "conv": ConvSpec((2, 2), (1, 1), (1, 1), 2),
+        "conv": Conv((2, 2), (1, 1), (1, 1), 2),
         "kernel": (3, 3),
         "shape": (2, 32, 6, 5),
         "out_channels": 36,
     },
     "1x1": {"conv": _POINTWISE, "kernel": (1, 1)},
-    "1x1stride2": {"conv": ConvSpec((2, 2)), "kernel": (1, 1)},
+    "1x1stride2": {"conv": Conv((2, 2)), "kernel": (1, 1)},
     "1x1wide": {
         "conv": _POINTWISE,
         "kernel": (1, 1),
         "out_channels": 96,
         "shape": (2, 32, 4, 4),
     },
-    "5x3": {"conv": ConvSpec((1, 2), (2, 1)), "kernel": (5, 3), "out_channels": 3},
-    "unpadded": {"conv": ConvSpec(), "kernel": (3, 3)},
+    "5x3": {"conv": Conv((1, 2), (2, 1)), "kernel": (5, 3), "out_channels": 3},
+    "unpadded": {"conv": Conv(), "kernel": (3, 3)},
 }
 
 
@@ -227,7 +227,7 @@ def _resnet50(batch: int, dtype: torch.dtype) -> tuple[Case, ...]:
     """The convolutions inside ResNet-50's four stages at 224 pixels (He et al. 2015, table 1)."""
     found = []
     for width, size in ((64, 56), (128, 28), (256, 14), (512, 7)):
-        three = {"conv": ConvSpec(padding=(1, 1)), "kernel": (3, 3), "out_channels": width}
+        three = {"conv": Conv(padding=(1, 1)), "kernel": (3, 3), "out_channels": width}
         for name, channels, changes in (
             ("reduce", 4 * width, {"conv": _POINTWISE, "out_channels": width}),
             ("3x3", width, three),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastres.kernels import (
-    ConvSpec,
+    Conv,
     Gate,
     Gated,
     PendingGrad,
@@ -55,7 +55,7 @@ class Formulas:
         return z
 
     def _conv_forward(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, conv: ConvSpec,
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv,
         *, prologue: Prologue | None = None, want_state: bool = False,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         z = self._input(x, prologue)
@@ -63,14 +63,14 @@ class Formulas:
         return y, (self.run("channel_stats", y) if want_state else None)
 
     def _conv_backward_weight(
-        self, grad_y: Tensor, x: Tensor, weight: Tensor, conv: ConvSpec,
+        self, grad_y: Tensor, x: Tensor, weight: Tensor, conv: Conv,
         *, prologue: Prologue | None = None,
     ) -> Tensor:  # fmt: skip
         z = self._input(x, prologue)
         return reference.conv_backward_weight(grad_y, z, weight, conv, acc=self.conv_dtype)
 
     def _conv_bn_act(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, conv: ConvSpec, stats: Tensor,
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv, stats: Tensor,
         *, residual: Tensor | None = None, act: str = "none",
     ) -> Tensor:  # fmt: skip
         """Rounded after every step, as separate modules do."""
@@ -81,7 +81,7 @@ class Formulas:
         return reference.activate(z, act)
 
     def _conv_backward(
-        self, grad: PendingGrad, x: Tensor, weight: Tensor, conv: ConvSpec,
+        self, grad: PendingGrad, x: Tensor, weight: Tensor, conv: Conv,
         *, prologue: Prologue | None, want_x: bool, want_weight: bool,
         accumulate: Tensor | Gated | None, reduce: Any,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
@@ -221,7 +221,7 @@ def _input(x: Tensor, prologue: Prologue | None) -> Tensor:
 
 
 def _of_conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, conv: ConvSpec,
+    x: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv,
     *, prologue: Prologue | None = None, **_: Any,
 ) -> dict[str, Tensor]:  # fmt: skip
     b = None if bias is None else bias.abs()
@@ -256,7 +256,7 @@ def _of_backward(
 
 
 def _of_data(
-    grad_y: Tensor, weight: Tensor, like: Tensor, conv: ConvSpec,
+    grad_y: Tensor, weight: Tensor, like: Tensor, conv: Conv,
     *, accumulate: Tensor | None = None, **_: Any,
 ) -> dict[str, Tensor]:  # fmt: skip
     more = None if accumulate is None else accumulate.abs()
@@ -265,7 +265,7 @@ def _of_data(
 
 
 def _of_weight(
-    grad_y: Tensor, x: Tensor, weight: Tensor, conv: ConvSpec,
+    grad_y: Tensor, x: Tensor, weight: Tensor, conv: Conv,
     *, prologue: Prologue | None = None,
 ) -> dict[str, Tensor]:  # fmt: skip
     z = _input(x, prologue)
@@ -273,7 +273,7 @@ def _of_weight(
 
 
 def _of_inference(
-    x: Tensor, weight: Tensor, bias: Tensor | None, conv: ConvSpec, stats: Tensor,
+    x: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv, stats: Tensor,
     *, residual: Tensor | None = None, act: str = "none",
 ) -> dict[str, Tensor]:  # fmt: skip
     size = _affine(_of_conv(x, weight, bias, conv)["y"], stats)
@@ -281,7 +281,7 @@ def _of_inference(
 
 
 def _of_unit(
-    grad: PendingGrad, x: Tensor, weight: Tensor, conv: ConvSpec,
+    grad: PendingGrad, x: Tensor, weight: Tensor, conv: Conv,
     *, prologue: Prologue | None, accumulate: Any, reduce: Any, **_: Any,
 ) -> dict[str, Tensor]:  # fmt: skip
     size = _of_apply(grad.grad_out, grad.gate, (grad.branch,), grad.sums, grad.values)["grad_y1"]

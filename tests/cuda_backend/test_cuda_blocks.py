@@ -16,9 +16,9 @@ from backend_checks import (
 )
 
 import fastres
-from fastres.block import BlockSpec, backward, compose, make_plan
+from fastres.block import Block, backward, compose, make_plan
 from fastres.block.backward import _Backward
-from fastres.block.plan import Plan, Signature
+from fastres.block.plan import Context, Plan
 from fastres.kernels import Gated
 from fastres.kernels.cuda import slab
 from fastres.testing import BLOCK_CASES, BlockCase, FunctionalBlock, check_block
@@ -60,11 +60,12 @@ def test_block_in_slabs_is_the_stock_block(case: BlockCase, device: str, monkeyp
 
 def _plan(device: str, channels_last: bool = True) -> Plan:
     module = FunctionalBlock.of(BlockCase("plan").stock(device))
-    units = tuple(module.layer(i).spec for i in range(3))
-    spec = BlockSpec(units, "identity", backend="cuda")
+    acts = enumerate(("relu", "relu", "none"))
+    units = tuple(module.layer(i)._replace(act=act).layer.unit for i, act in acts)
+    spec = Block(units, "input", act="relu", backend="cuda")
     weights = tuple((*module.convs[i].weight.shape,) for i in range(3))
     # Not float32, which a GPU's torch rounds differently in products and convolutions.
-    return make_plan(spec, Signature(device, torch.bfloat16, channels_last, weights))
+    return make_plan(spec, Context(device, torch.bfloat16, channels_last, weights))
 
 
 def test_plan(device: str) -> None:

@@ -11,23 +11,26 @@ import pytest
 import torch
 
 from fastres import tuning
-from fastres.block import BlockSpec, autotune, make_plan
-from fastres.block.plan import ConvPlan, Plan, Signature, conv_options
+from fastres.block import Block, Norm, autotune, make_plan
+from fastres.block.plan import Context, ConvPlan, Plan, conv_options
 from fastres.kernels import BACKENDS
 from fastres.testing import BlockCase, FunctionalBlock
 
 pytestmark = pytest.mark.gpu
 
 
-def _block(backend: str, device: str, **changes: Any) -> tuple[BlockSpec, Signature, torch.Tensor]:
+_ACTS = ("relu", "relu", "none", "none")
+
+
+def _block(backend: str, device: str, **changes: Any) -> tuple[Block, Context, torch.Tensor]:
     case = BlockCase("tuned", shortcut="projection", stride=2)
     module = FunctionalBlock.of(case.stock(device))
-    specs = [module.layer(i).spec for i in range(4)]
-    spec = BlockSpec(
-        tuple(specs[:3]), "projection", specs[3], backend=backend, save=True, memory="balanced"
+    *units, side = [module.layer(i)._replace(act=act).layer.unit for i, act in enumerate(_ACTS)]
+    spec = Block(
+        tuple(units), "input", side, act="relu", backend=backend, save=True, memory="balanced"
     )
     weights = tuple((*conv.weight.shape,) for conv in module.convs)
-    signature = Signature(device, torch.float32, True, weights)
+    signature = Context(device, torch.float32, True, weights)
     return spec._replace(**changes), signature, case.input(device=device)
 
 
@@ -55,7 +58,7 @@ def problems(monkeypatch: pytest.MonkeyPatch) -> list[tuning.Problem]:
     return seen
 
 
-def _tuned(spec: BlockSpec, signature: Signature, x: torch.Tensor) -> Plan:
+def _tuned(spec: Block, signature: Context, x: torch.Tensor) -> Plan:
     return autotune.tuned_plan(spec, signature, make_plan(spec, signature), x)
 
 
@@ -146,7 +149,8 @@ def test_what_does_not_run_is_not_measured(
 ) -> None:
     batch = changes.pop("batch", False)
     spec, signature, x = _block("triton", device, **changes)
-    units = tuple(unit._replace(batch_stats=batch) for unit in spec.all_units)
+    norm = Norm(1e-2, "batch" if batch else "running")
+    units = tuple(unit._replace(norm=norm) for unit in spec.all_units)
     spec = spec._replace(units=units[:3], projection=units[3])
     assert all(len(options) > 1 for options in conv_options(spec, signature))
     _tuned(spec, signature, x)

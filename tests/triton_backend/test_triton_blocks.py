@@ -10,7 +10,7 @@ from backend_checks import check_far_offsets, check_float64_is_refused, check_gr
 
 import fastres
 from fastres.block import LEVELS, make_plan
-from fastres.block.plan import Signature
+from fastres.block.plan import Context
 from fastres.testing import BLOCK_CASES, BlockCase, FunctionalBlock, check_block
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("_poison")]
@@ -65,10 +65,11 @@ def test_block_in_inference_is_the_stock_block(case: BlockCase, device: str) -> 
 def test_a_level_is_what_it_says(level: str, device: str) -> None:
     case = BlockCase("plan")
     module = FunctionalBlock.of(case.stock(device))
-    units = tuple(module.layer(i).spec for i in range(3))
-    spec = fastres.block.BlockSpec(units, "identity", backend="triton", level=level)
+    acts = enumerate(("relu", "relu", "none"))
+    units = tuple(module.layer(i)._replace(act=act).layer.unit for i, act in acts)
+    spec = fastres.block.Block(units, "input", act="relu", backend="triton", level=level)
     weights = tuple((*module.convs[i].weight.shape,) for i in range(3))
-    plan = make_plan(spec, Signature(device, torch.float32, True, weights))
+    plan = make_plan(spec, Context(device, torch.float32, True, weights))
     assert plan.level == level
     for conv in plan.convs:
         assert conv is not None and conv.forward.backend == "triton"

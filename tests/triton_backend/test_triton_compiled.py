@@ -108,7 +108,7 @@ def test_sizes_of_one_compile(far: int, monkeypatch: pytest.MonkeyPatch) -> None
     """Triton makes a number of an argument that is 1, and a number has no methods; with pixels
     counted in 32 bits and in 64.
     """
-    from fastres.kernels import ConvSpec
+    from fastres.kernels import Conv
     from fastres.kernels.triton import convolution, convolution_backward, products
     from fastres.kernels.triton.launch import recording
     from fastres.kernels.triton.support import pretending
@@ -117,7 +117,7 @@ def test_sizes_of_one_compile(far: int, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(products, "_FAR", far)
     with pretending(resources.DEVICES[90]), recording() as launches:
         for channels, size, kernel, stride in ((64, 14, 3, 1), (64, 14, 3, 2), (1, 1, 1, 1)):
-            conv = ConvSpec((stride,) * 2, (kernel // 2,) * 2)
+            conv = Conv((stride,) * 2, (kernel // 2,) * 2)
             x = torch.empty(1, channels, size, size, device="meta", dtype=torch.bfloat16)
             x = x.contiguous(memory_format=torch.channels_last)
             weight = x.new_empty(channels, channels, kernel, kernel)
@@ -131,7 +131,7 @@ def test_sizes_of_one_compile(far: int, monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_one_binary_serves_all_sizes_that_align_nothing() -> None:
     """What is compiled ahead of time knows as little of them as what Triton's JIT compiles."""
-    from fastres.kernels import ConvSpec
+    from fastres.kernels import Conv
     from fastres.kernels.triton import convolution
     from fastres.kernels.triton.launch import recording
     from fastres.kernels.triton.support import pretending
@@ -141,13 +141,13 @@ def test_one_binary_serves_all_sizes_that_align_nothing() -> None:
         for images, size in ((1, 160), (65536, 1), (32, 48), (37, 47)):
             x = torch.empty(images, 64, size, size, device="meta", dtype=torch.bfloat16)
             x = x.contiguous(memory_format=torch.channels_last)
-            convolution.conv_forward(x, x.new_empty(64, 64, 1, 1), None, ConvSpec())
+            convolution.conv_forward(x, x.new_empty(64, 64, 1, 1), None, Conv())
     assert len({source_of(one).hash() for one in launches}) == 1
 
 
 def test_no_tile_spills_beside_what_is_read_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
     """Inference with a residual: every candidate fits registers and multiplies by warpgroups."""
-    from fastres.kernels import ConvSpec
+    from fastres.kernels import Conv
     from fastres.kernels.triton import convolution, products
     from fastres.kernels.triton.launch import recording
     from fastres.kernels.triton.support import pretending
@@ -164,7 +164,7 @@ def test_no_tile_spills_beside_what_is_read_afterwards(monkeypatch: pytest.Monke
     y, stats = x.new_empty(256, 256, 56, 56), torch.empty(5, 256, device="meta")
     residual, weight = y.contiguous(memory_format=torch.channels_last), x.new_empty(256, 64, 1, 1)
     with pretending(resources.DEVICES[90]), recording() as launches:
-        convolution.conv_bn_act(x, weight, None, ConvSpec(), stats, residual=residual, act="relu")
+        convolution.conv_bn_act(x, weight, None, Conv(), stats, residual=residual, act="relu")
     assert len(launches) > 5
     for launch in launches:
         binary = compiled(launch, 90)
@@ -186,7 +186,7 @@ def hopper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 
 def test_what_is_tuned_is_compiled_together(monkeypatch: pytest.MonkeyPatch, hopper: None) -> None:
     """Side by side, and a launch finds the binary; a candidate that fails takes nobody along."""
-    from fastres.kernels import ConvSpec
+    from fastres.kernels import Conv
     from fastres.kernels.triton import convolution, launch
     from fastres.kernels.triton.support import pretending
 
@@ -200,7 +200,7 @@ def test_what_is_tuned_is_compiled_together(monkeypatch: pytest.MonkeyPatch, hop
     x = torch.empty(4, 64, 56, 56, device="meta", dtype=torch.bfloat16)
     x = x.contiguous(memory_format=torch.channels_last)
     with pretending(resources.DEVICES[90]), launch.recording():
-        convolution.conv_forward(x, x.new_empty(64, 64, 1, 1), None, ConvSpec(), want_state=True)
+        convolution.conv_forward(x, x.new_empty(64, 64, 1, 1), None, Conv(), want_state=True)
     (candidates, run), *_ = asked
     pointers = [tile for tile in candidates if not tile.descriptors][:2]
     tiles = [*pointers, next(tile for tile in candidates if tile.descriptors), "no tile"]

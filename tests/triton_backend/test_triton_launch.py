@@ -121,7 +121,7 @@ def test_the_kernel_with_tensor_descriptors_is_right(
 @pytest.mark.gpu
 def test_parameters_may_be_views(device: str) -> None:
     """Every second element of a tensor, and one element for all channels."""
-    from fastres.kernels import ConvSpec
+    from fastres.kernels import Conv
     from fastres.kernels.triton import batch_norm
 
     wide = torch.randn(32, device=device)
@@ -133,19 +133,19 @@ def test_parameters_may_be_views(device: str) -> None:
     assert torch.equal(*found)
     x, kernel = torch.randn(2, 8, 3, 3, device=device), torch.randn(16, 8, 1, 1, device=device)
     x = x.contiguous(memory_format=torch.channels_last)
-    y = [convolution.conv_forward(x, kernel, b, ConvSpec())[0] for b in (bias, dense[3])]
+    y = [convolution.conv_forward(x, kernel, b, Conv())[0] for b in (bias, dense[3])]
     assert torch.equal(*y)
 
 
 @pytest.mark.gpu
 def test_an_empty_batch_has_sums_of_zero(device: str) -> None:
-    from fastres.kernels import Branch, ConvSpec, Gate
+    from fastres.kernels import Branch, Conv, Gate
 
     x = torch.empty(0, 16, 4, 4, device=device).contiguous(memory_format=torch.channels_last)
     weight, stats = torch.randn(16, 16, 1, 1, device=device), torch.ones(5, 16, device=device)
     below = (Gate("affine"), Branch(x, stats))
     given = convolution_backward.Incoming.formed(x)
-    grad, sums = convolution_backward.data_gradient(given, weight, x, ConvSpec(), None, below)
+    grad, sums = convolution_backward.data_gradient(given, weight, x, Conv(), None, below)
     assert grad.shape == x.shape and sums is not None and not sums.any()
 
 

@@ -8,7 +8,7 @@ import torch
 from backend_checks import check_cases, check_repeats
 from torch import Tensor
 
-from fastres.kernels import PRIMITIVES, ConvSpec, Implementation, implementations
+from fastres.kernels import PRIMITIVES, Conv, Implementation, implementations
 from fastres.kernels.triton import convolution, convolution_backward, products
 from fastres.testing import CASES, Case
 
@@ -57,8 +57,8 @@ def test_an_image_may_have_more_than_2_to_the_31_elements(taps: int, device: str
     x = _untouched(width * channels, device).view(1, 1, width, channels).permute(0, 3, 1, 2)
     assert x.numel() > 1 << 31
     read = x[..., ::far].normal_().contiguous(memory_format=torch.channels_last)
-    conv = ConvSpec((1, far)) if taps == 1 else ConvSpec(dilation=(1, far))
-    dense = ConvSpec()
+    conv = Conv((1, far)) if taps == 1 else Conv(dilation=(1, far))
+    dense = Conv()
     weight = torch.randn(16, channels, 1, taps, device=device).to(x.dtype)
     y, _ = convolution.conv_forward(x, weight, None, conv)
     expected, _ = convolution.conv_forward(read, weight, None, dense)

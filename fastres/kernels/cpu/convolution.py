@@ -29,7 +29,7 @@ from fastres.kernels.cpu.pointwise import (
     scale_shift_act,
 )
 from fastres.kernels.registry import Request, register
-from fastres.kernels.types import Branch, ConvSpec, Gate, Gated, PendingGrad, Prologue, dense
+from fastres.kernels.types import Branch, Conv, Gate, Gated, PendingGrad, Prologue, dense
 
 #: Bytes of the largest tensor of a chunk. Two of them fit the last-level cache of small machines.
 CHUNK_BYTES = 16 << 20
@@ -77,9 +77,7 @@ def _image_bytes(t: Tensor) -> int:
     return t[0].numel() * t.element_size()
 
 
-def _convolve_into(
-    out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, conv: ConvSpec
-) -> None:
+def _convolve_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv) -> None:
     """out += conv(x, weight) + bias, in one call."""
     if bias is None and _is_product(x, weight, conv):
         _rows(out).addmm_(_rows(_seen(x, conv)), _matrix(weight).t())
@@ -88,7 +86,7 @@ def _convolve_into(
     _onednn(out, x, weight, bias, padding, stride, dilation, groups, "add", 1.0, None, [], None)
 
 
-def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, conv: ConvSpec) -> Tensor:
+def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv) -> Tensor:
     """conv(x, weight) + bias, small enough that its memory is some that was used before."""
     if bias is None and _is_product(x, weight, conv):
         seen = _seen(x, conv)
@@ -103,7 +101,7 @@ def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, conv: ConvSpec) -
 # ---------------------------------------------------------------- 1x1 as a matrix product
 
 
-def _is_product(x: Tensor, weight: Tensor, conv: ConvSpec) -> bool:
+def _is_product(x: Tensor, weight: Tensor, conv: Conv) -> bool:
     """Whether a convolution is a matrix product, and worth it; `x` is its input."""
     n, _, h, w = x.shape
     sh, sw = conv.stride
@@ -127,7 +125,7 @@ def _products_are_exact() -> bool:
     return getattr(switch, "fp32_precision", "none") in ("none", "ieee")
 
 
-def _seen(x: Tensor, conv: ConvSpec) -> Tensor:
+def _seen(x: Tensor, conv: Conv) -> Tensor:
     """The pixels that a 1x1 convolution looks at."""
     sh, sw = conv.stride
     return x if (sh, sw) == (1, 1) else x[:, :, ::sh, ::sw]
@@ -151,14 +149,14 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a.detach(), b.detach(), out=a.new_empty(a.shape[0], b.shape[1]))
 
 
-def _weight_gradient(grad_y: Tensor, x: Tensor, weight: Tensor, conv: ConvSpec) -> Tensor:
+def _weight_gradient(grad_y: Tensor, x: Tensor, weight: Tensor, conv: Conv) -> Tensor:
     """The gradient of the weight."""
     if _is_product(x, weight, conv):
         return _product(_rows(grad_y).t(), _rows(_seen(x, conv))).view(weight.shape)
     return aten_weight(grad_y, x, weight, conv)
 
 
-def _packed(weight: Tensor, conv: ConvSpec, chunk_shape: Sequence[int], uses: int) -> Tensor:
+def _packed(weight: Tensor, conv: Conv, chunk_shape: Sequence[int], uses: int) -> Tensor:
     """The weight in oneDNN's own order where it is used often enough to be worth it."""
     if uses < 2:
         return weight
@@ -168,7 +166,7 @@ def _packed(weight: Tensor, conv: ConvSpec, chunk_shape: Sequence[int], uses: in
     )
 
 
-def _new_output(x: Tensor, weight: Tensor, conv: ConvSpec) -> Tensor:
+def _new_output(x: Tensor, weight: Tensor, conv: Conv) -> Tensor:
     h, w = conv.output_size(x.shape[2:], weight.shape[2:])
     return empty((x.shape[0], weight.shape[0], h, w), x.dtype, channels_last=True)
 
@@ -178,7 +176,7 @@ def conv_forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    conv: ConvSpec,
+    conv: Conv,
     *,
     prologue: Prologue | None = None,
     want_state: bool = False,
@@ -203,7 +201,7 @@ def conv_forward(
     return y, state
 
 
-def _forward_chunks(x: Tensor, weight: Tensor, conv: ConvSpec) -> list[tuple[int, int]]:
+def _forward_chunks(x: Tensor, weight: Tensor, conv: Conv) -> list[tuple[int, int]]:
     h, w = conv.output_size(x.shape[2:], weight.shape[2:])
     output = weight.shape[0] * h * w * x.element_size()
     return list(_chunks(len(x), _image_bytes(x), output))
@@ -219,7 +217,7 @@ def _scratch(like: Tensor, chunks: list[tuple[int, int]]) -> Tensor:
     return empty((max(b - a for a, b in chunks), *like.shape[1:]), like.dtype, channels_last=True)
 
 
-def _transposed(weight: Tensor, conv: ConvSpec, x: Tensor) -> tuple[Tensor, ConvSpec] | None:
+def _transposed(weight: Tensor, conv: Conv, x: Tensor) -> tuple[Tensor, Conv] | None:
     """The convolution that computes the data gradient, where it is a plain and worthwhile one.
 
     With a stride that is so for a 1x1 kernel only: the gradient of the pixels it looked at, all
@@ -235,7 +233,7 @@ def _transposed(weight: Tensor, conv: ConvSpec, x: Tensor) -> tuple[Tensor, Conv
     turned = weight.transpose(0, 1)
     turned = turned.flip(2, 3) if max(kernel) > 1 else turned
     turned = turned.contiguous(memory_format=torch.channels_last)
-    return turned, ConvSpec((1, 1), (ph, pw), conv.dilation, 1)
+    return turned, Conv((1, 1), (ph, pw), conv.dilation, 1)
 
 
 @register("conv_backward", "cpu", why_not=_why_not, name="onednn_chunked")
@@ -243,7 +241,7 @@ def conv_backward(
     grad: PendingGrad,
     x: Tensor,
     weight: Tensor,
-    conv: ConvSpec,
+    conv: Conv,
     *,
     prologue: Prologue | None,
     want_x: bool,
@@ -274,7 +272,8 @@ def conv_backward(
     grad_weight: Tensor | None = None
     sums: Tensor | None = None
     for a, b in chunks:
-        gy = _form_gradient(grad, a, b, grad_y[: b - a])
+        gy = grad.value
+        gy = _form_gradient(grad, a, b, grad_y[: b - a]) if gy is None else gy[a:b]
         if want_weight:
             source = x[a:b]
             if prologue is not None and z is not None:
@@ -321,7 +320,7 @@ class _DataGradient:
         self,
         x: Tensor,
         weight: Tensor,
-        conv: ConvSpec,
+        conv: Conv,
         accumulate: Tensor | Gated | None,
         chunks: list[tuple[int, int]],
     ) -> None:
@@ -380,7 +379,7 @@ def conv_bn_act(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    conv: ConvSpec,
+    conv: Conv,
     stats: Tensor,
     *,
     residual: Tensor | None = None,

@@ -11,7 +11,7 @@ from fastres.kernels.aten import conv_forward
 from fastres.kernels.cuda.batch_norm import scale_shift_act
 from fastres.kernels.cuda.module import why_not
 from fastres.kernels.registry import Request, register
-from fastres.kernels.types import ConvSpec
+from fastres.kernels.types import Conv
 
 
 def _why_not_product(request: Request) -> str | None:
@@ -41,7 +41,7 @@ def conv_backward_data(
     grad_y: Tensor,
     weight: Tensor,
     like: Tensor,
-    conv: ConvSpec,
+    conv: Conv,
     *,
     accumulate: Tensor | None = None,
     overwrite: bool = False,
@@ -80,7 +80,7 @@ def conv_bn_act(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    conv: ConvSpec,
+    conv: Conv,
     stats: Tensor,
     *,
     residual: Tensor | None = None,

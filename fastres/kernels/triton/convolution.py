@@ -19,7 +19,7 @@ from fastres.kernels.triton.products import (
 )
 from fastres.kernels.triton.support import device_of
 from fastres.kernels.triton.walk import merge_stats
-from fastres.kernels.types import ConvSpec, Prologue
+from fastres.kernels.types import Conv, Prologue
 
 
 class _Epilogue(NamedTuple):
@@ -33,7 +33,7 @@ class _Epilogue(NamedTuple):
 
 
 def _forward(
-    x: Tensor, weight: Tensor, conv: ConvSpec, prologue: Prologue | None, epilogue: _Epilogue
+    x: Tensor, weight: Tensor, conv: Conv, prologue: Prologue | None, epilogue: _Epilogue
 ) -> tuple[Tensor, Tensor | None]:
     p, weight = Problem.of(x, weight, conv), channels_innermost(weight)
     x_stats, pending = prologue_of(prologue)
@@ -136,7 +136,7 @@ def conv_forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    conv: ConvSpec,
+    conv: Conv,
     *,
     prologue: Prologue | None = None,
     want_state: bool = False,
@@ -150,7 +150,7 @@ def conv_bn_act(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    conv: ConvSpec,
+    conv: Conv,
     stats: Tensor,
     *,
     residual: Tensor | None = None,

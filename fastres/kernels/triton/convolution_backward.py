@@ -21,7 +21,7 @@ from fastres.kernels.triton.products import (
 from fastres.kernels.triton.residual import act_backward
 from fastres.kernels.triton.support import device_of
 from fastres.kernels.triton.walk import sum_partials
-from fastres.kernels.types import Branch, ConvSpec, Gate, Gated, PendingGrad, Prologue
+from fastres.kernels.types import Branch, Conv, Gate, Gated, PendingGrad, Prologue
 
 #: Programs per multiprocessor that a weight gradient's splits aim at, and the most splits: each
 #: leaves a part of the weight's size in float32.
@@ -61,7 +61,7 @@ def data_gradient(
     incoming: Incoming,
     weight: Tensor,
     like: Tensor,
-    conv: ConvSpec,
+    conv: Conv,
     accumulate: Tensor | Gated | None,
     reduce: tuple[Gate, Branch] | None,
 ) -> tuple[Tensor, Tensor | None]:
@@ -118,7 +118,7 @@ def _residual(accumulate: Tensor | Gated | None) -> tuple[Tensor | None, Tensor 
 
 
 def weight_gradient(
-    incoming: Incoming, x: Tensor, weight: Tensor, conv: ConvSpec, prologue: Prologue | None
+    incoming: Incoming, x: Tensor, weight: Tensor, conv: Conv, prologue: Prologue | None
 ) -> Tensor:
     """Gradient of the weight, its parts summed in order."""
     p = Problem.of(x, weight, conv)
@@ -161,7 +161,7 @@ def conv_backward_data(
     grad_y: Tensor,
     weight: Tensor,
     like: Tensor,
-    conv: ConvSpec,
+    conv: Conv,
     *,
     accumulate: Tensor | None = None,
     overwrite: bool = False,
@@ -175,7 +175,7 @@ def conv_backward_weight(
     grad_y: Tensor,
     x: Tensor,
     weight: Tensor,
-    conv: ConvSpec,
+    conv: Conv,
     *,
     prologue: Prologue | None = None,
 ) -> Tensor:
@@ -187,7 +187,7 @@ def _unit_backward(
     incoming: Incoming,
     x: Tensor,
     weight: Tensor,
-    conv: ConvSpec,
+    conv: Conv,
     *,
     prologue: Prologue | None,
     want_x: bool,
@@ -211,7 +211,7 @@ def _forms_in_prologue(request: Request) -> str | None:
 
 @register("conv_backward", "triton", why_not=_forms_in_prologue, name="grad_prologue")
 def conv_backward_pending(
-    grad: PendingGrad, x: Tensor, weight: Tensor, conv: ConvSpec, **wanted: Any
+    grad: PendingGrad, x: Tensor, weight: Tensor, conv: Conv, **wanted: Any
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Backward of a unit at level c: grad_y is formed in both prologues, and never stored.
 
@@ -222,7 +222,7 @@ def conv_backward_pending(
 
 @register("conv_backward", "triton", why_not=why_not_convolved, name="grad_formed")
 def conv_backward_formed(
-    grad: PendingGrad, x: Tensor, weight: Tensor, conv: ConvSpec, **wanted: Any
+    grad: PendingGrad, x: Tensor, weight: Tensor, conv: Conv, **wanted: Any
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Backward of a unit at level c': one pass forms grad_y, which both products then read.
 

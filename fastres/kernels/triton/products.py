@@ -12,7 +12,7 @@ from torch import Tensor
 from fastres.kernels.registry import Request
 from fastres.kernels.triton.launch import kernel_of, tuned
 from fastres.kernels.triton.support import device_of, why_not
-from fastres.kernels.types import ConvSpec, Prologue, dense
+from fastres.kernels.types import Conv, Prologue, dense
 
 #: Fewer channels of a group than this leave the matrix units mostly idle: they take 16 at least.
 _LEAST_GROUP = 16
@@ -49,10 +49,10 @@ class Problem(NamedTuple):
     channels: int
     out_channels: int
     kernel: tuple[int, int]
-    conv: ConvSpec
+    conv: Conv
 
     @classmethod
-    def of(cls, x: Tensor, weight: Tensor, conv: ConvSpec) -> Problem:
+    def of(cls, x: Tensor, weight: Tensor, conv: Conv) -> Problem:
         """That of a convolution of x with a weight."""
         n, c, h, w = x.shape
         k, _, kh, kw = weight.shape
@@ -85,7 +85,7 @@ class Problem(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def _geometry(kernel: tuple[int, int], conv: ConvSpec) -> dict[str, int]:
+def _geometry(kernel: tuple[int, int], conv: Conv) -> dict[str, int]:
     (kh, kw), (sh, sw), (ph, pw), (dh, dw) = kernel, conv.stride, conv.padding, conv.dilation
     return {
         "TAPS_H": kh, "TAPS_W": kw, "STRIDE_H": sh, "STRIDE_W": sw, "PAD_H": ph, "PAD_W": pw,

@@ -7,11 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastres.block.layers import ConvNorm
-from fastres.block.spec import PoolSpec
+from fastres.block.layers import Layer
+from fastres.block.spec import Block
+from fastres.block.tensors import pooled_shape
 from fastres.kernels import activation
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+Shape = tuple[int, ...]
 
 
 def why_not_tensor(x: object) -> str | None:
@@ -42,46 +45,41 @@ def _why_not_mode(x: Tensor) -> str | None:
 
 
 def why_not_block(
-    x: Tensor,
-    layers: Sequence[ConvNorm],
-    shortcut: str,
-    residual: Tensor | None,
-    projection: ConvNorm | None,
-    pool: PoolSpec | None,
-    act: str,
+    x: Tensor, block: Block, layers: Sequence[Layer], residual: Tensor | None = None
 ) -> str | None:
     """Why a block cannot be fused for these inputs, or None. Wrong inputs are among the reasons."""
     if (reason := why_not_tensor(x)) is not None:
         return reason
-    if shortcut != "none" and activation(act).gate is None:
-        return f"activation {act!r} behind a shortcut cannot be recomputed from one branch"
-    shape: tuple[int, ...] = tuple(x.shape)
-    for layer in layers:
+    main = len(block.units)
+    shape = source = tuple(x.shape)
+    for i, layer in enumerate(layers[:main]):
         reason, shape = _follow(shape, x, layer)
         if reason is not None:
             return reason
-    if shortcut == "identity":
-        residual = x
-    if projection is not None:
-        reason, side = _follow(_pooled_shape(tuple(x.shape), pool), x, projection)
+        if i == 0 and block.shortcut == "activated":
+            source = shape
+    if block.keeps_mask and activation(block.act).gate is None:
+        return f"activation {block.act!r} behind a shortcut cannot be recomputed from one branch"
+    if block.projection is not None:
+        reason, side = _follow(pooled_shape(block, source), x, layers[main])
         if reason is not None or side != shape:
             return reason or f"the shortcut has shape {list(side)}, the main path {list(shape)}"
-    elif residual is not None:
+    elif block.shortcut == "tensor":
         if not isinstance(residual, Tensor) or tuple(residual.shape) != shape:
             return f"the residual must have shape {list(shape)}"
         if residual.dtype != x.dtype or residual.device != x.device:
             return f"the residual must be {x.dtype} on {x.device}"
+    elif block.shortcut != "none" and source != shape:
+        return f"the residual must have shape {list(shape)}"
     return None
 
 
-def _follow(
-    shape: tuple[int, ...], x: Tensor, layer: ConvNorm
-) -> tuple[str | None, tuple[int, ...]]:
+def _follow(shape: Shape, x: Tensor, layer: Layer) -> tuple[str | None, Shape]:
     """Why a layer cannot take an input of `shape`, and the shape it would give."""
-    conv = layer.conv
+    conv = layer.unit.conv
     if layer.weight is not None and conv is not None:
         k, c, kh, kw = layer.weight.shape
-        if c * layer.groups != shape[1] or k % layer.groups:
+        if c * conv.groups != shape[1] or k % conv.groups:
             return f"weight has {c} input channels per group, x has {shape[1]} channels", shape
         if layer.weight.dtype != x.dtype or layer.weight.device != x.device:
             return f"weight must be {x.dtype} on {x.device}", shape
@@ -91,23 +89,34 @@ def _follow(
         shape = (shape[0], k, h, w)
     if min(shape) < 1:
         return f"a layer's output would have shape {list(shape)}", shape
-    if layer.batch_stats and shape[0] * shape[2] * shape[3] == 1:
+    if layer.unit.batch_stats and shape[0] * shape[2] * shape[3] == 1:
         return "one value per channel has no variance", shape
-    return _why_not_norm(layer, shape[1], x), shape
+    return _why_not_norm(layer, shape[1], x) or _why_not_factor(layer, shape, x), shape
 
 
-def _why_not_norm(layer: ConvNorm, channels: int, x: Tensor) -> str | None:
+def _why_not_norm(layer: Layer, channels: int, x: Tensor) -> str | None:
+    norm = layer.unit.norm
+    if norm is None or norm.source == "given":
+        return None
     for t in (layer.running_mean, layer.running_var, layer.norm_weight, layer.norm_bias):
-        if t is not None and (t.numel() != channels or t.device != x.device or t.dim() != 1):
+        if t is None:
+            continue
+        if t.numel() != channels or t.device != x.device or t.dim() != 1:
             return f"batch norm tensors must have shape [{channels}] on {x.device}"
-        if t is not None and t.dtype not in (x.dtype, torch.float32):
+        if t.dtype not in (x.dtype, torch.float32):
             return f"batch norm tensors must be {x.dtype} or float32, got {t.dtype}"
-        if t is not None and x.dtype == torch.float64 and t.dtype != torch.float64:
+        if x.dtype == torch.float64 and t.dtype != torch.float64:
             return "batch norm tensors must be float64"
     return None
 
 
-def _pooled_shape(shape: tuple[int, ...], pool: PoolSpec | None) -> tuple[int, ...]:
-    if pool is None:
-        return shape
-    return tuple(pool.apply(torch.empty(shape, device="meta")).shape)
+def _why_not_factor(layer: Layer, shape: Shape, x: Tensor) -> str | None:
+    factor = layer.factor
+    if not layer.unit.scale:
+        return None
+    if factor is None or factor.dim() != 4 or factor.device != x.device:
+        return f"the factor must have shape [N, C, 1, 1] on {x.device}"
+    sizes = zip(factor.shape, shape, strict=True)
+    if any([size not in (1, full) for size, full in sizes]):
+        return f"the factor must fit {list(shape)}, got {list(factor.shape)}"
+    return None

@@ -1,0 +1,339 @@
+"""Children of a block as the fused path sees them: a block with its layers, or why not.
+
+Everything is read when a block is called, never when it is built: children get replaced, frozen
+and hooked during a model's life. What was read is kept, and read again where anything it came from
+has changed. Nothing here runs a kernel or changes a buffer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as _module
+
+from fastres.block import Block, Layer, Norm, PoolSpec, Unit, pair
+from fastres.kernels import Conv
+
+
+class Decline(NamedTuple):
+    """Why a block runs its stock path.
+
+    Attributes:
+        module: the child at fault, or None where it is the block as a whole.
+        text: what is the matter with it, to follow its name.
+        permanent: False for what comes and goes, such as hooks; conversion only minds the rest.
+    """
+
+    module: nn.Module | None
+    text: str
+    permanent: bool = True
+
+
+class Steps(NamedTuple):
+    """The children that make up one unit, in the order of the data.
+
+    `scale` says that what they give is multiplied by a factor that the call brings along.
+    """
+
+    conv: nn.Module | None = None
+    norm: nn.Module | None = None
+    act: nn.Module | None = None
+    scale: bool = False
+
+
+class Projection(NamedTuple):
+    """A shortcut taken apart: [average pooling,] convolution, batch norm if there is one."""
+
+    conv: nn.Module | None
+    norm: nn.Module | None
+    pool: nn.AvgPool2d | None = None
+
+
+class Parts(NamedTuple):
+    """What a block is made of, in the order of its computation.
+
+    Attributes:
+        units: of the main path. Where there is no shortcut, `end` is the last one's activation.
+        end: the activation after the addition, or None.
+        shortcut: where it starts, one of `fastres.block.SHORTCUTS`.
+        projection: a module on the shortcut (see `projection_of`), a projection taken apart, or
+            None.
+        identities: parts that must compute nothing: nn.Identity, or None.
+        wrappers: modules around the children whose own hooks count too.
+    """
+
+    units: tuple[Steps, ...]
+    end: nn.Module | None = None
+    shortcut: str = "input"
+    projection: nn.Module | Projection | None = None
+    identities: tuple[nn.Module | None, ...] = ()
+    wrappers: tuple[nn.Module | None, ...] = ()
+
+
+class Match(NamedTuple):
+    """A block in the terms of `fastres.block`."""
+
+    block: Block
+    layers: tuple[Layer, ...]
+
+
+#: Types of tensor that hold plain values; DTensor and quantised weights are not among them.
+_PLAIN = (nn.Parameter, Tensor)
+
+
+def hooked(module: nn.Module) -> Decline | None:
+    """Whether calling `module` would do more than its class's forward."""
+    if (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    ):
+        return Decline(module, "carries hooks", permanent=False)
+    if "forward" in module.__dict__:
+        return Decline(module, "has its forward replaced", permanent=False)
+    return None
+
+
+def why_not_now() -> str | None:
+    """What keeps every block from being fused at the moment, whatever its children."""
+    if _module._has_any_global_hook():  # type: ignore[no-untyped-call]
+        return "global module hooks are registered"
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit.trace records torch's own operators"
+    if _exporting():
+        return "torch.export records torch's own operators"
+    return None
+
+
+def _exporting() -> bool:
+    """torch.compiler.is_exporting, which under torch.compile always says True before torch 2.13."""
+    flag: bool | None = getattr(torch.compiler, "_is_exporting_flag", None)
+    return torch.compiler.is_exporting() if flag is None else flag
+
+
+def match(parts: Parts | Decline) -> Match | Decline:
+    """What a block computes, read off its children as they are now."""
+    if isinstance(parts, Decline):
+        return parts
+    decline = first_hooked(parts.wrappers) or _why_not_identities(parts.identities)
+    if decline is not None:
+        return decline
+    layers: list[Layer] = []
+    for steps in parts.units:
+        layer = layer_of(steps)
+        if isinstance(layer, Decline):
+            return layer
+        layers.append(layer)
+    end = activation_of(parts.end)
+    if isinstance(end, Decline):
+        return end
+    units = tuple([layer.unit for layer in layers])
+    block = Block(units, parts.shortcut, act=end)
+    if parts.projection is None:
+        return Match(block, tuple(layers))
+    return _with_projection(block, layers, parts.projection)
+
+
+def _with_projection(
+    block: Block, layers: list[Layer], shortcut: nn.Module | Projection
+) -> Match | Decline:
+    projection = projection_of(shortcut)
+    if isinstance(projection, Decline):
+        return projection
+    if projection is None:
+        return Match(block, tuple(layers))
+    layer = layer_of(Steps(projection.conv, projection.norm))
+    if isinstance(layer, Decline):
+        return layer
+    if layer.unit.conv is None:
+        return Decline(projection.norm, "stands alone on the shortcut")
+    pool = pool_of(projection.pool)
+    if isinstance(pool, Decline):
+        return pool
+    block = block._replace(projection=layer.unit, pool=pool)
+    return Match(block, (*layers, layer))
+
+
+def layer_of(steps: Steps) -> Layer | Decline:
+    """A unit's children with their tensors."""
+    conv, norm, act, scale = steps
+    name = activation_of(act)
+    if isinstance(name, Decline):
+        return name
+    decline = (conv is not None and why_not_conv(conv)) or (norm is not None and why_not_norm(norm))
+    if decline:
+        return decline
+    spec = weight = bias = None
+    if conv is not None:
+        spec = Conv(pair(conv.stride), pair(conv.padding), pair(conv.dilation), conv.groups)  # type: ignore[arg-type]
+        weight, bias = parameter(conv, "weight"), parameter(conv, "bias")
+    if norm is None:
+        return Layer(Unit(spec, None, name, scale), weight, bias)
+    return _with_norm(norm, spec, name, scale)._replace(weight=weight, bias=bias)  # type: ignore[arg-type]
+
+
+def _with_norm(norm: nn.BatchNorm2d, conv: Conv | None, act: str, scale: bool) -> Layer:
+    running_mean, running_var, momentum, counter = running_of(norm)
+    known = running_mean is not None and running_var is not None
+    source = "running" if known and not norm.training else "batch"
+    return Layer(
+        Unit(conv, Norm(norm.eps, source), act, scale), None, None,
+        parameter(norm, "weight"), parameter(norm, "bias"), running_mean, running_var, None,
+        norm.training, momentum, counter,
+    )  # fmt: skip
+
+
+def norm_only(norm: nn.BatchNorm2d) -> Layer:
+    """A batch norm without a convolution, which may be of a subclass of ours."""
+    return _with_norm(norm, None, "none", False)
+
+
+def activation_of(act: nn.Module | None) -> str | Decline:
+    """ "relu" or "none"; only torch's own ReLU and Identity are known."""
+    if act is None:
+        return "none"
+    name = ACTIVATIONS.get(type(act))
+    if name is not None:
+        return hooked(act) or name
+    return Decline(act, f"is a {type(act).__name__}, not a ReLU")
+
+
+#: torch's modules without settings of their own, by the activation that they compute.
+ACTIVATIONS: dict[type, str] = {nn.ReLU: "relu", nn.Identity: "none"}
+
+
+def why_not_conv(conv: nn.Module | None) -> Decline | None:
+    """Why a convolution cannot be fused, or None."""
+    if type(conv) is not nn.Conv2d:
+        return Decline(conv, f"is a {type(conv).__name__}, not a Conv2d")
+    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        return Decline(conv, "pads otherwise than with a number of zeros")
+    return hooked(conv) or odd_tensor(conv, conv._parameters)
+
+
+def why_not_norm(norm: nn.Module | None) -> Decline | None:
+    """Why a batch norm cannot be fused, or None."""
+    if type(norm) is not nn.BatchNorm2d:
+        return Decline(norm, f"is a {type(norm).__name__}, not a BatchNorm2d")
+    return hooked(norm) or why_not_state(norm)
+
+
+def why_not_state(norm: nn.BatchNorm2d) -> Decline | None:
+    """Why the settings and tensors of a batch norm cannot be fused, or None."""
+    if norm.momentum is not None and type(norm.momentum) not in (float, int):
+        return Decline(norm, f"has a {type(norm.momentum).__name__} for momentum")
+    if (buffer(norm, "running_mean") is None) is not (buffer(norm, "running_var") is None):
+        return Decline(norm, "has only one of its running statistics")
+    return odd_tensor(norm, norm._parameters) or odd_tensor(norm, norm._buffers)
+
+
+def odd_tensor(module: nn.Module, table: dict[str, Any]) -> Decline | None:
+    """Whether a parameter or buffer is more than a plain tensor: a DTensor, a quantised weight."""
+    for tensor in table.values():
+        if tensor is not None and type(tensor) not in _PLAIN and not torch.compiler.is_compiling():
+            return Decline(module, f"holds a {type(tensor).__name__}, not a plain tensor")
+    return None
+
+
+def parameter(module: nn.Module, name: str) -> Tensor | None:
+    """module.<name>, without the detour that torch's attribute lookup takes."""
+    own = module._parameters
+    found: Tensor | None = own[name] if name in own else getattr(module, name)
+    return found
+
+
+def buffer(module: nn.Module, name: str) -> Tensor | None:
+    """module.<name> for a buffer; as `parameter`."""
+    own = module._buffers
+    found: Tensor | None = own[name] if name in own else getattr(module, name)
+    return found
+
+
+def running_of(
+    norm: nn.BatchNorm2d,
+) -> tuple[Tensor | None, Tensor | None, float | None, Tensor | None]:
+    """(running_mean, running_var, momentum, counter), as nn.BatchNorm2d.forward uses them."""
+    if not norm.training:
+        return buffer(norm, "running_mean"), buffer(norm, "running_var"), 0.0, None
+    if not norm.track_running_stats:
+        return None, None, 0.0, None
+    return (
+        buffer(norm, "running_mean"),
+        buffer(norm, "running_var"),
+        norm.momentum,
+        buffer(norm, "num_batches_tracked"),
+    )
+
+
+def projection_of(shortcut: nn.Module | Projection) -> Projection | Decline | None:
+    """A shortcut taken apart: Conv2d and BatchNorm2d in a Sequential, perhaps behind pooling.
+
+    Returns:
+        None for an identity.
+    """
+    if isinstance(shortcut, Projection):
+        return shortcut
+    if (decline := hooked(shortcut)) is not None:
+        return decline
+    if type(shortcut) is nn.Identity:
+        return None
+    if type(shortcut) is nn.Conv2d:
+        return Projection(shortcut, None)
+    if type(shortcut) is nn.Sequential:
+        return _projection_in(shortcut) or Decline(shortcut, _NO_PROJECTION)
+    return Decline(shortcut, _NO_PROJECTION)
+
+
+_NO_PROJECTION = "is not a Conv2d with a BatchNorm2d, or these behind an AvgPool2d"
+
+
+def _projection_in(shortcut: nn.Sequential) -> Projection | Decline | None:
+    parts = [m for m in shortcut._modules.values() if m is not None]
+    computing = [m for m in parts if type(m) is not nn.Identity]
+    if (decline := first_hooked(m for m in parts if type(m) is nn.Identity)) is not None:
+        return decline
+    pool: Any = None
+    if computing and type(computing[0]) is nn.AvgPool2d:
+        pool, *computing = computing
+        if (decline := hooked(pool)) is not None:
+            return decline
+    if len(computing) == 2:
+        return Projection(computing[0], computing[1], pool)
+    if len(computing) == 1:
+        return Projection(computing[0], None, pool)
+    return None
+
+
+def pool_of(pool: nn.AvgPool2d | None) -> PoolSpec | Decline | None:
+    """The pooling in front of a projection."""
+    if pool is None:
+        return None
+    if pool.divisor_override is not None:
+        return Decline(pool, "overrides the divisor")
+    kernel, stride, padding = pool.kernel_size, pool.stride, pool.padding
+    return PoolSpec(
+        pair(kernel), pair(stride), pair(padding), pool.ceil_mode, pool.count_include_pad
+    )
+
+
+def first_hooked(modules: Iterable[nn.Module | None]) -> Decline | None:
+    """The first of `modules` that does more than its class's forward."""
+    for module in modules:
+        if module is not None and (decline := hooked(module)) is not None:
+            return decline
+    return None
+
+
+def _why_not_identities(modules: Sequence[nn.Module | None]) -> Decline | None:
+    for module in modules:
+        if module is None:
+            continue
+        if type(module) is not nn.Identity:
+            return Decline(module, f"is a {type(module).__name__}, which is not fused")
+        if (decline := hooked(module)) is not None:
+            return decline
+    return None
