@@ -17,7 +17,7 @@ from fastres.block.spec import (
     Unit,
     decode,
 )
-from fastres.block.tensors import UnitTensors, output_metas, split_tensors
+from fastres.block.tensors import UnitTensors, output_metas, output_shapes, split_tensors
 
 __all__ = [
     "LEVELS",
@@ -39,6 +39,7 @@ __all__ = [
     "known_backend",
     "make_plan",
     "output_metas",
+    "output_shapes",
     "pair",
     "run_backward",
     "run_forward",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
-from fastres.block import try_layers, why_not_layers
+from fastres.block import Layer, output_shapes, try_layers, why_not_layers
+from fastres.kernels import memory_format_of
+from fastres.nn.drop import draw
 from fastres.nn.match import Decline, Match, Parts, match, why_not_now
 
 
@@ -13,7 +16,43 @@ def run_parts(parts: Parts | Decline, x: Tensor) -> Tensor | None:
     if not isinstance(x, Tensor) or why_not_now() is not None:
         return None
     matched = match(parts)
-    return None if isinstance(matched, Decline) else try_layers(x, *matched)
+    return None if isinstance(matched, Decline) else run_match(matched, x)
+
+
+def run_match(matched: Match, x: Tensor) -> Tensor | None:
+    """As `run_parts`. Random numbers are drawn only where the block will run."""
+    block, layers, drops = matched
+    if drops and why_not_layers(x, block, placeholders(matched, x)) is not None:
+        return None
+    return try_layers(x, block, with_factors(matched, x) if drops else layers)
+
+
+def with_factors(matched: Match, x: Tensor) -> list[Layer]:
+    """The layers with the factors that their dropout and stochastic depth draw now."""
+    block, layers, drops = matched
+    weights = [layer.weight for layer in layers]
+    shapes = output_shapes(block, x.shape, [None if w is None else (*w.shape,) for w in weights])
+    complete, fmt = list(layers), memory_format_of(x, weights)
+    like = x if weights[0] is None else x.to(autocast_dtype(x))
+    for index, module in drops:
+        factor = draw(module, like, shapes[index], fmt)
+        complete[index] = layers[index]._replace(factor=factor)
+    return complete
+
+
+def placeholders(matched: Match, x: Tensor) -> list[Layer]:
+    """The layers with factors of a fitting shape, to look at and not to run."""
+    complete = list(matched.layers)
+    for index, _ in matched.drops:
+        complete[index] = complete[index]._replace(factor=x.new_empty(1, 1, 1, 1))
+    return complete
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that a convolution of x gives now."""
+    if x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
+        return x.dtype
+    return torch.get_autocast_dtype(x.device.type)
 
 
 def why_not_parts(block: nn.Module, parts: Parts | Decline, x: Tensor | None) -> str | None:
@@ -23,7 +62,7 @@ def why_not_parts(block: nn.Module, parts: Parts | Decline, x: Tensor | None) ->
     matched = match(parts)
     if isinstance(matched, Decline):
         return explained(block, matched)
-    return None if x is None else why_not_layers(x, *matched)
+    return None if x is None else why_not_layers(x, matched.block, placeholders(matched, x))
 
 
 def explained(block: nn.Module, decline: Decline) -> str:

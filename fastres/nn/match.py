@@ -16,6 +16,7 @@ from torch.nn.modules import module as _module
 
 from fastres.block import Block, Layer, Norm, PoolSpec, Unit, pair
 from fastres.kernels import Conv
+from fastres.nn.drop import draws, works
 
 
 class Decline(NamedTuple):
@@ -35,13 +36,14 @@ class Decline(NamedTuple):
 class Steps(NamedTuple):
     """The children that make up one unit, in the order of the data.
 
-    `scale` says that what they give is multiplied by a factor that the call brings along.
+    `drop` multiplies what the others give by random numbers: dropout or stochastic depth, see
+    `fastres.nn.drop`.
     """
 
     conv: nn.Module | None = None
     norm: nn.Module | None = None
     act: nn.Module | None = None
-    scale: bool = False
+    drop: nn.Module | None = None
 
 
 class Projection(NamedTuple):
@@ -74,10 +76,15 @@ class Parts(NamedTuple):
 
 
 class Match(NamedTuple):
-    """A block in the terms of `fastres.block`."""
+    """A block in the terms of `fastres.block`.
+
+    `drops` are the modules that draw a factor, by the index of their unit: where there are any, the
+    layers are complete only with these factors.
+    """
 
     block: Block
     layers: tuple[Layer, ...]
+    drops: tuple[tuple[int, nn.Module], ...] = ()
 
 
 #: Types of tensor that hold plain values; DTensor and quantised weights are not among them.
@@ -123,29 +130,27 @@ def match(parts: Parts | Decline) -> Match | Decline:
     if decline is not None:
         return decline
     layers: list[Layer] = []
+    drops: list[tuple[int, nn.Module]] = []
     for steps in parts.units:
         layer = layer_of(steps)
         if isinstance(layer, Decline):
             return layer
+        if layer.unit.scale and steps.drop is not None:
+            drops.append((len(layers), steps.drop))
         layers.append(layer)
     end = activation_of(parts.end)
     if isinstance(end, Decline):
         return end
     units = tuple([layer.unit for layer in layers])
     block = Block(units, parts.shortcut, act=end)
-    if parts.projection is None:
-        return Match(block, tuple(layers))
-    return _with_projection(block, layers, parts.projection)
+    matched = Match(block, tuple(layers), tuple(drops))
+    return matched if parts.projection is None else _with_projection(matched, parts.projection)
 
 
-def _with_projection(
-    block: Block, layers: list[Layer], shortcut: nn.Module | Projection
-) -> Match | Decline:
+def _with_projection(matched: Match, shortcut: nn.Module | Projection) -> Match | Decline:
     projection = projection_of(shortcut)
-    if isinstance(projection, Decline):
-        return projection
-    if projection is None:
-        return Match(block, tuple(layers))
+    if projection is None or isinstance(projection, Decline):
+        return matched if projection is None else projection
     layer = layer_of(Steps(projection.conv, projection.norm))
     if isinstance(layer, Decline):
         return layer
@@ -154,16 +159,18 @@ def _with_projection(
     pool = pool_of(projection.pool)
     if isinstance(pool, Decline):
         return pool
-    block = block._replace(projection=layer.unit, pool=pool)
-    return Match(block, (*layers, layer))
+    block = matched.block._replace(projection=layer.unit, pool=pool)
+    return matched._replace(block=block, layers=(*matched.layers, layer))
 
 
 def layer_of(steps: Steps) -> Layer | Decline:
     """A unit's children with their tensors."""
-    conv, norm, act, scale = steps
-    name = activation_of(act)
+    conv, norm, act, drop = steps
+    name, scale = activation_of(act), drops(drop)
     if isinstance(name, Decline):
         return name
+    if isinstance(scale, Decline):
+        return scale
     decline = (conv is not None and why_not_conv(conv)) or (norm is not None and why_not_norm(norm))
     if decline:
         return decline
@@ -200,6 +207,15 @@ def activation_of(act: nn.Module | None) -> str | Decline:
     if name is not None:
         return hooked(act) or name
     return Decline(act, f"is a {type(act).__name__}, not a ReLU")
+
+
+def drops(module: nn.Module | None) -> bool | Decline:
+    """Whether a unit's `drop` multiplies by a factor now; in evaluation it does nothing."""
+    if module is None or type(module) is nn.Identity:
+        return False if module is None else hooked(module) or False
+    if not draws(module):
+        return Decline(module, f"is a {type(module).__name__}, which is not fused")
+    return hooked(module) or works(module)
 
 
 #: torch's modules without settings of their own, by the activation that they compute.
