@@ -213,11 +213,9 @@ class _Inference(_Walk):
                 residual = self._shortcut(source, residual)
         end = block.act if simple else block.units[-1].act
         out = self._unit(self.last, z, residual if simple else None, end)
-        if not simple and residual is not None:
-            out, _ = self.plan.run("add_act", block.act)(out, residual, act=block.act)
-        elif not simple and block.act != "none":
-            stats = identity_stats(out)
-            out, _ = self.plan.run("scale_shift_act", block.act)(out, stats, act=block.act)
+        if not simple and (residual is not None or block.act != "none"):
+            stats, act = identity_stats(out), block.act
+            out, _ = self.plan.run("scale_shift_act", act)(out, stats, residual=residual, act=act)
         return [out, *self.saved.flatten()]
 
     def _shortcut(self, source: Tensor, residual: Tensor | None) -> Tensor | None:
