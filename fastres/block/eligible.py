@@ -104,6 +104,9 @@ def _why_not_norm(layer: ConvNorm, channels: int, x: Tensor) -> str | None:
             return f"batch norm tensors must be {x.dtype} or float32, got {t.dtype}"
         if t is not None and x.dtype == torch.float64 and t.dtype != torch.float64:
             return "batch norm tensors must be float64"
+    for t in (layer.running_mean, layer.running_var) if layer.training else ():
+        if t is not None and channels > 1 and t.stride(0) == 0:
+            return "running statistics that share one place are updated one after the other"
     return None
 
 
