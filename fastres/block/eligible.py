@@ -24,21 +24,26 @@ def why_not_tensor(x: object) -> str | None:
         return f"x must be float32, bfloat16, float16 or float64, got {x.dtype}"
     if x.layout != torch.strided or x.is_quantized:
         return "x must be a dense tensor"
-    if not torch.compiler.is_compiling() and (reason := _why_not_mode(x)) is not None:
-        return reason
-    return "x is empty" if x.numel() == 0 else None
-
-
-def _why_not_mode(x: Tensor) -> str | None:
     if torch.overrides.has_torch_function_unary(
         x
     ) or torch.utils._python_dispatch.is_traceable_wrapper_subclass(x):
         return f"{type(x).__name__} is a tensor subclass with behaviour of its own"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if _in_transform():
         return "torch.func transforms need torch's own operators"
     if torch.autograd.forward_ad._current_level >= 0:
         return "forward-mode differentiation needs torch's own operators"
-    return None
+    return "x is empty" if x.numel() == 0 else None
+
+
+def _in_transform() -> bool:
+    """Whether a transform of torch.func is at work, whose rules our operators do not have."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler: torch.compile
+# calls the function as it traces, inside the very transforms that it traces, and keeps the answer.
+# Traced itself, the function would always answer yes.
+_in_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def why_not_block(

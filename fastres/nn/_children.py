@@ -166,7 +166,7 @@ def why_not_state(norm: nn.BatchNorm2d) -> Decline | None:
 def odd_tensor(module: nn.Module, table: dict[str, Any]) -> Decline | None:
     """Whether a parameter or buffer is more than a plain tensor: a DTensor, a quantised weight."""
     for tensor in table.values():
-        if tensor is not None and type(tensor) not in _PLAIN and not torch.compiler.is_compiling():
+        if tensor is not None and type(tensor) not in _PLAIN:
             return Decline(module, f"holds a {type(tensor).__name__}, not a plain tensor")
     return None
 
