@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastres.convert.levels import Target, describe
 from fastres.convert.report import Report, Row
 from fastres.nn._children import Decline
-from fastres.nn._fused import FusedParts, explained, layers_of
+from fastres.nn._fused import FusedParts, explained, layers_of, parts_now
 from fastres.nn.blocks import FusedModule
 from fastres.nn.stem import FusedStem
 
@@ -176,7 +176,7 @@ def _looks_residual(module: nn.Module) -> bool:
 
 def _obstacle(module: nn.Module, fused: Any) -> Decline | None:
     """What keeps a module from running fused, were it of the class `fused`."""
-    found = layers_of(fused._parts(module))
+    found = layers_of(parts_now(module, fused))
     return found if isinstance(found, Decline) else None
 
 

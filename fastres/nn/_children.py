@@ -15,6 +15,15 @@ from torch.nn.modules import module as _module
 
 from fastres.block import PoolSpec
 from fastres.block.layers import ConvNorm, pair
+from fastres.nn._genuine import (
+    AvgPool2d,
+    BatchNorm2d,
+    Conv2d,
+    Identity,
+    ReLU,
+    Sequential,
+    replaced,
+)
 
 
 class Decline(NamedTuple):
@@ -89,7 +98,7 @@ def why_not_now() -> str | None:
         return "torch.jit.trace records torch's own operators"
     if _exporting():
         return "torch.export records torch's own operators"
-    return None
+    return replaced()
 
 
 def _exporting() -> bool:
@@ -102,9 +111,9 @@ def activation_of(act: nn.Module | None) -> str | Decline:
     """ "relu" or "none"; only torch's own ReLU and Identity are known."""
     if act is None:
         return "none"
-    if type(act) is nn.ReLU:
+    if type(act) is ReLU:
         return hooked(act) or "relu"
-    if type(act) is nn.Identity:
+    if type(act) is Identity:
         return hooked(act) or "none"
     return Decline(act, f"is a {type(act).__name__}, not a ReLU")
 
@@ -119,7 +128,7 @@ def conv_norm(
     decline = why_not_conv(conv) or why_not_norm(norm)
     if decline is not None:
         return decline
-    assert isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d)
+    assert isinstance(conv, Conv2d) and isinstance(norm, BatchNorm2d)
     weight, bias = parameter(conv, "weight"), parameter(conv, "bias")
     running_mean, running_var, momentum, counter = running_of(norm)
     return ConvNorm(
@@ -140,17 +149,21 @@ def norm_only(norm: nn.BatchNorm2d, act: str) -> ConvNorm:
 
 def why_not_conv(conv: nn.Module | None) -> Decline | None:
     """Why a convolution cannot be fused, or None."""
-    if type(conv) is not nn.Conv2d:
+    if type(conv) is not Conv2d:
         return Decline(conv, f"is a {type(conv).__name__}, not a Conv2d")
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         return Decline(conv, "pads otherwise than with a number of zeros")
+    if "_conv_forward" in conv.__dict__:
+        return Decline(conv, "has its _conv_forward replaced", lasting=False)
     return hooked(conv) or odd_tensor(conv, conv._parameters)
 
 
 def why_not_norm(norm: nn.Module | None) -> Decline | None:
     """Why a batch norm cannot be fused, or None."""
-    if type(norm) is not nn.BatchNorm2d:
+    if type(norm) is not BatchNorm2d:
         return Decline(norm, f"is a {type(norm).__name__}, not a BatchNorm2d")
+    if "_check_input_dim" in norm.__dict__:
+        return Decline(norm, "has its _check_input_dim replaced", lasting=False)
     return hooked(norm) or why_not_state(norm)
 
 
@@ -209,17 +222,19 @@ def projection_of(shortcut: nn.Module | Projection) -> Projection | Decline | No
     """
     if isinstance(shortcut, Projection):
         return shortcut
+    if not isinstance(shortcut, nn.Module):
+        return Decline(None, f"has a {type(shortcut).__name__} for a shortcut, not a module")
     if (decline := hooked(shortcut)) is not None:
         return decline
-    if type(shortcut) is nn.Identity:
+    if type(shortcut) is Identity:
         return None
-    if type(shortcut) is nn.Sequential:
+    if type(shortcut) is Sequential:
         parts = tuple(shortcut._modules.values())
         if len(parts) == 2:
             return Projection(parts[0], parts[1])
-        if len(parts) == 3 and type(parts[0]) is nn.Identity:
+        if len(parts) == 3 and type(parts[0]) is Identity:
             return hooked(parts[0]) or Projection(parts[1], parts[2])
-        if len(parts) == 3 and type(parts[0]) is nn.AvgPool2d:
+        if len(parts) == 3 and type(parts[0]) is AvgPool2d:
             return hooked(parts[0]) or Projection(parts[1], parts[2], parts[0])
     return Decline(shortcut, "is not a Conv2d with a BatchNorm2d, or these behind an AvgPool2d")
 

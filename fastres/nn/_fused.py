@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
@@ -21,6 +21,7 @@ from fastres.nn._children import (
     projection_of,
     why_not_now,
 )
+from fastres.nn._genuine import Identity, as_written
 
 
 class Layers(NamedTuple):
@@ -98,7 +99,7 @@ def _why_not_passive(modules: tuple[nn.Module | None, ...]) -> Decline | None:
     for module in modules:
         if module is None:
             continue
-        if type(module) is not nn.Identity:
+        if type(module) is not Identity:
             return Decline(module, f"is a {type(module).__name__}, which is not fused")
         if (decline := hooked(module)) is not None:
             return decline
@@ -134,11 +135,35 @@ def explained(block: nn.Module, decline: Decline) -> str:
     return f"{names[0]} {decline.text}" if names and names[0] else decline.text
 
 
+def parts_now(module: Any, fused: Any) -> Parts | Decline:
+    """What `module` would be made of as a `fused`, a subclass of FusedParts, or why it is not."""
+    name = fused._replaces
+    if fused._stock is not None and getattr(fused._stock, name) is not fused._stock_forward:
+        text = f"{fused._stock.__name__}.{name} is not what it was written as"
+        return Decline(None, text, lasting=False)
+    try:
+        return fused._parts(module)
+    except (KeyError, AttributeError) as error:
+        return Decline(None, f"has no such part: {error}")
+
+
 class FusedParts(nn.Module):
     """A module that runs some of its children fused where it can.
 
-    A subclass says in `_parts` what they make up.
+    A subclass says in `_parts` what they make up, and in `_replaces` the method that it overrides
+    of the stock class behind it.
     """
+
+    _replaces: ClassVar[str] = "forward"
+    _stock: ClassVar[Any] = None
+    _stock_forward: ClassVar[Any] = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        behind = cls.__mro__[cls.__mro__.index(FusedParts) + 1 :]
+        own = [c for c in behind if cls._replaces in c.__dict__ and c is not nn.Module]
+        if own and own[0] is not cls._stock:
+            cls._stock, cls._stock_forward = own[0], as_written(own[0], cls._replaces)
 
     def _parts(self) -> Parts | Decline:
         raise NotImplementedError(f"{type(self).__name__} must define _parts")
@@ -149,9 +174,11 @@ class FusedParts(nn.Module):
         Args:
             x: [N, C, H, W], or None to look at the module alone.
         """
-        return why_not_parts(self, self._parts(), x)
+        if self._replaces in self.__dict__:
+            return f"has its {self._replaces} replaced"
+        return why_not_parts(self, parts_now(self, type(self)), x)
 
     def layers(self) -> Layers | None:
         """What would be run fused, in the terms of `fastres.functional`; None where it is not."""
-        found = layers_of(self._parts())
+        found = layers_of(parts_now(self, type(self)))
         return found if isinstance(found, Layers) else None
