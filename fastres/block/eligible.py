@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastres.block.layers import ConvNorm
+from fastres.block.layers import ConvNorm, is_size
 from fastres.block.spec import PoolSpec
 from fastres.kernels import activation
 
@@ -83,6 +83,8 @@ def _follow(
     shape: tuple[int, ...], x: Tensor, layer: ConvNorm
 ) -> tuple[str | None, tuple[int, ...]]:
     """Why a layer cannot take an input of `shape`, and the shape it would give."""
+    if (reason := why_not_settings(layer)) is not None:
+        return reason, shape
     conv = layer.conv
     if layer.weight is not None and conv is not None:
         k, c, kh, kw = layer.weight.shape
@@ -99,6 +101,20 @@ def _follow(
     if layer.batch_stats and shape[0] * shape[2] * shape[3] == 1:
         return "one value per channel has no variance", shape
     return _why_not_norm(layer, shape[1], x), shape
+
+
+def why_not_settings(layer: ConvNorm) -> str | None:
+    """Why the numbers of a layer need torch's own operators, or None.
+
+    torch takes numpy's scalars, tensors and tuples of one as well, and raises for some of them.
+    """
+    if type(layer.eps) not in (float, int) or not layer.eps > 0:
+        return f"eps must be a positive float, got {layer.eps!r}"
+    if layer.weight is None:
+        return None
+    if not (is_size(layer.stride) and is_size(layer.padding) and is_size(layer.dilation)):
+        return "stride, padding and dilation must be ints or pairs of them"
+    return None if type(layer.groups) is int else "groups must be an int"
 
 
 def _why_not_norm(layer: ConvNorm, channels: int, x: Tensor) -> str | None:

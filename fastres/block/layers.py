@@ -81,6 +81,15 @@ class ConvNorm(NamedTuple):
         return (*self.parameters, *running)
 
 
+def is_size(value: object) -> bool:
+    """Whether a setting is a plain int or two of them; torch knows what to do with the rest."""
+    if type(value) is int:
+        return True
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        return False
+    return type(value[0]) is int and type(value[1]) is int
+
+
 def pair(value: Size) -> tuple[int, int]:
     """(value, value) for an int, the pair itself else."""
     if isinstance(value, int):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
 from fastres.block import PoolSpec
-from fastres.block.layers import ConvNorm, pair
+from fastres.block.layers import ConvNorm, is_size, pair
 from fastres.nn._genuine import (
     AvgPool2d,
     BatchNorm2d,
@@ -246,6 +246,8 @@ def pool_of(pool: nn.AvgPool2d | None) -> PoolSpec | Decline | None:
     if pool.divisor_override is not None:
         return Decline(pool, "overrides the divisor")
     kernel, stride, padding = pool.kernel_size, pool.stride, pool.padding
+    if not (is_size(kernel) and is_size(stride) and is_size(padding)):
+        return Decline(pool, "has other settings than ints or pairs of them")
     return PoolSpec(
         pair(kernel), pair(stride), pair(padding), pool.ceil_mode, pool.count_include_pad
     )

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fastres.block import BlockSpec, PoolSpec
 from fastres.block.call import try_layers, why_not_layers
+from fastres.block.eligible import why_not_settings
 from fastres.block.layers import ConvNorm
 from fastres.nn._children import (
     Decline,
@@ -126,6 +127,9 @@ def why_not_parts(block: nn.Module, parts: Parts | Decline, x: Tensor | None) ->
     layers = layers_of(parts)
     if isinstance(layers, Decline):
         return explained(block, layers)
+    for layer in layers.everything:
+        if (reason := why_not_settings(layer)) is not None:
+            return reason
     return None if x is None else why_not_layers(x, layers.units, **layers.arguments)
 
 
