@@ -63,7 +63,7 @@ def why_not_layers(
     act: str = "relu",
 ) -> str | None:
     """Why `run_layers` would take the stock path for these arguments, or None."""
-    if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
+    if isinstance(x, Tensor) and _autocasts(x.device.type):
         x, layers, projection = _autocast(x, layers, projection)
     return why_not_block(x, layers, shortcut, residual, projection, pool, act)
 
@@ -79,7 +79,7 @@ def try_layers(
     act: str = "relu",
 ) -> Tensor | None:
     """`run_layers`, but None where it cannot be fused; then nothing was run or updated."""
-    if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
+    if isinstance(x, Tensor) and _autocasts(x.device.type):
         x, layers, projection = _autocast(x, layers, projection)
     if why_not_block(x, layers, shortcut, residual, projection, pool, act) is not None:
         return None
@@ -120,6 +120,11 @@ def _memory_mode(x: Tensor) -> str:
     if mode != "auto":
         return mode
     return "balanced" if x.device.type == "cpu" or current().backend == "triton" else "speed"
+
+
+def _autocasts(device: str) -> bool:
+    """Whether autocast is at work on a device; asking that of one without it, as meta, raises."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _autocast(
