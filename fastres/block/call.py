@@ -40,7 +40,7 @@ def why_not_layers(
     x: Tensor, block: Block, layers: Sequence[Layer], residual: Tensor | None = None
 ) -> str | None:
     """Why `run_layers` would take the stock path for these arguments, or None."""
-    if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
+    if isinstance(x, Tensor) and autocasts(x.device.type):
         x, layers = _autocast(x, layers)
     return why_not_block(x, _without_late_activation(block)[0], layers, residual)
 
@@ -49,7 +49,7 @@ def try_layers(
     x: Tensor, block: Block, layers: Sequence[Layer], residual: Tensor | None = None
 ) -> Tensor | None:
     """`run_layers`, but None where it cannot be fused; then nothing was run or updated."""
-    if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
+    if isinstance(x, Tensor) and autocasts(x.device.type):
         x, layers = _autocast(x, layers)
     block, late = _without_late_activation(block)
     if why_not_block(x, block, layers, residual) is not None:
@@ -68,7 +68,7 @@ def run_open(
         Only a block whose first unit is given these statistics may read the raw output: its
         gradient is that of what it stands for.
     """
-    if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
+    if isinstance(x, Tensor) and autocasts(x.device.type):
         x, layers = _autocast(x, layers)
     block = block._replace(open_end=True)
     if why_not_block(x, block, layers) is not None:
@@ -125,6 +125,11 @@ def _memory_mode(x: Tensor) -> str:
     if mode != "auto":
         return mode
     return "balanced" if x.device.type == "cpu" or current().backend == "triton" else "speed"
+
+
+def autocasts(device: str) -> bool:
+    """Whether autocast is at work on a device; asking that of one without it, as meta, raises."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _autocast(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, Sequence[Layer]]:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastres.block.layers import Layer
-from fastres.block.spec import Block
+from fastres.block.layers import Layer, is_size
+from fastres.block.spec import Block, Unit
 from fastres.block.tensors import pooled_shape
 from fastres.kernels import activation
 
@@ -27,21 +27,26 @@ def why_not_tensor(x: object) -> str | None:
         return f"x must be float32, bfloat16, float16 or float64, got {x.dtype}"
     if x.layout != torch.strided or x.is_quantized:
         return "x must be a dense tensor"
-    if not torch.compiler.is_compiling() and (reason := _why_not_mode(x)) is not None:
-        return reason
-    return "x is empty" if x.numel() == 0 else None
-
-
-def _why_not_mode(x: Tensor) -> str | None:
     if torch.overrides.has_torch_function_unary(
         x
     ) or torch.utils._python_dispatch.is_traceable_wrapper_subclass(x):
         return f"{type(x).__name__} is a tensor subclass with behaviour of its own"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if _in_transform():
         return "torch.func transforms need torch's own operators"
     if torch.autograd.forward_ad._current_level >= 0:
         return "forward-mode differentiation needs torch's own operators"
-    return None
+    return "x is empty" if x.numel() == 0 else None
+
+
+def _in_transform() -> bool:
+    """Whether a transform of torch.func is at work, whose rules our operators do not have."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler: torch.compile
+# calls the function as it traces, inside the very transforms that it traces, and keeps the answer.
+# Traced itself, the function would always answer yes.
+_in_transform._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def why_not_block(
@@ -76,6 +81,8 @@ def why_not_block(
 
 def _follow(shape: Shape, x: Tensor, layer: Layer) -> tuple[str | None, Shape]:
     """Why a layer cannot take an input of `shape`, and the shape it would give."""
+    if (reason := why_not_settings(layer.unit)) is not None:
+        return reason, shape
     conv = layer.unit.conv
     if layer.weight is not None and conv is not None:
         k, c, kh, kw = layer.weight.shape
@@ -94,6 +101,22 @@ def _follow(shape: Shape, x: Tensor, layer: Layer) -> tuple[str | None, Shape]:
     return _why_not_norm(layer, shape[1], x) or _why_not_factor(layer, shape, x), shape
 
 
+def why_not_settings(unit: Unit) -> str | None:
+    """Why the numbers of a unit need torch's own operators, or None.
+
+    torch takes numpy's scalars, tensors and tuples of one as well, and raises for some of them.
+    """
+    norm, conv = unit.norm, unit.conv
+    eps = 1.0 if norm is None or norm.source == "given" else norm.eps
+    if type(eps) not in (float, int) or not eps > 0:
+        return f"eps must be a positive float, got {eps!r}"
+    if conv is None:
+        return None
+    if not (is_size(conv.stride) and is_size(conv.padding) and is_size(conv.dilation)):
+        return "stride, padding and dilation must be ints or pairs of them"
+    return None if type(conv.groups) is int else "groups must be an int"
+
+
 def _why_not_norm(layer: Layer, channels: int, x: Tensor) -> str | None:
     norm = layer.unit.norm
     if norm is None or norm.source == "given":
@@ -107,6 +130,9 @@ def _why_not_norm(layer: Layer, channels: int, x: Tensor) -> str | None:
             return f"batch norm tensors must be {x.dtype} or float32, got {t.dtype}"
         if x.dtype == torch.float64 and t.dtype != torch.float64:
             return "batch norm tensors must be float64"
+    for t in (layer.running_mean, layer.running_var) if layer.training else ():
+        if t is not None and channels > 1 and t.stride(0) == 0:
+            return "running statistics that share one place are updated one after the other"
     return None
 
 

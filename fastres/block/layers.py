@@ -58,12 +58,20 @@ class Layer(NamedTuple):
         return (*self[1:5], *running, self.factor)
 
 
+def is_size(value: object) -> bool:
+    """Whether a setting is a plain int or two of them; torch knows what to do with the rest."""
+    if type(value) is int:
+        return True
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        return False
+    return type(value[0]) is int and type(value[1]) is int
+
+
 def pair(value: Size | Sequence[int]) -> tuple[int, int]:
-    """(value, value) for an int, the pair itself else."""
-    if isinstance(value, int):
+    """(value, value) for an int, the pair itself else; what is neither stays what it is."""
+    if type(value) is int:
         return (value, value)
-    h, w = value
-    return (h, w)
+    return tuple(value) if is_size(value) else value  # type: ignore[arg-type, return-value]
 
 
 def count_batch(layer: Layer) -> float | Tensor:

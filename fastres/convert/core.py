@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastres.convert.levels import Target, describe
 from fastres.convert.report import Report, Row
 from fastres.nn.blocks import FusedModule
-from fastres.nn.fused import FusedParts, explained
+from fastres.nn.fused import FusedParts, explained, parts_now
 from fastres.nn.match import Decline, match
 from fastres.nn.stem import FusedStem
 
@@ -176,7 +176,7 @@ def _looks_residual(module: nn.Module) -> bool:
 
 def _obstacle(module: nn.Module, fused: Any) -> Decline | None:
     """What keeps a module from running fused, were it of the class `fused`."""
-    found = match(fused._parts(module))
+    found = match(parts_now(module, fused))
     return found if isinstance(found, Decline) else None
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from timm.layers import DropBlock2d, DropPath
 from timm.models import resnet
 from torch import Tensor, nn
 
 from fastres.nn.blocks import FusedModule
+from fastres.nn.genuine import Sequential
 from fastres.nn.match import Decline, Parts, Steps, hooked
 from fastres.nn.stem import FusedStem
 
@@ -50,6 +51,8 @@ def _parts_of(block: Any, units: tuple[Steps, ...], end: nn.Module | None) -> Pa
 class FusedResNet(FusedStem, resnet.ResNet):  # type: ignore[misc]
     """timm's ResNet with a fused stem: one convolution, or three (ResNet-C and -D)."""
 
+    _replaces: ClassVar[str] = "forward_features"
+
     maxpool: nn.Module
     layer1: nn.Module
     layer2: nn.Module
@@ -59,7 +62,7 @@ class FusedResNet(FusedStem, resnet.ResNet):  # type: ignore[misc]
     def _parts(self) -> Parts | Decline:
         m = self._modules
         conv, end = m["conv1"], m["act1"]
-        if type(conv) is not nn.Sequential:
+        if type(conv) is not Sequential:
             return Parts((Steps(conv, m["bn1"]),), end, "none")
         chain = list(conv._modules.values())
         if len(chain) % 3 != 1:

@@ -8,6 +8,7 @@ from torch import nn
 from transformers.models.resnet import modeling_resnet as resnet
 
 from fastres.nn.blocks import FusedModule
+from fastres.nn.genuine import Sequential, as_written
 from fastres.nn.match import Decline, Parts, Projection, Steps
 
 
@@ -15,8 +16,11 @@ def _parts_of(layer: Any) -> Parts | Decline:
     chain = layer._modules["layer"]
     shortcut = layer._modules["shortcut"]
     convs = tuple(chain._modules.values())
-    if type(chain) is not nn.Sequential or any([type(c) not in _CONV_LAYERS for c in convs]):
+    if type(chain) is not Sequential or any([type(c) not in _CONV_LAYERS for c in convs]):
         return Decline(chain, "is not a Sequential of ResNetConvLayer")
+    for cls, own in _INNER.items():
+        if cls.forward is not own:
+            return Decline(None, f"{cls.__name__}.forward is not what it was written as", False)
     units = tuple([_unit_of(c) for c in convs])
     wrappers: tuple[nn.Module | None, ...] = (chain, *convs)
     if type(shortcut) is resnet.ResNetShortCut:
@@ -53,6 +57,11 @@ class FusedConvLayer(FusedModule, resnet.ResNetConvLayer):  # type: ignore[misc]
         unit = _unit_of(self)
         return Parts((unit._replace(act=None),), unit.act, "none")
 
+
+#: The classes inside a layer that are not called, and their forward.
+_INNER: dict[Any, Any] = {
+    cls: as_written(cls, "forward") for cls in (resnet.ResNetConvLayer, resnet.ResNetShortCut)
+}
 
 _CONV_LAYERS = (resnet.ResNetConvLayer, FusedConvLayer)
 

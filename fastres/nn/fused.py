@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import torch
 from torch import Tensor, nn
 
 from fastres.block import Layer, output_shapes, try_layers, why_not_layers
+from fastres.block.check import why_not_settings
 from fastres.kernels import memory_format_of
 from fastres.nn.drop import draw
+from fastres.nn.genuine import as_written
 from fastres.nn.match import Decline, Match, Parts, match, why_not_now
 
 
@@ -62,6 +66,9 @@ def why_not_parts(block: nn.Module, parts: Parts | Decline, x: Tensor | None) ->
     matched = match(parts)
     if isinstance(matched, Decline):
         return explained(block, matched)
+    for unit in matched.block.all_units:
+        if (reason := why_not_settings(unit)) is not None:
+            return reason
     return None if x is None else why_not_layers(x, matched.block, placeholders(matched, x))
 
 
@@ -71,11 +78,35 @@ def explained(block: nn.Module, decline: Decline) -> str:
     return f"{names[0]} {decline.text}" if names and names[0] else decline.text
 
 
+def parts_now(module: Any, fused: Any) -> Parts | Decline:
+    """What `module` would be made of as a `fused`, a subclass of FusedParts, or why it is not."""
+    name = fused._replaces
+    if fused._stock is not None and getattr(fused._stock, name) is not fused._stock_forward:
+        text = f"{fused._stock.__name__}.{name} is not what it was written as"
+        return Decline(None, text, permanent=False)
+    try:
+        return fused._parts(module)
+    except (KeyError, AttributeError) as error:
+        return Decline(None, f"has no such part: {error}")
+
+
 class FusedParts(nn.Module):
     """A module that runs some of its children fused where it can.
 
-    A subclass says in `_parts` what they make up.
+    A subclass says in `_parts` what they make up, and in `_replaces` the method that it overrides
+    of the stock class behind it.
     """
+
+    _replaces: ClassVar[str] = "forward"
+    _stock: ClassVar[Any] = None
+    _stock_forward: ClassVar[Any] = None
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        behind = cls.__mro__[cls.__mro__.index(FusedParts) + 1 :]
+        own = [c for c in behind if cls._replaces in c.__dict__ and c is not nn.Module]
+        if own and own[0] is not cls._stock:
+            cls._stock, cls._stock_forward = own[0], as_written(own[0], cls._replaces)
 
     def _parts(self) -> Parts | Decline:
         raise NotImplementedError(f"{type(self).__name__} must define _parts")
@@ -86,9 +117,11 @@ class FusedParts(nn.Module):
         Args:
             x: [N, C, H, W], or None to look at the module alone.
         """
-        return why_not_parts(self, self._parts(), x)
+        if self._replaces in self.__dict__:
+            return f"has its {self._replaces} replaced"
+        return why_not_parts(self, parts_now(self, type(self)), x)
 
     def matched(self) -> Match | None:
         """What would be run fused, in the terms of `fastres.block`; None where it is not."""
-        found = match(self._parts())
+        found = match(parts_now(self, type(self)))
         return found if isinstance(found, Match) else None

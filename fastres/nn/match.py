@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from torch.nn.modules import module as _module
 
 from fastres.block import Block, Layer, Norm, PoolSpec, Unit, pair
+from fastres.block.layers import is_size
 from fastres.kernels import Conv
 from fastres.nn.drop import draws, works
+from fastres.nn.genuine import AvgPool2d, BatchNorm2d, Conv2d, Identity, ReLU, Sequential, replaced
 
 
 class Decline(NamedTuple):
@@ -113,7 +115,7 @@ def why_not_now() -> str | None:
         return "torch.jit.trace records torch's own operators"
     if _exporting():
         return "torch.export records torch's own operators"
-    return None
+    return replaced()
 
 
 def _exporting() -> bool:
@@ -211,7 +213,7 @@ def activation_of(act: nn.Module | None) -> str | Decline:
 
 def drops(module: nn.Module | None) -> bool | Decline:
     """Whether a unit's `drop` multiplies by a factor now; in evaluation it does nothing."""
-    if module is None or type(module) is nn.Identity:
+    if module is None or type(module) is Identity:
         return False if module is None else hooked(module) or False
     if not draws(module):
         return Decline(module, f"is a {type(module).__name__}, which is not fused")
@@ -219,22 +221,26 @@ def drops(module: nn.Module | None) -> bool | Decline:
 
 
 #: torch's modules without settings of their own, by the activation that they compute.
-ACTIVATIONS: dict[type, str] = {nn.ReLU: "relu", nn.Identity: "none"}
+ACTIVATIONS: dict[type, str] = {ReLU: "relu", Identity: "none"}
 
 
 def why_not_conv(conv: nn.Module | None) -> Decline | None:
     """Why a convolution cannot be fused, or None."""
-    if type(conv) is not nn.Conv2d:
+    if type(conv) is not Conv2d:
         return Decline(conv, f"is a {type(conv).__name__}, not a Conv2d")
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         return Decline(conv, "pads otherwise than with a number of zeros")
+    if "_conv_forward" in conv.__dict__:
+        return Decline(conv, "has its _conv_forward replaced", permanent=False)
     return hooked(conv) or odd_tensor(conv, conv._parameters)
 
 
 def why_not_norm(norm: nn.Module | None) -> Decline | None:
     """Why a batch norm cannot be fused, or None."""
-    if type(norm) is not nn.BatchNorm2d:
+    if type(norm) is not BatchNorm2d:
         return Decline(norm, f"is a {type(norm).__name__}, not a BatchNorm2d")
+    if "_check_input_dim" in norm.__dict__:
+        return Decline(norm, "has its _check_input_dim replaced", permanent=False)
     return hooked(norm) or why_not_state(norm)
 
 
@@ -250,7 +256,7 @@ def why_not_state(norm: nn.BatchNorm2d) -> Decline | None:
 def odd_tensor(module: nn.Module, table: dict[str, Any]) -> Decline | None:
     """Whether a parameter or buffer is more than a plain tensor: a DTensor, a quantised weight."""
     for tensor in table.values():
-        if tensor is not None and type(tensor) not in _PLAIN and not torch.compiler.is_compiling():
+        if tensor is not None and type(tensor) not in _PLAIN:
             return Decline(module, f"holds a {type(tensor).__name__}, not a plain tensor")
     return None
 
@@ -293,13 +299,15 @@ def projection_of(shortcut: nn.Module | Projection) -> Projection | Decline | No
     """
     if isinstance(shortcut, Projection):
         return shortcut
+    if not isinstance(shortcut, nn.Module):
+        return Decline(None, f"has a {type(shortcut).__name__} for a shortcut, not a module")
     if (decline := hooked(shortcut)) is not None:
         return decline
-    if type(shortcut) is nn.Identity:
+    if type(shortcut) is Identity:
         return None
-    if type(shortcut) is nn.Conv2d:
+    if type(shortcut) is Conv2d:
         return Projection(shortcut, None)
-    if type(shortcut) is nn.Sequential:
+    if type(shortcut) is Sequential:
         return _projection_in(shortcut) or Decline(shortcut, _NO_PROJECTION)
     return Decline(shortcut, _NO_PROJECTION)
 
@@ -309,11 +317,11 @@ _NO_PROJECTION = "is not a Conv2d with a BatchNorm2d, or these behind an AvgPool
 
 def _projection_in(shortcut: nn.Sequential) -> Projection | Decline | None:
     parts = [m for m in shortcut._modules.values() if m is not None]
-    computing = [m for m in parts if type(m) is not nn.Identity]
-    if (decline := first_hooked(m for m in parts if type(m) is nn.Identity)) is not None:
+    computing = [m for m in parts if type(m) is not Identity]
+    if (decline := first_hooked(m for m in parts if type(m) is Identity)) is not None:
         return decline
     pool: Any = None
-    if computing and type(computing[0]) is nn.AvgPool2d:
+    if computing and type(computing[0]) is AvgPool2d:
         pool, *computing = computing
         if (decline := hooked(pool)) is not None:
             return decline
@@ -331,6 +339,8 @@ def pool_of(pool: nn.AvgPool2d | None) -> PoolSpec | Decline | None:
     if pool.divisor_override is not None:
         return Decline(pool, "overrides the divisor")
     kernel, stride, padding = pool.kernel_size, pool.stride, pool.padding
+    if not (is_size(kernel) and is_size(stride) and is_size(padding)):
+        return Decline(pool, "has other settings than ints or pairs of them")
     return PoolSpec(
         pair(kernel), pair(stride), pair(padding), pool.ceil_mode, pool.count_include_pad
     )
@@ -348,7 +358,7 @@ def _why_not_identities(modules: Sequence[nn.Module | None]) -> Decline | None:
     for module in modules:
         if module is None:
             continue
-        if type(module) is not nn.Identity:
+        if type(module) is not Identity:
             return Decline(module, f"is a {type(module).__name__}, which is not fused")
         if (decline := hooked(module)) is not None:
             return decline

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
-from fastres.nn.fused import FusedParts, run_parts
+from fastres.nn.fused import FusedParts, parts_now, run_parts
 from fastres.nn.match import Parts, Steps
 
 
@@ -17,7 +19,7 @@ class FusedStem(FusedParts):
 
     def fused_stem(self, x: Tensor) -> Tensor | None:
         """The stem's output, or None where its children have to run; then nothing was changed."""
-        return run_parts(self._parts(), x)
+        return run_parts(parts_now(self, type(self)), x)
 
 
 class FusedResNetStem(FusedStem):
@@ -25,6 +27,8 @@ class FusedResNetStem(FusedStem):
 
     All of the rest is called as torchvision does.
     """
+
+    _replaces: ClassVar[str] = "_forward_impl"
 
     conv1: nn.Module
     bn1: nn.Module
@@ -43,8 +47,11 @@ class FusedResNetStem(FusedStem):
 
     def _forward_impl(self, x: Tensor) -> Tensor:
         out = self.fused_stem(x)
+        if out is None and self._stock is not None:
+            logits: Tensor = super()._forward_impl(x)  # type: ignore[misc]
+            return logits
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))) if out is None else out)
         x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         x = torch.flatten(self.avgpool(x), 1)
-        logits: Tensor = self.fc(x)
+        logits = self.fc(x)
         return logits

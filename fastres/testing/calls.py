@@ -25,7 +25,16 @@ from fastres.kernels import (
     reference,
 )
 from fastres.testing.cases import Case
-from fastres.testing.maker import F64, Call, Maker, is_gate, tagged, unambiguous
+from fastres.testing.maker import (
+    F64,
+    Call,
+    Maker,
+    column,
+    expanded,
+    is_gate,
+    tagged,
+    unambiguous,
+)
 
 
 def calls(primitive: str, case: Case, backend: str, device: str = "cpu") -> Iterator[Call]:
@@ -57,6 +66,11 @@ def _finalize_stats(m: Maker) -> Iterator[Call]:
     yield Call("plain", request, (state, count, None, None, None, 0.5), more)
     yield Call("weight only", request, (state, count, None, weight, None, 1e-3), more)
     yield Call("running", request, (None, count, m.running(c), weight, bias, 1e-5), more)
+    mean, var = m.running(c)
+    views = (column(mean), column(var)), column(weight), column(bias)
+    yield Call("running, columns", request, (None, count, *views, 1e-5), more)
+    one = expanded(weight.abs() + 0.5), expanded(bias)
+    yield Call("batch, expanded", request, (state, count, None, *one, 1e-5), more)
 
 
 def _scale_shift_act(m: Maker) -> Iterator[Call]:
@@ -152,6 +166,8 @@ def _bn_act_forward(m: Maker) -> Iterator[Call]:
     yield Call("plain", m.request(y), (y, None, None, 1e-3))
     relu = m.request(y, act="relu")
     yield Call("inner", relu, (y, weight, bias, 1e-5), {"act": "relu"})
+    views = (y, column(weight), expanded(bias), 1e-5)
+    yield Call("inner, views", relu, views, {"act": "relu"})
     yield Call("residual", relu, (y, weight, bias, 1e-5), {**end, "want_mask": True})
     yield Call("projection", relu, (y, weight, bias, 1e-5), {**end, "residual_stats": other})
 
@@ -208,6 +224,7 @@ def _conv_forward(m: Maker) -> Iterator[Call]:
     stats = m.stats(x)
     yield Call("plain", _conv_request(m, x), (x, w, None, conv))
     yield Call("bias", _conv_request(m, x), (x, w, bias, conv))
+    yield Call("bias, column", _conv_request(m, x), (x, w, column(bias), conv))
     yield Call("stats", _conv_request(m, x, "stats"), (x, w, bias, conv), {"want_state": True})
     for act in m.acts:
         alone, both = (_conv_request(m, x, "prologue", *more, act=act) for more in ((), ("stats",)))
@@ -249,6 +266,7 @@ def _conv_bn_act(m: Maker) -> Iterator[Call]:
             continue
         more = {"act": act, "residual": m.x("residual", shape)}
         yield Call(f"{act}, residual", request, (x, w, bias, conv, m.stats(y)), more)
+        yield Call(f"{act}, bias column", request, (x, w, column(bias), conv, m.stats(y)), more)
 
 
 def _conv_backward(m: Maker) -> Iterator[Call]:

@@ -115,6 +115,20 @@ def is_gate(act: str) -> bool:
     return activation(act).gate is not None
 
 
+def column(vector: Tensor) -> Tensor:
+    """The same values as a column of a matrix, whose other columns are NaN."""
+    matrix = vector.new_full((len(vector), 3), float("nan"))
+    matrix[:, 1] = vector
+    return matrix[:, 1]
+
+
+def expanded(vector: Tensor) -> Tensor:
+    """The first value everywhere, with a stride of 0; NaN follows it in memory."""
+    value = vector.new_full((2,), float("nan"))
+    value[:1] = vector[:1]
+    return value[:1].expand(len(vector))
+
+
 def tagged(label: str, act: str) -> str:
     """A label that says which activation, where it is none of fastres' own."""
     return label if act in ("none", "relu") else f"{label}, {act}"

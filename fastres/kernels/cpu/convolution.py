@@ -77,6 +77,11 @@ def _image_bytes(t: Tensor) -> int:
     return t[0].numel() * t.element_size()
 
 
+def _readable(bias: Tensor | None) -> Tensor | None:
+    """The bias as oneDNN reads it: with a stride of 1, whatever its own is."""
+    return None if bias is None else bias.contiguous()
+
+
 def _convolve_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv) -> None:
     """out += conv(x, weight) + bias, in one call."""
     if bias is None and _is_product(x, weight, conv):
@@ -182,6 +187,7 @@ def conv_forward(
     want_state: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """y = conv(P(x), weight) + bias and its statistics, chunk by chunk."""
+    bias = _readable(bias)
     chunks = _forward_chunks(x, weight, conv)
     z = _scratch(x, chunks) if prologue is not None else x
     if len(chunks) == 1:
@@ -390,6 +396,7 @@ def conv_bn_act(
     Folding the batch norm into the weight would save nothing more: the sum and the activation
     need their pass over the chunk anyway, since oneDNN's own ReLU turns NaN into 0.
     """
+    bias = _readable(bias)
     chunks = _forward_chunks(x, weight, conv)
     if len(chunks) == 1:
         y = _convolved(x, weight, bias, conv)

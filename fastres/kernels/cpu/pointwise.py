@@ -71,7 +71,8 @@ def finalize_stats(
 ) -> Tensor:
     """`stats` [5, C] in `acc`, computed in float64."""
     given = [*(running or (None, None)), weight, bias]
-    ready = [t if t is None or t.dtype == acc else t.to(acc) for t in given]
+    # The kernel reads them with a stride of 1; views of a larger tensor may have another.
+    ready = [None if t is None else t.to(acc).contiguous() for t in given]
     channels = next(t.shape[-1] for t in (state, *ready) if t is not None)
     stats = torch.empty(5, channels, dtype=acc)
     _kernels.finalize_stats(
