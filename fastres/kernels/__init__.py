@@ -11,12 +11,14 @@ from fastres.kernels.backend import BACKENDS, Backend, declare, preference
 from fastres.kernels.reference import Activation
 from fastres.kernels.registry import (
     COMPOSITES,
+    IN_PLACE,
     PRIMITIVES,
     Implementation,
     Request,
     implementations,
     load_extensions,
     register,
+    registrations,
     select,
 )
 from fastres.kernels.types import (
@@ -27,6 +29,7 @@ from fastres.kernels.types import (
     Gated,
     PendingGrad,
     Prologue,
+    RunningUpdate,
     acc_dtype,
     dense,
     is_channels_last,
@@ -37,6 +40,7 @@ from fastres.kernels.types import (
 __all__ = [
     "BACKENDS",
     "COMPOSITES",
+    "IN_PLACE",
     "PRIMITIVES",
     "STATS_ROWS",
     "Activation",
@@ -49,6 +53,7 @@ __all__ = [
     "PendingGrad",
     "Prologue",
     "Request",
+    "RunningUpdate",
     "acc_dtype",
     "activation",
     "activations",
@@ -67,6 +72,7 @@ __all__ = [
     "reference",
     "register",
     "register_activation",
+    "registrations",
     "select",
     "triton",
 ]
