@@ -12,7 +12,15 @@ from torch import Tensor
 import fastres
 from fastres import tuning
 from fastres.block import autotune
-from fastres.kernels import Branch, Gate, Implementation, implementations, tuned
+from fastres.kernels import (
+    IN_PLACE,
+    Branch,
+    Gate,
+    Implementation,
+    RunningUpdate,
+    implementations,
+    tuned,
+)
 from fastres.testing import (
     CASES,
     BlockCase,
@@ -54,6 +62,13 @@ def _run(entry: Implementation, call: Call) -> list[Tensor]:
     kwargs = dict(call.kwargs)
     if kwargs.get("overwrite"):
         kwargs["accumulate"] = kwargs["accumulate"].clone()
+    if entry.primitive in IN_PLACE:
+        updates = [
+            RunningUpdate(*(t.clone() if isinstance(t, Tensor) else t for t in update))
+            for update in call.args[0]
+        ]
+        entry.run(updates)
+        return [t for u in updates for t in u[1:4] if t is not None]
     return _tensors(entry.run(*call.args, **kwargs))
 
 

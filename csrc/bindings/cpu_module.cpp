@@ -16,6 +16,7 @@
 #endif
 
 #include "bindings/checks.h"
+#include "bindings/running.h"
 #include "cpu/allocator.h"
 #include "cpu/kernels.h"
 #include "fastres/dlpack.h"
@@ -159,6 +160,12 @@ void act_backward_py(Address grad_out, int gate, Address gate_ptr, Address grad,
   require_data("grad", grad, problem);
   require_gate_source(gate_code, gate_ptr, 0, 0, problem);
   active_table().act_backward({at(grad_out), gate_code, at(gate_ptr), at(grad), problem});
+}
+
+void update_running_py(const std::vector<UpdateCode>& updates) {
+  for (const RunningUpdate& update : checked_updates(updates)) {
+    update_running(update);
+  }
 }
 
 // ---- instruction sets ----
@@ -329,6 +336,9 @@ void define_kernels(py::module_& m) {
         py::arg("gate_ptr"), py::arg("grad"), py::arg("n"), py::arg("c"), py::arg("hw"),
         py::arg("layout"), py::arg("dtype"), py::arg("threads"),
         "grad = grad_out where the activation was not flat, 0 elsewhere.");
+  // It takes less time than giving up Python's lock for it.
+  m.def("update_running", &update_running_py, py::arg("updates"),
+        "running = (1 - momentum) * running + momentum * batch, and the counters, in order.");
 }
 
 void define_runtime(py::module_& m) {

@@ -4,6 +4,7 @@
 // `shape` is (n, c, hw, layout, dtype), `tiling` (threads, width, chunk_rows, stages), `where`
 // (device, stream); see csrc/cuda/kernels.h.
 #include "bindings/checks.h"
+#include "bindings/running.h"
 #include "cuda/kernels.h"
 
 namespace fastres::cuda {
@@ -210,6 +211,11 @@ void norm_backward_py(Address grad_out, int gate, Address gate_ptr, Address y1, 
                 where_of(where));
 }
 
+void update_running_py(const std::vector<UpdateCode>& updates, const WhereCode& where) {
+  const std::vector<RunningUpdate> checked = checked_updates(updates);
+  update_running(checked.data(), int64_t(checked.size()), where_of(where));
+}
+
 int64_t norm_forward_blocks_py(int dtype, bool second, const WhereCode& where) {
   return norm_forward_blocks(checked_dtype(dtype), second, where_of(where));
 }
@@ -253,6 +259,8 @@ void define_kernels(py::module_& m) {
         py::arg("partials"), py::arg("sums"), py::arg("count"), py::arg("grad_y1"),
         py::arg("grad_y2"), py::arg("grad_residual"), shape, tiling, where,
         "bn_act_backward_reduce and bn_act_backward_apply, slab by slab of channels.");
+  m.def("update_running", &update_running_py, Unlocked(), py::arg("updates"), where,
+        "running = (1 - momentum) * running + momentum * batch, and the counters, in order.");
   m.def("bn_act_forward_blocks", &norm_forward_blocks_py, py::arg("dtype"), py::arg("second"),
         where, "The most chunks that bn_act_forward can be given.");
   m.def("bn_act_backward_blocks", &norm_backward_blocks_py, py::arg("dtype"), py::arg("second"),

@@ -7,6 +7,7 @@
 #include "fastres/batch_norm.h"
 #include "fastres/dtype.h"
 #include "fastres/problem.h"
+#include "fastres/running.h"
 
 namespace fastres::cpu {
 
@@ -101,6 +102,7 @@ struct KernelTable {
 
 // Per channel and tiny: not worth an instruction set of its own.
 void finalize_stats(const FinalizeStatsArgs& args);
+void update_running(const RunningUpdate& update);
 
 // Built tables, best first; `baseline` is always the last one.
 const KernelTable* const* built_tables(int* count);

@@ -10,6 +10,7 @@
 #include "fastres/activation.h"
 #include "fastres/batch_norm.h"
 #include "fastres/problem.h"
+#include "fastres/running.h"
 
 namespace fastres::cuda {
 
@@ -122,6 +123,9 @@ struct NormBackwardArgs {
 
 inline constexpr int kSlabThreads = 256;
 
+// Batch norms whose running statistics one launch updates; more of them take several launches.
+inline constexpr int kMostUpdates = 8;
+
 void channel_stats(const ChannelStatsArgs& args, const Where& where);
 void finalize_stats(const FinalizeStatsArgs& args, const Where& where);
 void scale_shift_act(const ScaleShiftActArgs& args, const Where& where);
@@ -129,6 +133,7 @@ void backward_reduce(const BackwardReduceArgs& args, const Where& where);
 void backward_apply(const BackwardApplyArgs& args, const Where& where);
 void norm_forward(const NormForwardArgs& args, const Where& where);
 void norm_backward(const NormBackwardArgs& args, const Where& where);
+void update_running(const RunningUpdate* updates, int64_t count, const Where& where);
 
 // How many blocks of these two the device holds at once. `second`: with statistics of the residual,
 // with a second branch.

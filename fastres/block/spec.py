@@ -189,7 +189,9 @@ def _json(value: Any) -> str:
         return "null"
     if isinstance(value, bool):
         return "true" if value else "false"
-    return f'"{value}"' if isinstance(value, str) else repr(value)
+    if isinstance(value, str):
+        return f'"{value}"'
+    return "Infinity" if value == float("inf") else repr(value)
 
 
 def _pair(values: Sequence[int]) -> tuple[int, int]:

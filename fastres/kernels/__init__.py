@@ -11,6 +11,7 @@ from fastres.kernels.backend import BACKENDS, Backend, declare, preference
 from fastres.kernels.reference import Activation
 from fastres.kernels.registry import (
     COMPOSITES,
+    IN_PLACE,
     PRIMITIVES,
     Implementation,
     Request,
@@ -28,6 +29,7 @@ from fastres.kernels.types import (
     Gated,
     PendingGrad,
     Prologue,
+    RunningUpdate,
     acc_dtype,
     dense,
     is_channels_last,
@@ -38,6 +40,7 @@ from fastres.kernels.types import (
 __all__ = [
     "BACKENDS",
     "COMPOSITES",
+    "IN_PLACE",
     "PRIMITIVES",
     "STATS_ROWS",
     "Activation",
@@ -50,6 +53,7 @@ __all__ = [
     "PendingGrad",
     "Prologue",
     "Request",
+    "RunningUpdate",
     "acc_dtype",
     "activation",
     "activations",

@@ -5,6 +5,7 @@ It runs on every device torch runs on, fuses nothing, and is what the others fal
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,14 @@ from fastres.kernels import reference
 from fastres.kernels.backend import Backend, declare
 from fastres.kernels.formulas import POINTWISE, bind, register_formulas
 from fastres.kernels.registry import Request, register
-from fastres.kernels.types import Conv, Prologue, acc_dtype, dense, memory_format_of
+from fastres.kernels.types import (
+    Conv,
+    Prologue,
+    RunningUpdate,
+    acc_dtype,
+    dense,
+    memory_format_of,
+)
 
 declare(Backend("aten", ("cpu", "cuda"), why_not=lambda: None))
 register_formulas("aten", POINTWISE, acc=acc_dtype)
@@ -115,3 +123,34 @@ def conv_bn_act(
     if residual is not None:
         y = y.add_(residual)
     return y.relu_() if act == "relu" else reference.activate(y, act)
+
+
+@register("update_running", "aten", name="foreach")
+def update_running(updates: Sequence[RunningUpdate]) -> None:
+    """Three calls for all of them where they share dtype and momentum, else the formula."""
+    running: list[Tensor] = []
+    batch: list[Tensor] = []
+    unbiased: list[float] = []
+    dtypes = {u.stats.dtype for u in updates}
+    momenta = set()
+    for u in updates:
+        for buffer, row in ((u.running_mean, 0), (u.running_var, 1)):
+            if buffer is not None:
+                running.append(buffer)
+                batch.append(u.stats[row])
+                unbiased.append(u.count / (u.count - 1) if row and u.count != 1 else 1.0)
+                dtypes.add(buffer.dtype)
+        momenta.add(None if isinstance(u.momentum, Tensor) else u.momentum)
+    distinct = len({t.data_ptr() for t in running}) == len(running)  # a norm may be shared
+    momentum = momenta.pop() if len(momenta) == 1 else None
+    if momentum is None or not (running and distinct and len(dtypes) == 1):
+        acc = torch.float64 if torch.float64 in dtypes else torch.float32
+        reference.update_running(updates, acc=acc)
+        return
+    with torch.no_grad():
+        for u in updates:
+            if u.counter is not None:
+                u.counter.add_(1)
+        torch._foreach_mul_(running, 1 - momentum)
+        taken = torch._foreach_mul(batch, unbiased)
+        torch._foreach_add_(running, taken, alpha=momentum)

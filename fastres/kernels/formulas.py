@@ -55,4 +55,5 @@ def bind(
 
 #: Every primitive in float64, rounded only where it is stored.
 declare(Backend("reference", ("cpu", "cuda", "meta"), why_not=lambda: None))
+register("update_running", "reference", name="formula")(reference.update_running)
 register_formulas("reference", (*POINTWISE, *CONVOLUTIONS), acc=lambda dtype: torch.float64)

@@ -10,6 +10,7 @@ stands in docs/design.md section 4 (Ioffe and Szegedy 2015; Chan, Golub and LeVe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -319,6 +320,33 @@ def bn_act_backward(
         want_residual=want_residual, **more,
     )  # fmt: skip
     return sums, grads, residual
+
+
+def update_running(updates: Sequence[Any], *, acc: torch.dtype = F64) -> None:
+    """Take a batch into running statistics in place, as nn.BatchNorm2d does, one after another.
+
+    counter += 1; running = (1 - momentum)*running + momentum*batch, with the unbiased variance.
+
+    Args:
+        updates: (stats [5, C], running_mean [C] or None, running_var [C] or None, 0-d integer
+            counter or None, momentum, values per channel) each, by these names; a momentum of
+            None is 1/counter after the increment, 0 without a counter.
+        acc: dtype of the arithmetic; what is stored has its own.
+    """
+    with torch.no_grad():
+        for u in updates:
+            if u.counter is not None:
+                u.counter.add_(1)
+            factor = u.momentum
+            if factor is None:
+                factor = 0.0 if u.counter is None else 1.0 / u.counter.to(acc)
+            elif isinstance(factor, Tensor):
+                factor = factor.to(acc)
+            unbiased = math.inf if u.count == 1 else u.count / (u.count - 1)
+            for running, row, scale in ((u.running_mean, 0, 1.0), (u.running_var, 1, unbiased)):
+                if running is not None:
+                    batch = u.stats[row].to(acc) * scale
+                    running.copy_((1 - factor) * running.to(acc) + factor * batch)
 
 
 # ---------------------------------------------------------------- residual add

@@ -32,10 +32,14 @@ PRIMITIVES = (
     "conv_backward_weight",
     "conv_bn_act",
     "conv_backward",
+    "update_running",
 )
 
 #: Those that the engine makes of the others where a backend has none of its own.
 COMPOSITES = ("bn_act_forward", "bn_act_backward", "conv_backward")
+
+#: Those that return nothing and write into what they are given.
+IN_PLACE = ("update_running",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +98,6 @@ class Implementation:
 _TABLE: dict[tuple[str, str], list[Implementation]] = {}
 _registrations = 0
 
-
-def registrations() -> int:
-    """How often something was registered so far: part of the key of every choice that is kept."""
-    return _registrations
-
-
 #: Imports, once, the extensions that are installed: every question to the registry comes first
 #: through here. What one registered before it failed is taken back.
 load_extensions = Discovery((_TABLE, ACTIVATIONS))
@@ -137,6 +135,11 @@ def register(
         return run
 
     return announce
+
+
+def registrations() -> int:
+    """How many implementations were announced so far: a choice made before another is stale."""
+    return _registrations
 
 
 def implementations(

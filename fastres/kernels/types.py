@@ -103,6 +103,27 @@ class PendingGrad(NamedTuple):
     value: Tensor | None = None
 
 
+class RunningUpdate(NamedTuple):
+    """A batch norm's running statistics, and the batch that they are to take in.
+
+    Attributes:
+        stats: [5, C], float32 or float64: the batch's mean and biased variance in its first rows.
+        running_mean: [C] or None; any floating dtype, any stride.
+        running_var: [C] or None; likewise.
+        counter: 0-d int64, nn.BatchNorm2d's num_batches_tracked, or None.
+        momentum: the factor; None is the cumulative average, 1/counter after its increment, and
+            0 without a counter. A 0-d tensor is for the formulas alone.
+        count: values per channel; the running variance takes in the unbiased one.
+    """
+
+    stats: Tensor
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    counter: Tensor | None
+    momentum: float | Tensor | None
+    count: int  # type: ignore[assignment]  # a tuple has a method of that name
+
+
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that statistics and arithmetic use for activations of `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -19,6 +19,7 @@ from fastres.kernels import (
     PendingGrad,
     Prologue,
     Request,
+    RunningUpdate,
     acc_dtype,
     dense,
     is_channels_last,
@@ -99,6 +100,22 @@ def _add_act(m: Maker) -> Iterator[Call]:
         more = {"act": act, "want_mask": want}
         label = f"{act}, mask" if want else act
         yield Call(label, m.request(x, act=act), (x, r), more)
+
+
+def _update_running(m: Maker) -> Iterator[Call]:
+    """Two batch norms of which the second one's momentum varies; it may have no buffers at all."""
+    if m.case.count < 2:
+        return
+    y, count = m.x(), m.case.count
+    stats, c = m.stats(y), y.shape[1]
+    request = Request(m.device, stats.dtype, False)
+    counter = torch.tensor(4, device=m.device)
+    first = RunningUpdate(stats, *m.running(c), counter, 0.1, count)
+    second = RunningUpdate(m.stats(y, "other"), *m.running(c), counter.clone(), 0.5, count)
+    yield Call("momentum", request, ((first, second),))
+    yield Call("cumulative", request, ((first, second._replace(momentum=None)),))
+    bare = second._replace(running_mean=None, running_var=None, counter=None)
+    yield Call("no buffers", request, ((first, bare),))
 
 
 # ---------------------------------------------------------------- batch norm, backward
@@ -343,4 +360,5 @@ _CALLS: dict[str, Callable[[Maker], Iterator[Call]]] = {
     "conv_backward_weight": _conv_backward_weight,
     "conv_bn_act": _conv_bn_act,
     "conv_backward": _conv_backward,
+    "update_running": _update_running,
 }

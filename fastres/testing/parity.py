@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastres.kernels import (
+    IN_PLACE,
     STATS_ROWS,
     Implementation,
     acc_dtype,
@@ -21,7 +22,7 @@ from fastres.kernels import (
 from fastres.testing.calls import calls
 from fastres.testing.cases import Case
 from fastres.testing.compare import assert_parity, assert_same_bits
-from fastres.testing.formulas import TRUTH, magnitudes, torch_formulas
+from fastres.testing.formulas import TRUTH, Formulas, magnitudes, torch_formulas
 from fastres.testing.maker import Call
 
 #: Results that are sums over a whole channel; a backend may hand them over in float64.
@@ -82,6 +83,9 @@ def _check_call(implementation: Implementation, case: Case, call: Call, where: s
     if call.in_place is not None:
         kwargs["out"] = args[call.in_place]
     result = implementation.run(*args, **kwargs)
+    if primitive in IN_PLACE:
+        _check_in_place(call, args, where)
+        return
     _check_untouched(call, args, where)
     exact_args, exact_kwargs = _map(_upcast, call.args), _map(_upcast, call.kwargs)
     truth = named(primitive, TRUTH.run(primitive, *exact_args, **exact_kwargs))
@@ -110,6 +114,26 @@ def _check_call(implementation: Implementation, case: Case, call: Call, where: s
             assert_same_bits(value, expected, what=f"{where}: {name}", signed_zeros=False)
         else:
             _compare(name, value, truth[name], baseline[name], sizes.get(name), case, where)
+
+
+def _check_in_place(call: Call, args: tuple[Any, ...], where: str) -> None:
+    """Running statistics and counters after an update; the statistics of the batch stay."""
+    truth = _map(_upcast, _map(torch.clone, call.args))
+    TRUTH.run("update_running", *truth)
+    baseline = _map(torch.clone, call.args)
+    acc = call.request.dtype
+    Formulas(acc, acc).run("update_running", *baseline)
+    for i, given in enumerate(call.args[0]):
+        assert_same_bits(args[0][i].stats, given.stats, what=f"{where}: stats {i} after the call")
+        for name in ("running_mean", "running_var", "counter"):
+            value, expected, torchs = (getattr(u[0][i], name) for u in (args, truth, baseline))
+            if name == "counter" and value is not None:
+                assert_same_bits(value, expected, what=f"{where}: counter {i}")
+            elif value is not None:
+                size = getattr(given, name).abs() + expected.abs()  # of what is added up
+                assert_parity(
+                    value, expected, [torchs], what=f"{where}: {name} {i}", magnitude=size
+                )
 
 
 def named(primitive: str, result: Any) -> dict[str, Tensor]:

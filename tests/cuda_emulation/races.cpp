@@ -288,7 +288,48 @@ class Problem {
   Row sum_g_, sum_gy_, sum_gr_;
 };
 
+void expect(const char* what, double got, double want) {
+  if (!(std::abs(got - want) <= 1e-5 * std::abs(want))) {
+    throw std::runtime_error(std::string(what) + " must be " + std::to_string(want) + ", got " +
+                             std::to_string(got));
+  }
+}
+
+// A cumulative average of two batches and a plain one of a third, by the same buffers.
+void update_shared_norm() {
+  constexpr int64_t kChannels = 2 * 256 + 3;
+  std::vector<float> stats(kStatsRows * kChannels, 2), mean(kChannels, 5), var(kChannels, 1);
+  int64_t counter = 3;
+  RunningUpdate update{stats.data(),
+                       kChannels,
+                       1,
+                       DType::kFloat32,
+                       {mean.data(), 1, DType::kFloat32},
+                       {var.data(), 1, DType::kFloat32},
+                       &counter,
+                       0.5,
+                       true,
+                       1.5,
+                       kChannels};
+  RunningUpdate updates[] = {update, update, update};
+  updates[2].cumulative = false;
+  update_running(updates, 3, kWhere);
+  expect("counter", double(counter), 6);
+  // Of 3 means of 5 and 2 of 2, then half and half with 2; a variance of 3 each time.
+  for (int64_t c = 0; c < kChannels; ++c) {
+    expect("running_mean", mean[c], (3.0 * 5 + 2 * 2) / 5 / 2 + 1);
+    expect("running_var", var[c], (3.0 * 1 + 2 * 3) / 5 / 2 + 1.5);
+  }
+  updates[0].cumulative = updates[1].cumulative = false;  // several blocks
+  update_running(updates, 3, kWhere);
+  expect("counter", double(counter), 9);
+  for (int64_t c = 0; c < kChannels; ++c) {
+    expect("running_mean", mean[c], ((3.0 * 5 + 2 * 2) / 5 / 2 + 1) / 8 + 2 * 7.0 / 8);
+  }
+}
+
 void run_all() {
+  update_shared_norm();
   for (const DType dtype : {DType::kFloat32, DType::kBFloat16}) {
     for (const int64_t size : {16, 13}) {  // vectors, single elements
       Problem last({2, size, 9, Layout::kChannelsLast, dtype}, {64, 2, 7});

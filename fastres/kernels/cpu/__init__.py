@@ -8,4 +8,8 @@ from fastres.kernels.cpu.module import why_not_built
 declare(Backend("cpu", ("cpu",), why_not=why_not_built, fallback=("aten",)))
 
 if why_not_built() is None:
-    from fastres.kernels.cpu import convolution, pointwise  # noqa: F401  (register primitives)
+    from fastres.kernels.cpu import (  # noqa: F401  (register primitives)
+        convolution,
+        pointwise,
+        running,
+    )

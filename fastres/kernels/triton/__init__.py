@@ -21,6 +21,12 @@ declare(
     )
 )
 
-from fastres.kernels.triton import batch_norm, convolution, convolution_backward, residual  # noqa: E402
+from fastres.kernels.triton import (  # noqa: E402
+    batch_norm,
+    convolution,
+    convolution_backward,
+    residual,
+    running,
+)
 
-__all__ = ["batch_norm", "convolution", "convolution_backward", "residual"]
+__all__ = ["batch_norm", "convolution", "convolution_backward", "residual", "running"]

@@ -1,0 +1,146 @@
+"""The update of a block's running statistics: in one pass, as one operator where it is traced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from fastres.block.library import _library
+from fastres.block.settings import current
+from fastres.kernels import (
+    Request,
+    RunningUpdate,
+    load_extensions,
+    preference,
+    reference,
+    registrations,
+    select,
+)
+
+Run = Callable[[Sequence[RunningUpdate]], None]
+
+#: Of an update's fields these are tensors, the counter the last of them.
+_TENSORS = 4
+_COUNTER = 3
+
+#: (device, dtype) of a tensor.
+Kind = tuple[torch.device, torch.dtype]
+
+
+def update_running(updates: Sequence[RunningUpdate]) -> None:
+    """Take batches into running statistics in place, as nn.BatchNorm2d does, one after another.
+
+    counter += 1; running = (1 - momentum)*running + momentum*batch, with the unbiased variance. A
+    norm may be there several times. No autograd; on a GPU nothing waits.
+
+    Args:
+        updates: what `fastres.kernels.RunningUpdate` says, on one device each with all its tensors.
+
+    Raises:
+        ValueError: for a wrong shape, before anything is written.
+    """
+    if not updates:
+        return
+    backend = current().backend
+    if any([isinstance(u.momentum, Tensor) for u in updates]):
+        reference.update_running(updates)
+    elif torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+        _dispatch(updates, backend)
+    else:
+        _run(updates, backend)
+
+
+def _run(updates: Sequence[RunningUpdate], backend: str) -> None:
+    kinds = [
+        None if t is None else (t.device, t.dtype)
+        for stats, mean, var, counter, _, _ in updates
+        for t in (stats, mean, var, counter)
+    ]
+    _choose(backend, registrations(), tuple(kinds))(updates)
+
+
+@lru_cache(maxsize=1024)
+def _choose(backend: str, registered: int, kinds: tuple[Kind | None, ...]) -> Run:
+    """The implementation for tensors of these kinds; `registered` makes it anew for a new kernel.
+
+    Kernels take what lies on one device, and counters in int64; a formula takes anything.
+    """
+    there = [(i % _TENSORS, *kind) for i, kind in enumerate(kinds) if kind is not None]
+    devices = {device for _, device, _ in there}
+    counters = {dtype for place, _, dtype in there if place == _COUNTER}
+    if len(devices) == 1 and counters <= {torch.int64}:
+        (device,) = devices
+        load_extensions()
+        dtypes = dict.fromkeys(dtype for place, _, dtype in there if place != _COUNTER)
+        first, *more = (Request(device.type, dtype, False) for dtype in dtypes)
+        found, _ = select("update_running", preference(backend, device.type), first, *more)
+        if found is not None:
+            return found.run
+    return reference.update_running
+
+
+# ---------------------------------------------------------------- the operator
+
+
+# Nothing is returned: functionalisation refuses lists that are mutated beside tensors returned.
+_library.define(
+    "update_running(Tensor[] stats, Tensor(a!)[] running, Tensor(b!)[] counters, bool[] given, "
+    "float?[] momenta, SymInt[] counts, str backend) -> ()"
+)
+
+
+def _dispatch(updates: Sequence[RunningUpdate], backend: str) -> None:
+    """Lists hold what is there; `given` says which of mean, variance and counter an update has."""
+    buffers = [(u.running_mean, u.running_var, u.counter) for u in updates]
+    torch.ops.fastres.update_running(
+        [u.stats for u in updates],
+        [t for mean, var, _ in buffers for t in (mean, var) if t is not None],
+        [counter for _, _, counter in buffers if counter is not None],
+        [t is not None for three in buffers for t in three],
+        [u.momentum for u in updates],
+        [u.count for u in updates],
+        backend,
+    )
+
+
+@torch.library.impl(_library, "update_running", "CompositeExplicitAutograd")
+def _update_running(
+    stats: Sequence[Tensor],
+    running: Sequence[Tensor],
+    counters: Sequence[Tensor],
+    given: Sequence[bool],
+    momenta: Sequence[float | None],
+    counts: Sequence[int],
+    backend: str,
+) -> None:
+    vectors, scalars = iter(running), iter(counters)
+
+    def updates() -> Iterator[RunningUpdate]:
+        for i, (one, momentum, count) in enumerate(zip(stats, momenta, counts, strict=True)):
+            mean, var, counter = given[3 * i : 3 * i + 3]
+            yield RunningUpdate(
+                one,
+                next(vectors) if mean else None,
+                next(vectors) if var else None,
+                next(scalars) if counter else None,
+                momentum,
+                count,
+            )
+
+    _run(list(updates()), backend)
+
+
+@torch.library.register_fake("fastres::update_running", lib=_library)
+def _update_running_fake(
+    stats: Sequence[Tensor],
+    running: Sequence[Tensor],
+    counters: Sequence[Tensor],
+    given: Sequence[bool],
+    momenta: Sequence[float | None],
+    counts: Sequence[int],
+    backend: str,
+) -> None:
+    return None
