@@ -16,7 +16,14 @@ from torch import Tensor
 
 from fastres.block import backward, call, make_plan, use_backend
 from fastres.block.backward import _Backward
-from fastres.kernels import Branch, Gate, Implementation, implementations, registry
+from fastres.kernels import (
+    Branch,
+    Gate,
+    Implementation,
+    RunningUpdate,
+    implementations,
+    registry,
+)
 from fastres.testing import CASES, BlockCase, FunctionalBlock, check_block, check_implementation
 
 Run = Callable[..., Any]
@@ -307,13 +314,13 @@ class Planted:
         return self.name
 
 
-def _biased_running_var(real: Any) -> Any:
-    """As if the batch variance were not multiplied by M/(M-1)."""
-    return lambda updates: real([(r, batch, m, 1.0) for r, batch, m, _ in updates])
+def _changed(change: Callable[[RunningUpdate], RunningUpdate]) -> Callable[[Any], Any]:
+    return lambda real: lambda updates: real([change(update) for update in updates])
 
 
-def _momentum_inverted(real: Any) -> Any:
-    return lambda updates: real([(r, batch, 1 - m, f) for r, batch, m, f in updates])
+#: As if the batch variance were not multiplied by M/(M-1).
+_biased_running_var = _changed(lambda u: u._replace(count=1 << 40))
+_momentum_inverted = _changed(lambda u: u._replace(momentum=1 - u.momentum))
 
 
 def _other_row(real: Any) -> Any:
@@ -336,9 +343,9 @@ _ENGINE_FAULTS = [
     Planted("count dropped", _Backward, "_count", lambda f: lambda s, i: 0),
     Planted("count off by one", _Backward, "_count", lambda f: lambda s, i: f(s, i) + 1),
     Planted("count in eval", _Backward, "_count", lambda f: lambda s, i: 120, _EVAL),
-    Planted("running_var biased", call, "_blend", _biased_running_var),
-    Planted("momentum inverted", call, "_blend", _momentum_inverted),
-    Planted("running statistics not updated", call, "_update_running", lambda f: lambda *a: None),
+    Planted("running_var biased", call, "update_running", _biased_running_var),
+    Planted("momentum inverted", call, "update_running", _momentum_inverted),
+    Planted("running statistics not updated", call, "update_running", lambda f: lambda *a: None),
     Planted("pooling's gradient not scaled", backward, "_unpool",
             lambda f: lambda spec, g, x: 4 * f(spec, g, x), _POOLED),
     Planted("bias gradient in eval unscaled", _Backward, "_bias_gradient",

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from fastres.block.check import why_not_block
-from fastres.block.layers import Layer, count_batch
+from fastres.block.layers import Layer
 from fastres.block.op import run_block
+from fastres.block.running import update_running
 from fastres.block.settings import current
-from fastres.block.spec import Block
+from fastres.block.spec import UNIT_TENSORS, Block
 from fastres.block.stock import activate, run_stock
-from fastres.kernels import activation
+from fastres.block.tensors import output_shapes
+from fastres.kernels import RunningUpdate, activation
 
 
 def run_layers(
@@ -99,12 +101,13 @@ def _run(
         level=settings.level,
     )
     tensors = [t for layer in layers for t in layer.tensors]
-    size, main = x.shape, len(block.units)
-    updated = [layer for layer in layers if layer.unit.norm is not None]
+    shape = x.shape
 
-    def update(out: Tensor, stats: Sequence[Tensor]) -> None:
-        if any([layer.training for layer in updated]):
-            _update_running(size, layers, stats, main, out)
+    def update(stats: Sequence[Tensor]) -> None:
+        if any([layer.training for layer in layers]):
+            weights = [None if t is None else (*t.shape,) for t in tensors[::UNIT_TENSORS]]
+            shapes = output_shapes(block, shape, weights)
+            update_running(running_updates(block, layers, stats, shapes))
 
     return run_block(block, x, residual, tensors, update)
 
@@ -145,51 +148,26 @@ def _autocast(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, Sequence[Laye
     return x, [layer._replace(weight=cast(layer.weight), bias=cast(layer.bias)) for layer in layers]
 
 
-def _update_running(
-    shape: Sequence[int],
-    layers: Sequence[Layer],
-    stats: Sequence[Tensor],
-    main: int,
-    out: Tensor,
-) -> None:
-    """running = (1 - momentum)*running + momentum*batch, with the unbiased variance, in place."""
-    size: tuple[int, ...] = tuple(shape[2:])
-    updates: list[tuple[Tensor, Tensor, float | Tensor, float]] = []
-    known = iter(stats)
-    with torch.no_grad():
-        for i, layer in enumerate(layers):
-            if i >= main:
-                size = tuple(out.shape[2:])
-            elif layer.weight is not None and (conv := layer.unit.conv) is not None:
-                size = conv.output_size(size, layer.weight.shape[2:])
-            if layer.unit.norm is None:
-                continue
-            s = next(known)
-            if not layer.training:
-                continue
-            momentum = count_batch(layer)
-            if layer.running_mean is None or layer.running_var is None:
-                continue
-            count = shape[0] * size[0] * size[1]
-            updates.append((layer.running_mean, s[0], momentum, 1.0))
-            updates.append((layer.running_var, s[1], momentum, count / (count - 1)))
-        _blend(updates)
+def running_updates(
+    block: Block, layers: Sequence[Layer], stats: Sequence[Tensor], shapes: Sequence[Sequence[int]]
+) -> list[RunningUpdate]:
+    """What the batches of a block do to the running statistics of its layers.
 
-
-def _blend(updates: Sequence[tuple[Tensor, Tensor, float | Tensor, float]]) -> None:
-    """running = (1 - momentum)*running + momentum*factor*batch for each of `updates`.
-
-    A block's batch norms nearly always share dtype and momentum; then three calls do them all.
+    Args:
+        block: its specification.
+        layers: its units with their tensors.
+        stats: [5, K] of each unit that has a norm.
+        shapes: [N, K, H, W] of each unit's output.
     """
-    momenta = {m for _, _, m, _ in updates if not isinstance(m, Tensor)}
-    plain = [not isinstance(m, Tensor) and r.dtype == b.dtype for r, b, m, _ in updates]
-    distinct = len({id(r) for r, _, _, _ in updates}) == len(updates)  # a norm may be shared
-    if distinct and all(plain) and len(momenta) == 1:
-        momentum = momenta.pop()
-        running = [r for r, _, _, _ in updates]
-        scaled = torch._foreach_mul([b for _, b, _, _ in updates], [f for _, _, _, f in updates])
-        torch._foreach_mul_(running, 1 - momentum)
-        torch._foreach_add_(running, scaled, alpha=momentum)
-        return
-    for one, batch, factor, unbiased in updates:
-        one.copy_(one.to(batch.dtype) * (1 - factor) + batch * unbiased * factor)
+    updates, known = [], iter(stats)
+    for layer, shape in zip(layers, shapes, strict=True):
+        if layer.unit.norm is None:
+            continue
+        batch = next(known)
+        if layer.training:
+            mean, var = layer.running_mean, layer.running_var
+            if mean is None or var is None:
+                mean = var = None
+            count = shape[0] * shape[2] * shape[3]
+            updates.append(RunningUpdate(batch, mean, var, layer.counter, layer.momentum, count))
+    return updates

@@ -18,8 +18,8 @@ _WANTING = (True, True, True, True, False, False, True)
 #: Their places: those that a backward reads.
 _WEIGHT, _BIAS, _FACTOR = 0, 1, 6
 
-#: What follows a forward: the update of running statistics from (out, stats per unit).
-Update = Callable[[Tensor, Sequence[Tensor]], None]
+#: What follows a forward: the update of running statistics from those of the batch, per norm.
+Update = Callable[[Sequence[Tensor]], None]
 
 
 class _BlockFunction(torch.autograd.Function):
@@ -46,7 +46,7 @@ class _BlockFunction(torch.autograd.Function):
         mean, saved = rest[:means], rest[means:]
         stats = saved[:norms]
         if update is not None:
-            update(out, stats)
+            update(stats)
         ctx.spec, ctx.means, ctx.tensors = spec, means, len(tensors)
         read = [i % UNIT_TENSORS in (_WEIGHT, _FACTOR) or i == bias for i in range(len(tensors))]
         kept = [t if reads else None for t, reads in zip(tensors, read, strict=True)]
@@ -88,7 +88,7 @@ def run_block(
         x: [N, C, H, W].
         residual: shape of the output, for the "tensor" shortcut.
         tensors: seven per unit, see `fastres.block.UnitTensors`.
-        update: called once with the output and the stats [5, K] of each unit that has a norm.
+        update: called once with the stats [5, K] of each unit that has a norm.
             Activation checkpointing ends a recomputation where the last tensor is saved, so in
             eager mode it is called before that; a compiler wants mutations outside the autograd
             Function.
@@ -109,5 +109,5 @@ def run_block(
     else:
         out, *more = _BlockFunction.apply(*function, None, x, residual, *tensors)  # type: ignore[no-untyped-call]
     more = more[: means + norms]
-    update(out, more[means:])
+    update(more[means:])
     return out, more
