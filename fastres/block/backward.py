@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastres.block.compose import conv_backward, form, materialise, scaled
-from fastres.block.forward import prepare
+from fastres.block.forward import plan_of
 from fastres.block.plan import Plan
 from fastres.block.spec import Block
 from fastres.block.tensors import Act, Saved, UnitTensors, identity_stats, pooled
@@ -60,13 +60,17 @@ def run_backward(
     units: Sequence[UnitTensors],
     saved: Sequence[Tensor],
     flags: Sequence[bool],
+    plan: Plan | None = None,
+    fmt: torch.memory_format | None = None,
 ) -> list[Tensor]:
     """The wanted gradients, in the order of `flags`: x, residual, then five per unit.
 
     Those of 1-d tensors have the dtype of the statistics. With an open end `grad_out` is the
     gradient of the normalised output, and `grad_mean` that of its mean over each image.
     """
-    plan, fmt = prepare(block, x, units)
+    if plan is None or fmt is None:
+        weights = [u.weight for u in units]
+        plan, fmt = plan_of(block, x, weights), memory_format_of(x, weights)
     kept = Saved.unflatten(block, saved)
     run = _Backward(block, plan, dense(x, fmt), units, kept, Needs.from_flags(flags))
     grad_out = dense(grad_out, fmt)

@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastres.block.check import why_not_block
+from fastres.block.forward import plan_of
 from fastres.block.layers import Layer
-from fastres.block.op import run_block
+from fastres.block.op import Run, run_block
 from fastres.block.running import update_running
 from fastres.block.settings import current
-from fastres.block.spec import UNIT_TENSORS, Block
+from fastres.block.spec import Block
 from fastres.block.stock import activate, run_stock
 from fastres.block.tensors import output_shapes
-from fastres.kernels import RunningUpdate, activation
+from fastres.kernels import RunningUpdate, activation, memory_format_of
+
+
+class Call(NamedTuple):
+    """A block that was found able to run on certain inputs, with all that was found out.
+
+    Attributes:
+        run: what is run.
+        late: activation that torch applies behind it, or "none".
+        counts: values per channel of each unit's output.
+    """
+
+    run: Run
+    late: str
+    counts: tuple[int, ...]
 
 
 def run_layers(
@@ -53,11 +69,8 @@ def try_layers(
     """`run_layers`, but None where it cannot be fused; then nothing was run or updated."""
     if isinstance(x, Tensor) and autocasts(x.device.type):
         x, layers = _autocast(x, layers)
-    block, late = _without_late_activation(block)
-    if why_not_block(x, block, layers, residual) is not None:
-        return None
-    out, _ = _run(x, block, layers, residual)
-    return out if late == "none" else activate(out, late)
+    call = prepare(x, block, layers, residual)
+    return None if call is None else execute(call, x, layers, residual)
 
 
 def run_open(
@@ -72,11 +85,54 @@ def run_open(
     """
     if isinstance(x, Tensor) and autocasts(x.device.type):
         x, layers = _autocast(x, layers)
-    block = block._replace(open_end=True)
-    if why_not_block(x, block, layers) is not None:
+    call = prepare(x, block._replace(open_end=True), layers)
+    if call is None:
         return None
-    out, (mean, *stats) = _run(x, block, layers, None)
+    out, mean, *stats = _run(call, x, layers, None)
     return out, stats[-1], mean
+
+
+def prepare(
+    x: Tensor, block: Block, layers: Sequence[Layer], residual: Tensor | None = None
+) -> Call | None:
+    """How to run a block on these inputs, or on any that are alike, or None where it cannot be."""
+    block, late = _without_late_activation(block)
+    if why_not_block(x, block, layers, residual) is not None:
+        return None
+    settings = current()
+    block = block._replace(
+        save=wants_backward(x, residual, layers),
+        memory=_memory_mode(x),
+        backend=settings.backend,
+        level=settings.level,
+    )
+    weights = [layer.weight for layer in layers]
+    shapes = output_shapes(block, x.shape, [None if w is None else (*w.shape,) for w in weights])
+    counts = tuple([n * h * w for n, _, h, w in shapes])
+    plan = None
+    if not torch.compiler.is_compiling():
+        plan = plan_of(block, x, weights)
+    return Call(Run.of(block, plan, memory_format_of(x, weights)), late, counts)
+
+
+def execute(
+    call: Call, x: Tensor, layers: Sequence[Layer], residual: Tensor | None = None
+) -> Tensor:
+    """Run a block that was prepared for these inputs, and update its running statistics."""
+    out = _run(call, x, layers, residual)[0]
+    return out if call.late == "none" else activate(out, call.late)
+
+
+def _run(
+    call: Call, x: Tensor, layers: Sequence[Layer], residual: Tensor | None
+) -> Sequence[Tensor]:
+    tensors = [t for layer in layers for t in layer.tensors]
+
+    def update(stats: Sequence[Tensor]) -> None:
+        update_running(running_updates(layers, stats, call.counts))
+
+    trains = any([layer.training for layer in layers])
+    return run_block(call.run, x, residual, tensors, update if trains else None)
 
 
 def _without_late_activation(block: Block) -> tuple[Block, str]:
@@ -90,29 +146,8 @@ def _without_late_activation(block: Block) -> tuple[Block, str]:
     return block._replace(act="none"), late
 
 
-def _run(
-    x: Tensor, block: Block, layers: Sequence[Layer], residual: Tensor | None
-) -> tuple[Tensor, Sequence[Tensor]]:
-    settings = current()
-    block = block._replace(
-        save=_wants_backward(x, residual, layers),
-        memory=_memory_mode(x),
-        backend=settings.backend,
-        level=settings.level,
-    )
-    tensors = [t for layer in layers for t in layer.tensors]
-    shape = x.shape
-
-    def update(stats: Sequence[Tensor]) -> None:
-        if any([layer.training for layer in layers]):
-            weights = [None if t is None else (*t.shape,) for t in tensors[::UNIT_TENSORS]]
-            shapes = output_shapes(block, shape, weights)
-            update_running(running_updates(block, layers, stats, shapes))
-
-    return run_block(block, x, residual, tensors, update)
-
-
-def _wants_backward(x: Tensor, residual: Tensor | None, layers: Sequence[Layer]) -> bool:
+def wants_backward(x: Tensor, residual: Tensor | None, layers: Sequence[Layer]) -> bool:
+    """Whether autograd would want a gradient of anything."""
     if not torch.is_grad_enabled():
         return False
     tensors = [x, residual, *[t for layer in layers for t in layer.parameters]]
@@ -149,18 +184,17 @@ def _autocast(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, Sequence[Laye
 
 
 def running_updates(
-    block: Block, layers: Sequence[Layer], stats: Sequence[Tensor], shapes: Sequence[Sequence[int]]
+    layers: Sequence[Layer], stats: Sequence[Tensor], counts: Sequence[int]
 ) -> list[RunningUpdate]:
     """What the batches of a block do to the running statistics of its layers.
 
     Args:
-        block: its specification.
-        layers: its units with their tensors.
+        layers: the block's units with their tensors.
         stats: [5, K] of each unit that has a norm.
-        shapes: [N, K, H, W] of each unit's output.
+        counts: values per channel of each unit's output.
     """
     updates, known = [], iter(stats)
-    for layer, shape in zip(layers, shapes, strict=True):
+    for layer, count in zip(layers, counts, strict=True):
         if layer.unit.norm is None:
             continue
         batch = next(known)
@@ -168,6 +202,5 @@ def running_updates(
             mean, var = layer.running_mean, layer.running_var
             if mean is None or var is None:
                 mean = var = None
-            count = shape[0] * shape[2] * shape[3]
             updates.append(RunningUpdate(batch, mean, var, layer.counter, layer.momentum, count))
     return updates

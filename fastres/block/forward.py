@@ -20,28 +20,31 @@ from fastres.block.tensors import Act, Saved, UnitTensors, identity_stats, poole
 from fastres.kernels import acc_dtype, dense, memory_format_of
 
 
-def prepare(
-    block: Block, x: Tensor, units: Sequence[UnitTensors]
-) -> tuple[Plan, torch.memory_format]:
-    """The plan and the layout that a block uses for these inputs."""
-    weights = [u.weight for u in units]
-    fmt = memory_format_of(x, weights)
-    context = context_of(x, weights, fmt == torch.channels_last)
+def plan_of(block: Block, x: Tensor, weights: Sequence[Tensor | None]) -> Plan:
+    """The plan that a block uses for these inputs."""
+    context = context_of(x, weights, memory_format_of(x, weights) == torch.channels_last)
     plan = make_plan(block, context)
     if x.device.type == "cuda" and block.level == "auto" and x.numel() > 0:
         plan = tuned_plan(block, context, plan, x)
-    return plan, fmt
+    return plan
 
 
 def run_forward(
-    block: Block, x: Tensor, residual: Tensor | None, units: Sequence[UnitTensors]
+    block: Block,
+    x: Tensor,
+    residual: Tensor | None,
+    units: Sequence[UnitTensors],
+    plan: Plan | None = None,
+    fmt: torch.memory_format | None = None,
 ) -> list[Tensor]:
     """[out, statistics of each unit with a norm, what backward needs]; shapes as `output_metas`.
 
     With an open end, out is the last raw output, and the mean of what it stands for, [N, C],
-    comes next.
+    comes next. `plan` and `fmt` are found where they are not given.
     """
-    plan, fmt = prepare(block, x, units)
+    if plan is None or fmt is None:
+        weights = [u.weight for u in units]
+        plan, fmt = plan_of(block, x, weights), memory_format_of(x, weights)
     x = dense(x, fmt)
     residual = None if residual is None else dense(residual, fmt)
     if not (block.save or block.batch_stats or block.open_end):

@@ -95,24 +95,6 @@ def _block_backward_fake(
     return grads
 
 
-def _in_the_open() -> bool:
-    """Whether nobody watches or rewrites operators: then they need not go by the dispatcher."""
-    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
-
-
-def forward(x: Tensor, residual: Tensor | None, tensors: Tensors, spec: str) -> list[Tensor]:
-    """The operator block_forward."""
-    return torch.ops.fastres.block_forward(x, residual, list(tensors), spec)
-
-
-def backward(
-    grad_out: Tensor, grad_mean: Tensor | None, x: Tensor, tensors: Tensors,
-    saved: Sequence[Tensor], spec: str, needs: Sequence[bool],
-) -> list[Tensor]:  # fmt: skip
-    """The operator block_backward."""
-    return torch.ops.fastres.block_backward(grad_out, grad_mean, x, tensors, saved, spec, needs)
-
-
 def _like(t: Tensor) -> Tensor:
     return t.new_empty(t.shape) if t.dim() != 4 else _empty(t, memory_format_of(t))
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastres.block import library
+from fastres.block.backward import run_backward
+from fastres.block.forward import run_forward
 from fastres.block.once import once_differentiable
+from fastres.block.plan import Plan
 from fastres.block.spec import UNIT_TENSORS, Block
+from fastres.block.tensors import split_tensors
 
 #: Of a unit's tensors, these may want a gradient: all but the running statistics.
 _WANTING = (True, True, True, True, False, False, True)
-
 #: Their places: those that a backward reads.
 _WEIGHT, _BIAS, _FACTOR = 0, 1, 6
 
@@ -22,8 +24,53 @@ _WEIGHT, _BIAS, _FACTOR = 0, 1, 6
 Update = Callable[[Sequence[Tensor]], None]
 
 
+class Run(NamedTuple):
+    """A block, with what the autograd Function has to know of it.
+
+    Attributes:
+        block: what is computed.
+        text: the same as text.
+        means: how many means over images it returns: 1 with an open end, else 0.
+        norms: how many of its units have a norm.
+        keeps: of each tensor of its units, whether a backward reads it.
+        plan: who computes it, where that was decided; None leaves it to the operators.
+        fmt: layout of its activations.
+    """
+
+    block: Block
+    text: str
+    means: int
+    norms: int
+    keeps: tuple[bool, ...]
+    plan: Plan | None
+    fmt: torch.memory_format
+
+    @classmethod
+    def of(cls, block: Block, plan: Plan | None, fmt: torch.memory_format) -> Run:
+        """What follows from the block."""
+        units = block.all_units
+        keeps = [place in (_WEIGHT, _FACTOR) for _ in units for place in range(UNIT_TENSORS)]
+        if block.recomputes_last:
+            keeps[UNIT_TENSORS * (len(block.units) - 1) + _BIAS] = True
+        norms = sum([unit.norm is not None for unit in units])
+        return cls(block, block.encode(), int(block.open_end), norms, tuple(keeps), plan, fmt)
+
+    @property
+    def direct(self) -> bool:
+        """Whether it runs without the dispatcher: nobody watches or rewrites operators."""
+        return self.plan is not None and torch._C._len_torch_dispatch_stack() == 0
+
+
+def _forward(
+    run: Run, x: Tensor, residual: Tensor | None, tensors: Sequence[Tensor | None]
+) -> list[Tensor]:
+    if run.direct:
+        return run_forward(run.block, x, residual, split_tensors(tensors), run.plan, run.fmt)
+    return torch.ops.fastres.block_forward(x, residual, list(tensors), run.text)
+
+
 class _BlockFunction(torch.autograd.Function):
-    """out, *more = block(x, residual, *tensors), `more` being what `run_block` returns.
+    """out, *means, *stats = block(x, residual, *tensors).
 
     Saves only what goes through `save_for_backward`, so that a tensor changed in place between
     forward and backward raises torch's own error; running statistics are never saved, and of the
@@ -33,23 +80,19 @@ class _BlockFunction(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        spec: str,
-        outputs: tuple[int, int],
-        bias: int,
+        run: Run,
         update: Update | None,
         x: Tensor,
         residual: Tensor | None,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        means, norms = outputs
-        out, *rest = library.forward(x, residual, tensors, spec)
-        mean, saved = rest[:means], rest[means:]
-        stats = saved[:norms]
+        out, *rest = _forward(run, x, residual, tensors)
+        mean, saved = rest[: run.means], rest[run.means :]
+        stats = saved[: run.norms]
         if update is not None:
             update(stats)
-        ctx.spec, ctx.means, ctx.tensors = spec, means, len(tensors)
-        read = [i % UNIT_TENSORS in (_WEIGHT, _FACTOR) or i == bias for i in range(len(tensors))]
-        kept = [t if reads else None for t, reads in zip(tensors, read, strict=True)]
+        ctx.run = run
+        kept = [t if keep else None for t, keep in zip(tensors, run.keeps, strict=True)]
         ctx.save_for_backward(x, *kept, *saved, *[out for _ in mean])
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*stats)
@@ -58,56 +101,58 @@ class _BlockFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, *more: Any) -> tuple[Tensor | None, ...]:
+        run = ctx.run
         x, *rest = ctx.saved_tensors
-        grad_mean = more[0] if ctx.means else None
-        wanted = ctx.needs_input_grad[4:]
+        grad_mean = more[0] if run.means else None
+        wanted = ctx.needs_input_grad[2:]
         if grad_out is None:
             if grad_mean is None:
-                return (None, None, None, None, *[None for _ in wanted])
+                return (None, None, *[None for _ in wanted])
             grad_out = torch.zeros_like(rest[-1])
-        tensors, saved = rest[: ctx.tensors], rest[ctx.tensors :]
+        tensors, saved = rest[: len(run.keeps)], rest[len(run.keeps) :]
         needs = [*wanted[:2]]
         for i in range(2, len(wanted), UNIT_TENSORS):
             unit = wanted[i : i + UNIT_TENSORS]
             needs += [want for want, may in zip(unit, _WANTING, strict=True) if may]
-        grads = iter(library.backward(grad_out, grad_mean, x, tensors, saved, ctx.spec, needs))
-        return (None, None, None, None, *[next(grads) if want else None for want in wanted])
+        given = (grad_out, grad_mean, x)
+        if run.direct:
+            units = split_tensors(tensors)
+            computed = run_backward(run.block, *given, units, saved, needs, run.plan, run.fmt)
+        else:
+            computed = torch.ops.fastres.block_backward(*given, tensors, saved, run.text, needs)
+        grads = iter(computed)
+        return (None, None, *[next(grads) if want else None for want in wanted])
 
 
 def run_block(
-    block: Block,
+    run: Run,
     x: Tensor,
     residual: Tensor | None,
     tensors: Sequence[Tensor | None],
-    update: Update,
-) -> tuple[Tensor, Sequence[Tensor]]:
+    update: Update | None,
+) -> Sequence[Tensor]:
     """Run a block under autograd.
 
     Args:
-        block: what to compute; `block.save` says whether a backward may follow.
+        run: what to compute; `run.block.save` says whether a backward may follow.
         x: [N, C, H, W].
         residual: shape of the output, for the "tensor" shortcut.
         tensors: seven per unit, see `fastres.block.UnitTensors`.
-        update: called once with the stats [5, K] of each unit that has a norm.
-            Activation checkpointing ends a recomputation where the last tensor is saved, so in
-            eager mode it is called before that; a compiler wants mutations outside the autograd
+        update: called once with the stats [5, K] of each unit that has a norm, where that is
+            wanted. Activation checkpointing ends a recomputation where the last tensor is saved, so
+            in eager mode it is called before that; a compiler wants mutations outside the autograd
             Function.
 
     Returns:
-        The block's output, and what else it left: with an open end the mean of what it stands for,
-        [N, K]; then the stats.
+        The block's output; with an open end the mean of what it stands for, [N, K]; the stats.
     """
-    line = block.encode()
-    means, norms = int(block.open_end), sum([unit.norm is not None for unit in block.all_units])
-    bias = UNIT_TENSORS * (len(block.units) - 1) + _BIAS if block.recomputes_last else -1
-    function = (line, (means, norms), bias)
-    if not block.save:
-        out, *more = library.forward(x, residual, tensors, line)
-    elif not torch.compiler.is_compiling():
-        out, *more = _BlockFunction.apply(*function, update, x, residual, *tensors)  # type: ignore[no-untyped-call]
-        return out, more
+    if run.block.save and not torch.compiler.is_compiling():
+        return _BlockFunction.apply(run, update, x, residual, *tensors)  # type: ignore[no-any-return,no-untyped-call]
+    if run.block.save:
+        results = _BlockFunction.apply(run, None, x, residual, *tensors)  # type: ignore[no-untyped-call]
     else:
-        out, *more = _BlockFunction.apply(*function, None, x, residual, *tensors)  # type: ignore[no-untyped-call]
-    more = more[: means + norms]
-    update(more[means:])
-    return out, more
+        results = _forward(run, x, residual, tensors)
+    results = results[: 1 + run.means + run.norms]
+    if update is not None:
+        update(results[1 + run.means :])
+    return results  # type: ignore[no-any-return]

@@ -1,11 +1,14 @@
-"""Process-wide choices: which backend runs a block, and what it keeps for backward."""
+"""Choices per thread and asynchronous task: who runs a block, and what it keeps for backward."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from contextvars import ContextVar
+from typing import NamedTuple
+
+import torch
 
 from fastres.block.spec import LEVELS as FUSION_LEVELS
 from fastres.kernels import BACKENDS, load_extensions
@@ -14,8 +17,7 @@ MEMORY_MODES = ("auto", "speed", "balanced", "lean")
 LEVELS = ("auto", *FUSION_LEVELS)
 
 
-@dataclass
-class Settings:
+class Settings(NamedTuple):
     """The current choices; set through `use_backend`, `use_memory` and `use_level`."""
 
     backend: str = "auto"
@@ -43,28 +45,46 @@ def _check_backend(name: str) -> str:
     return name
 
 
-#: FASTRES_BACKEND is looked at when a block first runs, so that a wrong value does not break
-#: `import fastres`; None stands for "not looked at yet".
-_settings = Settings()
-_environment: dict[str, str] | None = {
-    key: os.environ[f"FASTRES_{key.upper()}"]
-    for key in ("backend", "memory", "level")
-    if f"FASTRES_{key.upper()}" in os.environ
-}
+#: What was chosen by a `with`, of this thread or asynchronous task, as torch's own modes are.
+_chosen: ContextVar[Settings | None] = ContextVar("fastres_settings", default=None)
+#: The environment's choices. It is looked at when a block first runs, so that a wrong value does
+#: not break `import fastres`.
+_defaults: Settings | None = None
+#: The choices that were made or ended last, in whichever thread: torch.compile guards on a plain
+#: value, and cannot look into a ContextVar.
+_latest: Settings | None = None
 
 
 def current() -> Settings:
-    """The choices in force."""
-    global _environment
-    if _environment is not None:
-        if "backend" in _environment:
-            _settings.backend = _check_backend(_environment["backend"])
-        if "memory" in _environment:
-            _settings.memory = _check("memory", _environment["memory"], MEMORY_MODES)
-        if "level" in _environment:
-            _settings.level = _check("level", _environment["level"], LEVELS)
-        _environment = None
-    return _settings
+    """The choices in force; compiled code goes by those made last in any thread."""
+    if torch.compiler.is_compiling():
+        return _latest or _defaults or _from_environment()
+    return _chosen.get() or _defaults or _from_environment()
+
+
+def _from_environment() -> Settings:
+    global _defaults
+    backend, memory, level = [
+        os.environ.get(f"FASTRES_{key}", "auto") for key in ("BACKEND", "MEMORY", "LEVEL")
+    ]
+    _defaults = Settings(
+        _check_backend(backend),
+        _check("memory", memory, MEMORY_MODES),
+        _check("level", level, LEVELS),
+    )
+    return _defaults
+
+
+@contextmanager
+def _choosing(settings: Settings) -> Iterator[None]:
+    global _latest
+    token = _chosen.set(settings)
+    _latest = settings
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+        _latest = _chosen.get()
 
 
 @contextmanager
@@ -78,12 +98,8 @@ def use_backend(name: str) -> Iterator[None]:
         ValueError: for an unknown name.
         RuntimeError: where that backend cannot run on this machine, with the reason.
     """
-    before = current().backend
-    _settings.backend = _check_backend(name)
-    try:
+    with _choosing(current()._replace(backend=_check_backend(name))):
         yield
-    finally:
-        _settings.backend = before
 
 
 @contextmanager
@@ -97,12 +113,8 @@ def use_memory(mode: str) -> Iterator[None]:
     Raises:
         ValueError: for an unknown mode.
     """
-    before = current().memory
-    _settings.memory = _check("memory", mode, MEMORY_MODES)
-    try:
+    with _choosing(current()._replace(memory=_check("memory", mode, MEMORY_MODES))):
         yield
-    finally:
-        _settings.memory = before
 
 
 @contextmanager
@@ -120,9 +132,5 @@ def use_level(level: str) -> Iterator[None]:
     Raises:
         ValueError: for an unknown level.
     """
-    before = current().level
-    _settings.level = _check("level", level, LEVELS)
-    try:
+    with _choosing(current()._replace(level=_check("level", level, LEVELS))):
         yield
-    finally:
-        _settings.level = before
