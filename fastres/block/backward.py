@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -33,23 +34,54 @@ class UnitNeeds(NamedTuple):
         return self.norm_weight or self.norm_bias
 
 
-#: How many of a unit's tensors may want a gradient.
-UNIT_NEEDS = len(UnitNeeds._fields)
-
-
-class Needs(NamedTuple):
-    """Which gradients are wanted: of x, of a given residual, and per unit."""
-
+class _NeedsFields(NamedTuple):
+    block: Block
     x: bool
     residual: bool
     units: tuple[UnitNeeds, ...]
 
-    @classmethod
-    def from_flags(cls, flags: Sequence[bool]) -> Needs:
-        """From the operator's flat list: x, residual, then five per unit."""
-        rest = range(2, len(flags), UNIT_NEEDS)
-        units = tuple([UnitNeeds(*flags[i : i + UNIT_NEEDS]) for i in rest])
-        return cls(flags[0], flags[1], units)
+
+#: How many of a unit's tensors may want a gradient.
+UNIT_NEEDS = len(UnitNeeds._fields)
+
+
+class Needs(_NeedsFields):
+    """Which gradients are wanted: of x, of a given residual, and per unit; and what follows."""
+
+    @cached_property
+    def below(self) -> tuple[bool, ...]:
+        """Whether anything in front of a unit wants a gradient; for a projection, its source."""
+        any_unit = [any(unit) for unit in self.units]
+        main = len(self.block.units)
+        wanted = [self.x or any(any_unit[:index]) for index in range(main)]
+        source = wanted[1] if self.block.shortcut == "activated" else self.x
+        return (*wanted, source)
+
+    @cached_property
+    def sums(self) -> tuple[bool, ...]:
+        """Whether a unit's sums are needed."""
+        units = zip(self.units, self.block.all_units, self.below, strict=False)
+        return tuple(
+            [
+                own.affine or own.bias or (unit.batch_stats and (below or own.weight))
+                for own, unit, below in units
+            ]
+        )
+
+    @cached_property
+    def passes(self) -> tuple[bool, ...]:
+        """Whether the gradient of a unit's raw output is needed."""
+        return tuple(
+            [own.weight or below for own, below in zip(self.units, self.below, strict=False)]
+        )
+
+
+@lru_cache(maxsize=4096)
+def _needs(block: Block, flags: tuple[bool, ...]) -> Needs:
+    """From the operator's flat list: x, residual, then five per unit."""
+    rest = range(2, len(flags), UNIT_NEEDS)
+    units = tuple([UnitNeeds(*flags[i : i + UNIT_NEEDS]) for i in rest])
+    return Needs(block, flags[0], flags[1], units)
 
 
 def run_backward(
@@ -72,7 +104,7 @@ def run_backward(
         weights = [u.weight for u in units]
         plan, fmt = plan_of(block, x, weights), memory_format_of(x, weights)
     kept = Saved.unflatten(block, saved)
-    run = _Backward(block, plan, dense(x, fmt), units, kept, Needs.from_flags(flags))
+    run = _Backward(block, plan, dense(x, fmt), units, kept, _needs(block, tuple(flags)))
     grad_out = dense(grad_out, fmt)
     if grad_mean is not None:
         pixels = grad_out.shape[2] * grad_out.shape[3]
@@ -136,7 +168,7 @@ class _Backward:
     ) -> list[PendingGrad]:
         """What each branch of the block's end is given: sums, and how the gradient is formed."""
         last, applied = self.last, gate.applied
-        if any([self._wants_sums(last + i) for i in range(len(branches))]):
+        if any([self.needs.sums[last + i] for i in range(len(branches))]):
             sums = self.plan.run("bn_act_backward_reduce", applied)(grad_out, gate, branches)
         else:
             sums = grad_out.new_empty(0)
@@ -210,7 +242,7 @@ class _Backward:
             count = self._count(index)
             sums, (grad_y,), _ = whole(grad, gate, (branch,), count)
             return PendingGrad(grad, gate, branch, sums, count, grad_y)
-        if sums is None and self._wants_sums(index):
+        if sums is None and self.needs.sums[index]:
             sums = self.plan.run("bn_act_backward_reduce", gate.applied)(grad, gate, (branch,))
         sums = grad.new_empty(0) if sums is None else sums
         return self._pending(index, grad, gate, branch, sums)
@@ -232,8 +264,8 @@ class _Backward:
     def _projection(self, incoming: PendingGrad) -> None:
         index = self.last + 1
         self.sums[index] = incoming.sums
-        wants_source = self._source_wants()
-        if not (wants_source or self.needs.units[index].weight):
+        wants_source = self.needs.below[-1]
+        if not self.needs.passes[index]:
             return
         source = self._source()
         grad, _ = self._unit(
@@ -249,16 +281,13 @@ class _Backward:
             return materialise(self.plan, self._input(1))
         return self.x
 
-    def _source_wants(self) -> bool:
-        return self._below(1) if self.block.shortcut == "activated" else self.needs.x
-
     def _main_path(self, given: list[PendingGrad]) -> None:
         joins = 1 if self.block.shortcut == "activated" else 0
         for index in range(self.last, -1, -1):
             incoming = given.pop()
             self.sums[index] = incoming.sums
-            below = self._below(index)
-            if not (below or self.needs.units[index].weight):
+            below = self.needs.below[index]
+            if not self.needs.passes[index]:
                 return
             accumulate = self._residual_gradient() if index == joins and below else None
             if self.plan.convs[index] is None:
@@ -287,7 +316,7 @@ class _Backward:
     def _reduction(self, index: int) -> tuple[Gate, Branch] | None:
         """The sums that the unit behind `index` is to deliver for it, if it is."""
         unit = self.specs[index]
-        if unit.scale or not self._wants_sums(index) or self._forms(index):
+        if unit.scale or not self.needs.sums[index] or self._forms(index):
             return None
         return self._inner_gate(index), self._branch(index)
 
@@ -299,13 +328,12 @@ class _Backward:
         if index >= self.last and self.block.simple_end:
             act = self.block.act
         conv = self.plan.convs[index]
-        wanted = self.needs.units[index].weight or self._wants_below(index)
         return (
             self.plan.whole("bn_act_backward", act) is not None
             and (conv is None or conv.joint is None)
             and self.specs[index].scaled_norm
-            and self._wants_sums(index)
-            and wanted
+            and self.needs.sums[index]
+            and self.needs.passes[index]
         )
 
     def _forms_end(self) -> bool:
@@ -389,7 +417,7 @@ class _Backward:
         """What unit `index` of the main path was given in forward."""
         if index == 0:
             return Act(self.x)
-        if self.block.keeps_value(index - 1):
+        if self.block.keeps_value[index - 1]:
             activated = self.saved.activated[index - 1]
             assert activated is not None
             return Act(activated)
@@ -413,18 +441,6 @@ class _Backward:
         return raw.shape[0] * raw.shape[2] * raw.shape[3]
 
     # ------------------------------------------------------------ what is wanted
-
-    def _below(self, index: int) -> bool:
-        """Whether anything in front of unit `index` of the main path wants a gradient."""
-        return self.needs.x or any([any(u) for u in self.needs.units[:index]])
-
-    def _wants_below(self, index: int) -> bool:
-        return self._source_wants() if index > self.last else self._below(index)
-
-    def _wants_sums(self, index: int) -> bool:
-        needs, unit = self.needs.units[index], self.specs[index]
-        wanted = self._wants_below(index) or needs.weight
-        return needs.affine or needs.bias or (unit.batch_stats and wanted)
 
     def collect(self, fmt: torch.memory_format) -> list[Tensor]:
         """The wanted gradients, in the operator's order."""

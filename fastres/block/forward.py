@@ -139,7 +139,7 @@ class _Forward(_Walk):
     def _convolve(self, index: int, given: Act) -> tuple[Tensor, Tensor | None]:
         """One unit's raw output, and the state of that where the convolution delivers it."""
         tensors, conv = self.units[index], self.plan.convs[index]
-        keep = 0 < index <= self.last and self.block.keeps_value(index - 1)
+        keep = 0 < index <= self.last and self.block.keeps_value[index - 1]
         if conv is None:
             raw = materialise(self.plan, given)
             if keep:
@@ -148,7 +148,7 @@ class _Forward(_Walk):
         raw, state, z = convolve(self.plan, conv, self.specs[index], tensors[:2], given, keep)
         if keep:
             self.saved.activated.append(z)
-        if self.block.keeps_raw(index):
+        if self.block.keeps_raw[index]:
             self.saved.raw[index] = raw
         return raw, state
 

@@ -124,6 +124,9 @@ class _BlockFunction(torch.autograd.Function):
         return (None, None, *[next(grads) if want else None for want in wanted])
 
 
+_apply = super(torch.autograd.Function, _BlockFunction).apply
+
+
 def run_block(
     run: Run,
     x: Tensor,
@@ -147,7 +150,9 @@ def run_block(
         The block's output; with an open end the mean of what it stands for, [N, K]; the stats.
     """
     if run.block.save and not torch.compiler.is_compiling():
-        return _BlockFunction.apply(run, update, x, residual, *tensors)  # type: ignore[no-any-return,no-untyped-call]
+        # What autograd's own apply does besides concerns torch.func, which never comes here.
+        apply = _apply if run.direct else _BlockFunction.apply
+        return apply(run, update, x, residual, *tensors)  # type: ignore[no-any-return]
     if run.block.save:
         results = _BlockFunction.apply(run, None, x, residual, *tensors)  # type: ignore[no-untyped-call]
     else:

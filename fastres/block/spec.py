@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -39,29 +39,31 @@ class Norm(NamedTuple):
     source: str = "batch"
 
 
-class Unit(NamedTuple):
+class _UnitFields(NamedTuple):
+    conv: Conv | None = None
+    norm: Norm | None = None
+    act: str = "none"
+    scale: bool = False
+
+
+class Unit(_UnitFields):
     """Steps in the order of the data: convolve, normalise, activate, scale; each may be missing.
 
     `scale` multiplies by a factor that is given: [N, C or 1, 1, 1] per image and channel (squeeze
     and excite, stochastic depth), or one of the full size (dropout).
     """
 
-    conv: Conv | None = None
-    norm: Norm | None = None
-    act: str = "none"
-    scale: bool = False
-
-    @property
+    @cached_property
     def batch_stats(self) -> bool:
         """Whether the statistics of its batch normalise."""
         return self.norm is not None and self.norm.source == "batch"
 
-    @property
+    @cached_property
     def scaled_norm(self) -> bool:
         """Whether it normalises a raw output itself, rather than go by what was left to it."""
         return self.norm is not None and self.norm.source != "given"
 
-    @property
+    @cached_property
     def plain(self) -> bool:
         """Whether nothing follows the convolution."""
         return self.norm is None and self.act == "none" and not self.scale
@@ -82,7 +84,20 @@ class PoolSpec(NamedTuple):
         return F.avg_pool2d(x, kernel, stride, padding, ceil_mode, count_include_pad)
 
 
-class Block(NamedTuple):
+class _Fields(NamedTuple):
+    units: tuple[Unit, ...]
+    shortcut: str = "none"
+    projection: Unit | None = None
+    pool: PoolSpec | None = None
+    act: str = "none"
+    open_end: bool = False
+    save: bool = False
+    memory: str = "speed"
+    backend: str = "auto"
+    level: str = "auto"
+
+
+class Block(_Fields):
     """A chain of units, a shortcut, and an activation after their sum.
 
     Attributes:
@@ -101,33 +116,22 @@ class Block(NamedTuple):
         level: the level of fusion, of `LEVELS`, or "auto" for what is fastest.
     """
 
-    units: tuple[Unit, ...]
-    shortcut: str = "none"
-    projection: Unit | None = None
-    pool: PoolSpec | None = None
-    act: str = "none"
-    open_end: bool = False
-    save: bool = False
-    memory: str = "speed"
-    backend: str = "auto"
-    level: str = "auto"
-
-    @property
+    @cached_property
     def all_units(self) -> tuple[Unit, ...]:
         """Main path and projection, in the order of their tensors."""
         return self.units if self.projection is None else (*self.units, self.projection)
 
-    @property
+    @cached_property
     def batch_stats(self) -> bool:
         """Whether anything is normalised by the statistics of its batch."""
         return any([unit.batch_stats for unit in self.all_units])
 
-    @property
+    @cached_property
     def simple_end(self) -> bool:
         """Whether nothing stands between the last unit's norm and the sum."""
         return self.units[-1].act == "none" and not self.units[-1].scale
 
-    @property
+    @cached_property
     def keeps_mask(self) -> bool:
         """A sum with a shortcut, or a scaled output, cannot be recomputed from one branch: the
         derivative of the activation behind it is kept as bits.
@@ -137,12 +141,12 @@ class Block(NamedTuple):
         recomputed = self.shortcut == "none" and self.simple_end and not given
         return self.save and self.act != "none" and not recomputed
 
-    @property
+    @cached_property
     def keeps_activated(self) -> bool:
         """Whether the activated tensors between units are kept, or recomputed in backward."""
         return self.save and self.memory == "speed"
 
-    @property
+    @cached_property
     def recomputes_last(self) -> bool:
         """Whether the last raw convolution output is computed again in backward."""
         return (
@@ -150,17 +154,23 @@ class Block(NamedTuple):
             and len(self.units) > 1 and self.units[-1].conv is not None
         )  # fmt: skip
 
-    def keeps_value(self, index: int) -> bool:
-        """Whether the activated output of inner unit `index` is kept for backward."""
-        return self.keeps_activated and not self.units[index].plain
+    @cached_property
+    def keeps_value(self) -> tuple[bool, ...]:
+        """Whether the activated output of each inner unit is kept for backward."""
+        return tuple([self.keeps_activated and not unit.plain for unit in self.units[:-1]])
 
-    def keeps_raw(self, index: int) -> bool:
-        """Whether the raw output of unit `index`'s convolution is kept for backward, apart from one
+    @cached_property
+    def keeps_raw(self) -> tuple[bool, ...]:
+        """Whether the raw output of each unit's convolution is kept for backward, apart from one
         that is the block's own output.
         """
-        if not self.save or self.all_units[index].conv is None:
-            return False
-        return index != len(self.units) - 1 or not (self.recomputes_last or self.open_end)
+        left_out = len(self.units) - 1 if self.recomputes_last or self.open_end else None
+        return tuple(
+            [
+                self.save and unit.conv is not None and i != left_out
+                for i, unit in enumerate(self.all_units)
+            ]
+        )
 
     def encode(self) -> str:
         """The specification as one line, the inverse of `decode`.

@@ -112,9 +112,9 @@ class Saved:
         units = block.all_units
         stats = [next(rest) if unit.norm is not None else None for unit in units]
         mask = next(rest) if block.keeps_mask else None
-        raw = [next(rest) if block.keeps_raw(i) else None for i in range(len(units))]
+        raw = [next(rest) if block.keeps_raw[i] else None for i in range(len(units))]
         inner = range(len(block.units) - 1)
-        activated = [next(rest) if block.keeps_value(i) else None for i in inner]
+        activated = [next(rest) if block.keeps_value[i] else None for i in inner]
         if block.open_end:
             raw[len(block.units) - 1] = next(rest)
         return cls(mask, stats, raw, activated)
@@ -148,10 +148,10 @@ def output_metas(block: Block, x: Tensor, units: Sequence[UnitTensors]) -> list[
         rows = mask_shape(out.shape, fmt == torch.channels_last)
         saved.mask = x.new_empty(rows, dtype=torch.uint8)
     saved.raw = [
-        activation(shape) if block.keeps_raw(i) else None for i, shape in enumerate(shapes)
+        activation(shape) if block.keeps_raw[i] else None for i, shape in enumerate(shapes)
     ]
     saved.activated = [
-        activation(shape) if block.keeps_value(i) else None
+        activation(shape) if block.keeps_value[i] else None
         for i, shape in enumerate(shapes[: main - 1])
     ]
     found = [out, *saved.flatten()]

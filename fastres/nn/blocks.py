@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from fastres.nn import stock
-from fastres.nn.fused import FusedParts, parts_now, run_parts
+from fastres.nn.fused import FusedParts, run_fused
 from fastres.nn.match import Parts, Steps
 
 
@@ -21,7 +21,7 @@ class FusedModule(FusedParts):
 
     def forward(self, x: Tensor) -> Tensor:
         """The stock class's forward, in one fused operation where that is possible."""
-        out = run_parts(parts_now(self, type(self)), x)
+        out = run_fused(self, x)
         return super().forward(x) if out is None else out
 
 

@@ -8,23 +8,38 @@ import torch
 from torch import Tensor, nn
 
 from fastres.block import Layer, output_shapes, try_layers, why_not_layers
+from fastres.block.call import execute
 from fastres.block.check import why_not_settings
 from fastres.kernels import memory_format_of
+from fastres.nn.bound import bound_of, simple
 from fastres.nn.drop import draw
 from fastres.nn.genuine import as_written
 from fastres.nn.match import Decline, Match, Parts, match, why_not_now
 
 
-def run_parts(parts: Parts | Decline, x: Tensor) -> Tensor | None:
-    """The block's output, or None where the stock path has to run; then nothing was changed."""
+def run_fused(module: FusedParts, x: Tensor) -> Tensor | None:
+    """The output of a module's parts, or None where the stock path has to run; then nothing was
+    changed.
+    """
     if not isinstance(x, Tensor) or why_not_now() is not None:
         return None
-    matched = match(parts)
-    return None if isinstance(matched, Decline) else run_match(matched, x)
+    cls = type(module)
+    if torch.compiler.is_compiling() or not simple(x):
+        matched = match(parts_now(module, cls))
+        return None if isinstance(matched, Decline) else run_match(matched, x)
+    if getattr(cls._stock, cls._replaces, None) is not cls._stock_forward:
+        return None
+    bound = bound_of(module) or bound_of(module, parts_now(module, cls))
+    if bound is None:
+        return None
+    if bound.match.drops:
+        return run_match(bound.match, x)
+    call = bound.call(x)
+    return None if call is None else execute(call, x, bound.match.layers)
 
 
 def run_match(matched: Match, x: Tensor) -> Tensor | None:
-    """As `run_parts`. Random numbers are drawn only where the block will run."""
+    """As `run_fused`. Random numbers are drawn only where the block will run."""
     block, layers, drops = matched
     if drops and why_not_layers(x, block, placeholders(matched, x)) is not None:
         return None

@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from fastres.nn.fused import FusedParts, parts_now, run_parts
+from fastres.nn.fused import FusedParts, run_fused
 from fastres.nn.match import Parts, Steps
 
 
@@ -19,7 +19,7 @@ class FusedStem(FusedParts):
 
     def fused_stem(self, x: Tensor) -> Tensor | None:
         """The stem's output, or None where its children have to run; then nothing was changed."""
-        return run_parts(parts_now(self, type(self)), x)
+        return run_fused(self, x)
 
 
 class FusedResNetStem(FusedStem):

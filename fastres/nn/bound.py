@@ -1,0 +1,140 @@
+"""What a module was found to compute, kept while nothing it was read from has changed.
+
+Children are swapped, hooked, frozen, patched and moved during a model's life. So each call looks at
+all of them: at every child's own attributes by value, at parameters and buffers by identity, and
+at shapes, dtypes, devices and strides. What is spared is to work out again what follows from them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from fastres.block import current
+from fastres.block.call import Call, autocasts, prepare
+from fastres.block.plan import switches
+from fastres.kernels import registrations
+from fastres.nn.match import Decline, Match, Parts, Projection, match
+
+#: A module, its class, its attributes, and the identities of its parameters, buffers and children.
+_Seen = tuple[nn.Module, type, dict[str, Any], list[int]]
+
+#: Inputs of a module are of few kinds; one that sees ever new ones starts over now and then.
+_MOST_KEPT = 64
+
+
+class Bound:
+    """A match, and the calls that were prepared for it."""
+
+    __slots__ = ("_block", "_calls", "_seen", "match")
+
+    def __init__(self, module: nn.Module, parts: Parts, matched: Match) -> None:
+        self.match = matched
+        self._seen = [_look(one) for one in _modules(parts)]
+        # The module itself is looked at when it is called: kept here it would never be freed.
+        self._block = _look(module)[1:]
+        self._calls: dict[Any, Call | None] = {}
+
+    def holds(self, module: nn.Module) -> bool:
+        """Whether everything is still as it was when the match was made."""
+        try:
+            return _same(module, *self._block) and all(
+                [
+                    _same(*seen)
+                    and not seen[2]["_forward_hooks"]
+                    and not seen[2]["_forward_pre_hooks"]
+                    and not seen[2]["_backward_hooks"]
+                    and not seen[2]["_backward_pre_hooks"]
+                    for seen in self._seen
+                ]
+            )
+        except Exception:  # An attribute that cannot be compared may have changed.
+            return False
+
+    def call(self, x: Tensor) -> Call | None:
+        """How to run the match on x, or None where it cannot be fused."""
+        layers = self.match.layers
+        tensors = [x, *[t for layer in layers for t in layer[1:7] if t is not None]]
+        key = (
+            torch.is_grad_enabled() and any([t.requires_grad for t in tensors]),
+            current(), switches(x.device.type), registrations(),
+            *[(t.shape, t.stride(), t.dtype, t.device, type(t)) for t in tensors],
+        )  # fmt: skip
+        try:
+            return self._calls[key]
+        except KeyError:
+            call = prepare(x, self.match.block, layers)
+        if x.device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+            if len(self._calls) >= _MOST_KEPT:
+                self._calls.clear()
+            self._calls[key] = call
+        return call
+
+
+_bound: WeakKeyDictionary[nn.Module, Bound] = WeakKeyDictionary()
+
+
+def bound_of(module: nn.Module, parts: Parts | Decline | None = None) -> Bound | None:
+    """The bound match of a module; None where there is none that holds, and `parts` give none."""
+    if parts is None:
+        bound = _bound.get(module)
+        return bound if bound is not None and bound.holds(module) else None
+    matched = match(parts)
+    if isinstance(parts, Decline) or isinstance(matched, Decline):
+        return None
+    bound = _bound[module] = Bound(module, parts, matched)
+    return bound
+
+
+def simple(x: Tensor) -> bool:
+    """Whether x is a plain tensor at a moment at which nothing rewrites what is done to it.
+
+    Then what was prepared for one that is alike can be run as it is.
+    """
+    return (
+        type(x) in (Tensor, nn.Parameter)
+        and not torch._C._len_torch_function_stack()
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and torch.autograd.forward_ad._current_level < 0
+        and not autocasts(x.device.type)
+    )
+
+
+def _look(module: nn.Module) -> _Seen:
+    return module, type(module), dict(module.__dict__), _identities(module.__dict__)
+
+
+def _same(module: nn.Module, cls: type, attributes: dict[str, Any], identities: list[int]) -> bool:
+    own = module.__dict__
+    return (
+        type(module) is cls
+        and own == attributes
+        and [
+            *map(id, own["_parameters"].values()),
+            *map(id, own["_buffers"].values()),
+            *map(id, own["_modules"].values()),
+        ]
+        == identities
+    )
+
+
+def _identities(attributes: dict[str, Any]) -> list[int]:
+    tables = (attributes["_parameters"], attributes["_buffers"], attributes["_modules"])
+    return [id(one) for table in tables for one in table.values()]
+
+
+def _modules(parts: Parts) -> Iterator[nn.Module]:
+    """The modules that a match of `parts` read."""
+    for steps in parts.units:
+        yield from (m for m in steps if m is not None)
+    projection = parts.projection
+    if isinstance(projection, Projection):
+        yield from (m for m in projection if m is not None)
+    elif projection is not None:
+        yield from projection.modules()
+    others = (parts.end, *parts.identities, *parts.wrappers)
+    yield from (m for m in others if m is not None)
