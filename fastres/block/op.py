@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from fastres.block import library as _library  # noqa: F401  (defines the operators)
+from fastres.block.layers import ConvNorm
 from fastres.block.once import once_differentiable
-from fastres.block.spec import UNIT_TENSORS, BlockSpec
+from fastres.block.spec import UNIT_TENSORS, BlockSpec, UnitSpec, decode
+from fastres.block.stock import run_stock
 
 #: Of a unit's tensors, the first four are parameters; running statistics get no gradient.
 _PARAMETERS = 4
@@ -47,8 +49,14 @@ class _Block(torch.autograd.Function):
         return (out, *stats)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        run = _torch_backward if _takes_torch(ctx, grad_out) else _Block.fused_backward
+        return run(ctx, grad_out)
+
+    @staticmethod
+    @once_differentiable
+    def fused_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients by the fused operator."""
         x, *rest = ctx.saved_tensors
         parameters, saved = rest[: _PARAMETERS * ctx.units], rest[_PARAMETERS * ctx.units :]
         tensors: list[Tensor | None] = []
@@ -60,6 +68,48 @@ class _Block(torch.autograd.Function):
             needs += wanted[i : i + _PARAMETERS]
         grads = iter(torch.ops.fastres.block_backward(grad_out, x, tensors, saved, ctx.spec, needs))
         return (None, None, None, *(next(grads) if want else None for want in wanted))
+
+
+def _takes_torch(ctx: Any, grad_out: Tensor) -> bool:
+    """Whether torch's own operators run backward: for gradients of gradients, or a batch of them.
+
+    A residual that was given is not kept, and so the forward cannot be run again.
+    """
+    if torch.compiler.is_compiling() or decode(ctx.spec).shortcut == "tensor":
+        return False
+    batches = torch._C._functorch
+    batched = batches.is_batchedtensor(grad_out) or batches.is_legacy_batchedtensor(grad_out)
+    return torch.is_grad_enabled() or batched
+
+
+def _torch_backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients by torch, through a second forward of its own operators."""
+    spec, (x, *rest) = decode(ctx.spec), ctx.saved_tensors
+    units, given, layers = spec.all_units, [x, None], []
+    for i, unit in enumerate(units):
+        own = rest[_PARAMETERS * i :][:_PARAMETERS]
+        given += [*own, None, None]
+        layers.append(_layer(unit, own, rest[_PARAMETERS * len(units) + i]))
+    main, projection = layers[: len(spec.units)], layers[len(spec.units) :]
+    with torch.enable_grad():
+        out = run_stock(
+            x, main, shortcut=spec.shortcut, projection=projection[0] if projection else None,
+            pool=spec.pool, act=spec.act,
+        )  # fmt: skip
+    wanted = ctx.needs_input_grad[3:]
+    inputs = [t for t, want in zip(given, wanted, strict=True) if want and t is not None]
+    create = torch.is_grad_enabled()
+    grads = iter(torch.autograd.grad(out, inputs, grad_out, create_graph=create))
+    return (None, None, None, *(next(grads) if want else None for want in wanted))
+
+
+def _layer(unit: UnitSpec, own: Sequence[Tensor | None], stats: Tensor) -> ConvNorm:
+    """A unit as torch's operators take it: its running statistics are those it was given."""
+    weight, bias, norm_weight, norm_bias = own
+    dtype = stats.dtype if norm_weight is None else norm_weight.dtype
+    mean, var = (None, None) if unit.batch_stats else stats[:2].to(dtype).unbind()
+    layer = ConvNorm(weight, mean, var, norm_weight, norm_bias, bias, eps=unit.eps, act=unit.act)
+    return layer if unit.conv is None else layer._replace(**unit.conv._asdict())
 
 
 def run_block(
