@@ -51,6 +51,8 @@ def group(device: str) -> Iterator[int]:
     dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=PATIENCE)
     try:
         yield dist.get_world_size()
+        # One that leaves while another still talks to it can take that one down with it.
+        dist.barrier()
     finally:
         dist.destroy_process_group()
 

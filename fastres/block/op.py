@@ -10,10 +10,12 @@ from torch import Tensor
 
 from fastres.block.backward import run_backward
 from fastres.block.forward import run_forward
+from fastres.block.layers import Layer
 from fastres.block.once import once_differentiable
 from fastres.block.plan import Plan
-from fastres.block.spec import UNIT_TENSORS, Block
-from fastres.block.tensors import split_tensors
+from fastres.block.spec import UNIT_TENSORS, Block, Unit
+from fastres.block.stock import run_stock
+from fastres.block.tensors import UnitTensors, split_tensors
 
 #: Of a unit's tensors, these may want a gradient: all but the running statistics.
 _WANTING = (True, True, True, True, False, False, True)
@@ -92,6 +94,8 @@ class _BlockFunction(torch.autograd.Function):
         if update is not None:
             update(stats)
         ctx.run = run
+        if not torch.compiler.is_compiling():
+            ctx.given = [(t, 0 if t is None else t._version) for t in tensors]
         kept = [t if keep else None for t, keep in zip(tensors, run.keeps, strict=True)]
         ctx.save_for_backward(x, *kept, *saved, *[out for _ in mean])
         ctx.set_materialize_grads(False)
@@ -99,8 +103,16 @@ class _BlockFunction(torch.autograd.Function):
         return (out, *mean, *stats)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, *more: Any) -> tuple[Tensor | None, ...]:
+        """The gradients by the fused operator, or by torch where they are to be differentiated."""
+        if _takes_torch(ctx, grad_out):
+            return _torch_backward(ctx, grad_out)
+        return _BlockFunction.fused_backward(ctx, grad_out, *more)
+
+    @staticmethod
+    @once_differentiable
+    def fused_backward(ctx: Any, grad_out: Tensor | None, *more: Any) -> tuple[Tensor | None, ...]:
+        """The gradients by the fused operator."""
         run = ctx.run
         x, *rest = ctx.saved_tensors
         grad_mean = more[0] if run.means else None
@@ -122,6 +134,58 @@ class _BlockFunction(torch.autograd.Function):
             computed = torch.ops.fastres.block_backward(*given, tensors, saved, run.text, needs)
         grads = iter(computed)
         return (None, None, *[next(grads) if want else None for want in wanted])
+
+
+def _takes_torch(ctx: Any, grad_out: Tensor | None) -> bool:
+    """Whether torch's own operators run backward: for gradients of gradients, or a batch of them.
+
+    Only what was kept can be run again: no residual that was given, no half of a block.
+    """
+    if torch.compiler.is_compiling() or grad_out is None:
+        return False
+    block, batches = ctx.run.block, torch._C._functorch
+    whole = not block.open_end and not any([unit.scale for unit in block.units])
+    if block.shortcut == "tensor" or not whole:
+        return False
+    if torch.is_grad_enabled():
+        return True
+    return batches.is_batchedtensor(grad_out) or batches.is_legacy_batchedtensor(grad_out)
+
+
+def _torch_backward(ctx: Any, grad_out: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The gradients by torch, through a second forward of its own operators.
+
+    It reads parameters that a fused backward does not, so these are held to their version here.
+    """
+    run, (x, *rest) = ctx.run, ctx.saved_tensors
+    if any([t is not None and t._version != version for t, version in ctx.given]):
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace "
+            "operation: a parameter of a fused block, in front of a gradient of its gradients"
+        )
+    units, stats = split_tensors([t for t, _ in ctx.given]), iter(rest[len(run.keeps) :])
+    layers = [
+        _layer(unit, own, None if unit.norm is None else next(stats))
+        for unit, own in zip(run.block.all_units, units, strict=True)
+    ]
+    with torch.enable_grad():
+        out = run_stock(x, run.block, layers)
+    wanted = ctx.needs_input_grad[2:]
+    given = (x, None, *[t for t, _ in ctx.given])
+    inputs = [t for t, want in zip(given, wanted, strict=True) if want and t is not None]
+    create = torch.is_grad_enabled()
+    grads = iter(torch.autograd.grad(out, inputs, grad_out, create_graph=create))
+    return (None, None, *[next(grads) if want else None for want in wanted])
+
+
+def _layer(unit: Unit, own: UnitTensors, stats: Tensor | None) -> Layer:
+    """A unit as torch's operators take it: its running statistics are those it was given."""
+    layer = Layer(unit, *own[:4])
+    if stats is None or unit.batch_stats:
+        return layer
+    dtype = stats.dtype if own.norm_weight is None else own.norm_weight.dtype
+    mean, var = stats[:2].to(dtype).unbind()
+    return layer._replace(running_mean=mean, running_var=var)
 
 
 _apply = super(torch.autograd.Function, _BlockFunction).apply
