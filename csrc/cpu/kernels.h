@@ -37,6 +37,7 @@ struct ScaleShiftActArgs {
 struct BackwardReduceArgs {
   const void* grad_out;
   Gate gate;
+  Activation act;  // whose derivative the gate applies
   const void* gate_ptr;
   const void* y[2];
   const void* stats[2];
@@ -48,6 +49,7 @@ struct BackwardReduceArgs {
 struct BackwardApplyArgs {
   const void* grad_out;
   Gate gate;
+  Activation act;  // whose derivative the gate applies
   const void* gate_ptr;
   const void* y[2];
   const void* stats[2];
@@ -70,6 +72,7 @@ struct AddActArgs {
 struct ActBackwardArgs {
   const void* grad_out;
   Gate gate;
+  Activation act;
   const void* gate_ptr;
   void* grad;
   Problem problem;
