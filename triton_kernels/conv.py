@@ -86,9 +86,9 @@ def normalised(
 ):
     """act(scale*x + shift) of a tile [pixels, channels], rounded as if it had been stored.
 
-    It is act(0) for channels that are none, since their scale and shift are zero and so is what it
-    meets in a product, and zero in the padding, which comes after the prologue. Pixels past the last one may hold anything: nobody reads their
-    results, and their gradients are zero.
+    For channels that are none, whose scale and shift are zero, it is act(0), and what it meets in a
+    product is zero. It is zero in the padding, which comes after the prologue. Pixels past the last
+    one may hold anything: nobody reads their results, and their gradients are zero.
     """
     b_scale = load_values(p_stats + SCALE * channels, channel, m_channel)
     b_shift = load_values(p_stats + SHIFT * channels, channel, m_channel)

@@ -17,7 +17,8 @@ def check_activation(name: str) -> None:
 
     At 60,001 points of [-30, 30] in float64, without zero, where a kink may be: the derivative
     against torch's autograd, the gate against the derivative, slope against |act'|, curvature
-    against the quotients of differences of act' between the kinks. Also that the formulas keep dtype and shape.
+    against the quotients of differences of act' between the kinks. Also that the formulas keep
+    dtype and shape.
 
     Args:
         name: of a registered activation.
