@@ -1,6 +1,7 @@
 // act(scale * y + shift [+ residual | + residual_scale * residual + residual_shift]), pack by pack.
 #pragma once
 
+#include "cuda/dispatch.h"
 #include "cuda/pack.h"
 
 namespace fastres::cuda {
@@ -19,8 +20,9 @@ FASTRES_DEVICE void store_bits(uint8_t* mask, const Item& item, unsigned bits, c
   }
 }
 
-// kScaled: the residual has a scale and a shift of its own.
-template <class T, int kPack, bool kPerColumn, bool kScaled>
+// kScaled: the residual has a scale and a shift of its own. kSmooth: the activation is no gate;
+// then there is neither a residual nor a mask.
+template <class T, int kPack, bool kPerColumn, bool kScaled, bool kSmooth>
 class Normalise {
  public:
   using P = Place<kPack, kPerColumn>;
@@ -41,7 +43,7 @@ class Normalise {
   FASTRES_DEVICE void apply(const Item (&items)[kUnroll], const P& place) const {
     Raw<T, kPack> y[kUnroll], residual[kUnroll];
     load_existing(a_.y, items, y);
-    if (a_.residual) {
+    if (!kSmooth && a_.residual) {
       load_existing(a_.residual, items, residual);
     }
     FASTRES_UNROLLED
@@ -49,17 +51,15 @@ class Normalise {
       float v[kPack];
       unpack(y[u], v);
       affine(v);
-      if (a_.residual) {
+      if (!kSmooth && a_.residual) {
         add(residual[u], v);
       }
-      const unsigned bits = a_.mask ? gate_bits(v) : 0;
-      if (a_.act == Activation::kRelu) {
-        activate(v);
-      }
+      const unsigned bits = !kSmooth && a_.mask ? gate_bits(v) : 0;
+      activate(v);
       if (items[u].exists) {
         store<kPack, T>(a_.out, items[u].offset, packed<T>(v));
       }
-      if (a_.mask) {
+      if (!kSmooth && a_.mask) {
         store_bits<kPack>(a_.mask, items[u], bits, place);
       }
     }
@@ -90,23 +90,43 @@ class Normalise {
     }
   }
 
-  FASTRES_DEVICE static void activate(float (&v)[kPack]) {
-    FASTRES_UNROLLED
-    for (int i = 0; i < kPack; ++i) {
-      v[i] = relu(v[i]);
+  FASTRES_DEVICE void activate(float (&v)[kPack]) const {
+    if constexpr (kSmooth) {
+      with_smooth(a_.act, [&](auto act) {
+        FASTRES_UNROLLED
+        for (int i = 0; i < kPack; ++i) {
+          v[i] = act.value(v[i]);
+        }
+      });
+    } else if (a_.act == Activation::kRelu) {
+      FASTRES_UNROLLED
+      for (int i = 0; i < kPack; ++i) {
+        v[i] = relu(v[i]);
+      }
+    } else if (a_.act == Activation::kRelu6) {
+      FASTRES_UNROLLED
+      for (int i = 0; i < kPack; ++i) {
+        v[i] = Relu6::value(v[i]);
+      }
     }
   }
 
   // The derivative's bits, before the activation. Only a mask asks for them: they cost as much as
   // all the rest.
   FASTRES_DEVICE unsigned gate_bits(const float (&v)[kPack]) const {
-    if (a_.act != Activation::kRelu) {
-      return (1u << kPack) - 1;
-    }
     unsigned bits = 0;
-    FASTRES_UNROLLED
-    for (int i = 0; i < kPack; ++i) {
-      bits |= unsigned(relu_gate<T>(v[i])) << i;
+    if (a_.act == Activation::kNone) {
+      return (1u << kPack) - 1;
+    } else if (a_.act == Activation::kRelu) {
+      FASTRES_UNROLLED
+      for (int i = 0; i < kPack; ++i) {
+        bits |= unsigned(relu_gate<T>(v[i])) << i;
+      }
+    } else {
+      FASTRES_UNROLLED
+      for (int i = 0; i < kPack; ++i) {
+        bits |= unsigned(Relu6::open(rounded<T>(v[i]))) << i;
+      }
     }
     return bits;
   }
@@ -115,5 +135,20 @@ class Normalise {
   float scale_[P::kSlots], shift_[P::kSlots];
   float residual_scale_[P::kSlots], residual_shift_[P::kSlots];
 };
+
+// ---- host ----
+
+// Calls f(kScaled, kSmooth) with the two as constants.
+template <class F>
+void with_end(const ScaleShiftActArgs& args, const F& f) {
+  if (!is_smooth(args.act)) {
+    return with_bool(args.residual_stats != nullptr,
+                     [&](auto scaled) { f(scaled, Constant<false>{}); });
+  }
+  if (args.residual || args.mask) {
+    throw std::invalid_argument("act must be a gate behind a residual and with a mask");
+  }
+  f(Constant<false>{}, Constant<true>{});
+}
 
 }  // namespace fastres::cuda

@@ -12,6 +12,7 @@ from fastres.kernels.common import (
     address,
     branch_tensors,
     floats,
+    gate_act_code,
     gate_code,
     new_grads,
     new_mask,
@@ -132,13 +133,13 @@ def bn_act_backward_reduce(
         found = floats(3, shape.c, device=device)
         parts = partials(shape, tiling, rows, torch.float32, device)
         module().bn_act_backward_reduce(
-            grad_out.data_ptr(), gate_code(gate), address(gate.tensor),
+            grad_out.data_ptr(), gate_code(gate), gate_act_code(gate), address(gate.tensor),
             *map(address, branch_tensors(branches)), parts.data_ptr(), address(sums),
             found.data_ptr(), shape, tiling, where(grad_out),
         )  # fmt: skip
         return found
 
-    flags = (gate.kind, rows)
+    flags = (gate.kind, gate.applied, rows)
     name = "bn_act_backward_reduce"
     return run(choose(name, shape, device, flags, run, sums=True, rings=True))
 
@@ -183,13 +184,13 @@ def apply(
 
     def run(tiling: Tiling) -> None:
         module().bn_act_backward_apply(
-            grad_out.data_ptr(), gate_code(gate), address(gate.tensor),
+            grad_out.data_ptr(), gate_code(gate), gate_act_code(gate), address(gate.tensor),
             *map(address, branch_tensors(branches)), address(sums), count,
             *map(address, grads), address(residual), shape, tiling, where(grad_out),
         )  # fmt: skip
 
     absent = [t is None for t in (sums, *grads, residual)]
-    wanted: tuple[str | bool, ...] = (gate.kind, *absent)
+    wanted: tuple[str | bool, ...] = (gate.kind, gate.applied, *absent)
     repeatable = None if in_place else run
     name = "bn_act_backward_apply"
     run(choose(name, shape, grad_out.device, wanted, repeatable, rings=True))
