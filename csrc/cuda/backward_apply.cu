@@ -15,10 +15,10 @@ struct Kernel {
 template <class T, int kPack, bool kPerColumn, bool kSecond>
 constexpr int kBlocks = sizeof(T) == 2 && kPack == kVector && !kPerColumn && !kSecond ? 3 : 0;
 
-template <class T, int kPack, bool kPerColumn, bool kSecond, bool kSmooth>
+template <class T, int kPack, bool kPerColumn, bool kSecond, bool kOther>
 __global__ void __launch_bounds__(kMostThreads, kBlocks<T, kPack, kPerColumn, kSecond>)
     backward_apply_kernel(Kernel k) {
-  using Op = ApplyGradients<T, kPack, kPerColumn, kSecond, kSmooth>;
+  using Op = ApplyGradients<T, kPack, kPerColumn, kSecond, kOther>;
   const Place<kPack, kPerColumn> place(k.walk);
   for_each_item<2>(Op(k.args, place), place);
 }
@@ -39,9 +39,9 @@ void apply(const BackwardApplyArgs& args, bool vectors, const Where& where) {
     constexpr int kPack = decltype(pack)::value;
     constexpr bool kPerColumn = decltype(per_column)::value;
     const Kernel k{args, make_walk(args.shape, args.tiling, kPack)};
-    with_branches(args.gate, args.act, args.grad_y[1], [&](auto second, auto smooth) {
-      constexpr bool kSecond = decltype(second)::value, kSmooth = decltype(smooth)::value;
-      launch(kName, backward_apply_kernel<T, kPack, kPerColumn, kSecond, kSmooth>,
+    with_branches(args.gate, args.act, args.grad_y[1], [&](auto second, auto other) {
+      constexpr bool kSecond = decltype(second)::value, kOther = decltype(other)::value;
+      launch(kName, backward_apply_kernel<T, kPack, kPerColumn, kSecond, kOther>,
              launch_shape(k.walk, args.tiling), where.stream, k);
     });
   });

@@ -10,11 +10,11 @@ struct Kernel {
   Walk walk;
 };
 
-template <class T, int kPack, bool kPerColumn, bool kSecond, bool kSmooth>
+template <class T, int kPack, bool kPerColumn, bool kSecond, bool kOther>
 __global__ void __launch_bounds__(kMostThreads) backward_reduce_kernel(Kernel k) {
   const auto place = Place<kPack, kPerColumn>::from_the_end(k.walk);
   auto* scratch = &shared_memory<BlockSums<kPack, kPerColumn, kSecond>>();
-  reduce_chunk<2, T, kPack, kPerColumn, kSecond, kSmooth>(k.args, place, scratch);
+  reduce_chunk<kOther ? 1 : 2, T, kPack, kPerColumn, kSecond, kOther>(k.args, place, scratch);
 }
 
 template <class T, bool kSecond>
@@ -38,11 +38,11 @@ void reduce(const BackwardReduceArgs& args, bool vectors, const Where& where) {
     constexpr int kPack = decltype(pack)::value;
     constexpr bool kPerColumn = decltype(per_column)::value;
     const Kernel k{args, make_walk(args.shape, args.tiling, kPack)};
-    with_branches(args.gate, args.act, args.y[1], [&](auto second, auto smooth) {
+    with_branches(args.gate, args.act, args.y[1], [&](auto second, auto other) {
       constexpr bool kSecond = decltype(second)::value;
       const size_t shared =
           sizeof(BlockSums<kPack, kPerColumn, kSecond>) * size_t(args.tiling.threads / 2);
-      launch(kName, backward_reduce_kernel<T, kPack, kPerColumn, kSecond, decltype(smooth)::value>,
+      launch(kName, backward_reduce_kernel<T, kPack, kPerColumn, kSecond, decltype(other)::value>,
              launch_shape(k.walk, args.tiling, shared), where.stream, k);
     });
   });

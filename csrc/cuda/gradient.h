@@ -18,9 +18,9 @@ struct GateRaw {
 // threads: per pack it costs a few instructions, per kind it would cost an instance. Where two
 // branches meet, no branch alone knows the gate: it is never affine there.
 //
-// kSmooth: the derivative is no gate. It is computed from y, in instances of their own, since its
-// registers would be everybody's.
-template <class T, int kPack, bool kPerColumn, bool kSecond, bool kSmooth>
+// kOther: the activation is neither none nor ReLU, and its derivative is computed from y. It would
+// take everybody's registers, so it has instances of its own.
+template <class T, int kPack, bool kPerColumn, bool kSecond, bool kOther>
 class GateReader {
  public:
   using P = Place<kPack, kPerColumn>;
@@ -35,12 +35,12 @@ class GateReader {
     }
   }
 
-  FASTRES_DEVICE bool reads_y() const { return kSmooth || (!kSecond && kind_ == Gate::kAffine); }
+  FASTRES_DEVICE bool reads_y() const { return kOther || (!kSecond && kind_ == Gate::kAffine); }
 
   template <int kUnroll>
   FASTRES_DEVICE void load(const Item (&items)[kUnroll], GateRaw<T, kPack> (&raw)[kUnroll],
                            const P& place) const {
-    if constexpr (kSmooth) {
+    if constexpr (kOther) {
     } else if (kind_ == Gate::kMask) {
       const uint8_t* mask = static_cast<const uint8_t*>(source_);
       FASTRES_UNROLLED
@@ -85,12 +85,13 @@ class GateReader {
   // the other kinds know costs as much as all the rest.
   FASTRES_DEVICE void apply(const GateRaw<T, kPack>& raw, const float (&y)[kPack],
                             const float (&scale)[P::kSlots], float (&g)[kPack]) const {
-    if constexpr (kSmooth) {
-      with_smooth(act_, [&](auto act) {
+    if constexpr (kOther) {
+      with_activation(act_, [&](auto act) {
         FASTRES_UNROLLED
         for (int i = 0; i < kPack; ++i) {
           const int slot = kPerColumn ? i : 0;
-          g[i] *= act.derivative(fmaf(scale[slot], y[i], shift_[slot]));
+          const float v = fmaf(scale[slot], y[i], shift_[slot]);
+          g[i] = backward<decltype(act)>(g[i], act.kGate ? rounded<T>(v) : v);
         }
       });
     } else if (kind_ == Gate::kMask) {
@@ -101,26 +102,11 @@ class GateReader {
     } else if (kind_ == Gate::kOutput) {
       float out[kPack];
       unpack(raw.out, out);
-      if (act_ == Activation::kRelu6) {
-        FASTRES_UNROLLED
-        for (int i = 0; i < kPack; ++i) {
-          g[i] = backward<Relu6>(g[i], out[i]);
-        }
-        return;
-      }
       FASTRES_UNROLLED
       for (int i = 0; i < kPack; ++i) {
         g[i] = out[i] <= 0 ? 0.0f : g[i];
       }
     } else if (reads_y()) {
-      if (act_ == Activation::kRelu6) {
-        FASTRES_UNROLLED
-        for (int i = 0; i < kPack; ++i) {
-          const int slot = kPerColumn ? i : 0;
-          g[i] = backward<Relu6>(g[i], rounded<T>(fmaf(scale[slot], y[i], shift_[slot])));
-        }
-        return;
-      }
       FASTRES_UNROLLED
       for (int i = 0; i < kPack; ++i) {
         const int slot = kPerColumn ? i : 0;
@@ -155,7 +141,7 @@ struct ChannelSums {
 };
 
 // Adds g, and g * (y - mean) of each branch, to a thread's sums.
-template <class T, int kPack, bool kPerColumn, bool kSecond, bool kSmooth = false>
+template <class T, int kPack, bool kPerColumn, bool kSecond, bool kOther = false>
 class AddGradients {
  public:
   using P = Place<kPack, kPerColumn>;
@@ -233,7 +219,7 @@ class AddGradients {
 
   const BackwardReduceArgs& a_;
   float scale_[P::kSlots];
-  GateReader<T, kPack, kPerColumn, kSecond, kSmooth> gate_;
+  GateReader<T, kPack, kPerColumn, kSecond, kOther> gate_;
   float mean_[kSums - 1][P::kSlots];
   Sums& sums_;
 };
@@ -270,11 +256,11 @@ FASTRES_DEVICE void write_partial_sums(const BackwardReduceArgs& args,
   }
 }
 
-template <int kUnroll, class T, int kPack, bool kPerColumn, bool kSecond, bool kSmooth = false>
+template <int kUnroll, class T, int kPack, bool kPerColumn, bool kSecond, bool kOther = false>
 FASTRES_DEVICE void reduce_chunk(const BackwardReduceArgs& args,
                                  const Place<kPack, kPerColumn>& place,
                                  BlockSums<kPack, kPerColumn, kSecond>* scratch) {
-  using Op = AddGradients<T, kPack, kPerColumn, kSecond, kSmooth>;
+  using Op = AddGradients<T, kPack, kPerColumn, kSecond, kOther>;
   typename Op::Sums all{};
   for_each_item<kUnroll>(Op(args, place, all), place, true);
   write_partial_sums<T, kPack, kPerColumn, kSecond>(args, place, all, scratch);
@@ -362,7 +348,7 @@ struct Coefficients {
 };
 
 // Writes grad_y of one or both branches, and g itself.
-template <class T, int kPack, bool kPerColumn, bool kSecond, bool kSmooth = false>
+template <class T, int kPack, bool kPerColumn, bool kSecond, bool kOther = false>
 class ApplyGradients {
  public:
   using P = Place<kPack, kPerColumn>;
@@ -465,24 +451,24 @@ class ApplyGradients {
   const BackwardApplyArgs& a_;
   float mean_g_[P::kSlots];
   Coefficients<P> first_, second_;
-  GateReader<T, kPack, kPerColumn, kSecond, kSmooth> gate_;
+  GateReader<T, kPack, kPerColumn, kSecond, kOther> gate_;
 };
 
 // ---- host ----
 
 inline void check_gate(Gate gate, Activation act, const void* second) {
-  if (is_smooth(act) && gate != Gate::kAffine && gate != Gate::kNone) {
-    throw std::invalid_argument("gate must be none or affine for an activation that is no gate");
+  if (is_other(act) && (gate == Gate::kOutput || (gate == Gate::kMask && !is_gate(act)))) {
+    throw std::invalid_argument("gate must be none or affine for this activation");
   }
   if (gate == Gate::kAffine && second) {
     throw std::invalid_argument("gate must be none, mask or out where there are two branches");
   }
 }
 
-// Calls f(kSecond, kSmooth) with the two as constants.
+// Calls f(kSecond, kOther) with the two as constants.
 template <class F>
 void with_branches(Gate gate, Activation act, const void* second, const F& f) {
-  if (gate == Gate::kAffine && is_smooth(act)) {
+  if (gate == Gate::kAffine && is_other(act)) {
     return f(Constant<false>{}, Constant<true>{});
   }
   with_bool(second != nullptr, [&](auto both) { f(both, Constant<false>{}); });

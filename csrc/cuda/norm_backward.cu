@@ -24,17 +24,17 @@ template <class T, bool kSecond>
 constexpr int kBlocks = 2;
 #endif
 
-template <class T, bool kSecond, bool kSmooth>
+template <class T, bool kSecond, bool kOther>
 __global__ void __launch_bounds__(kSlabThreads, (kBlocks<T, kSecond>))
     norm_backward_kernel(Kernel k) {
-  using Op = ApplyGradients<T, kVector, true, kSecond, kSmooth>;
+  using Op = ApplyGradients<T, kVector, true, kSecond, kOther>;
   using P = Place<kVector, true>;
   using Total = TotalSums<kSecond ? 3 : 2>;
   auto& scratch = shared_memory<Scratch<kSecond>>();
   run_slab(
       k.walk, k.slab,
       [&](const P& place) {
-        reduce_chunk<1, T, kVector, true, kSecond, kSmooth>(k.args.reduce, place, scratch);
+        reduce_chunk<1, T, kVector, true, kSecond, kOther>(k.args.reduce, place, scratch);
       },
       [&](const MergeShare& share) {
         merge_sums(k.args.reduce, share, k.walk.channels, reinterpret_cast<Total*>(scratch));
@@ -53,10 +53,10 @@ void norm_backward(const NormBackwardArgs& args, const Where& where) {
       a.shape, {a.grad_out, a.y[0], a.y[1], out, a.grad_y[0], a.grad_y[1], a.grad_residual});
   const Kernel k{args, slab_walk(a.shape, a.tiling, vectors), 0};
   with_dtype(a.shape.dtype, [&](auto type) {
-    with_branches(a.gate, a.act, a.y[1], [&](auto second, auto smooth) {
+    with_branches(a.gate, a.act, a.y[1], [&](auto second, auto other) {
       using T = typename decltype(type)::type;
-      constexpr bool kSecond = decltype(second)::value, kSmooth = decltype(smooth)::value;
-      launch_slabs("bn_act_backward", norm_backward_kernel<T, kSecond, kSmooth>, k,
+      constexpr bool kSecond = decltype(second)::value, kOther = decltype(other)::value;
+      launch_slabs("bn_act_backward", norm_backward_kernel<T, kSecond, kOther>, k,
                    sizeof(Scratch<kSecond>), where.stream);
     });
   });

@@ -14,9 +14,9 @@ struct Kernel {
 
 using Scratch = Statistics<kVector>[kSlabThreads / 2];
 
-template <class T, bool kScaled, bool kSmooth>
+template <class T, bool kScaled, bool kOther>
 __global__ void __launch_bounds__(kSlabThreads, 2) norm_forward_kernel(Kernel k) {
-  using Op = Normalise<T, kVector, true, kScaled, kSmooth>;
+  using Op = Normalise<T, kVector, true, kScaled, kOther>;
   using P = Place<kVector, true>;
   auto& scratch = shared_memory<Scratch>();
   const NormForwardArgs& a = k.args;
@@ -40,10 +40,10 @@ void norm_forward(const NormForwardArgs& args, const Where& where) {
   const bool vectors = vectorised(apply.shape, {apply.y, apply.residual, apply.out});
   const Kernel k{args, slab_walk(apply.shape, apply.tiling, vectors), 0};
   with_dtype(apply.shape.dtype, [&](auto type) {
-    with_end(apply, [&](auto scaled, auto smooth) {
+    with_end(apply, [&](auto scaled, auto other) {
       using T = typename decltype(type)::type;
-      constexpr bool kScaled = decltype(scaled)::value, kSmooth = decltype(smooth)::value;
-      launch_slabs("bn_act_forward", norm_forward_kernel<T, kScaled, kSmooth>, k, sizeof(Scratch),
+      constexpr bool kScaled = decltype(scaled)::value, kOther = decltype(other)::value;
+      launch_slabs("bn_act_forward", norm_forward_kernel<T, kScaled, kOther>, k, sizeof(Scratch),
                    where.stream);
     });
   });
@@ -54,12 +54,14 @@ int64_t norm_forward_blocks(DType dtype, bool second, const Where& where) {
   int64_t blocks = 0;
   with_dtype(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
-    const auto resident = [](auto kernel) {
-      return resident_blocks(kernel, kSlabThreads, sizeof(Scratch));
-    };
-    blocks = second ? resident(norm_forward_kernel<T, true, false>)
-                    : std::min(resident(norm_forward_kernel<T, false, false>),
-                               resident(norm_forward_kernel<T, false, true>));
+    with_bool(second, [&](auto scaled) {
+      const auto resident = [](auto kernel) {
+        return resident_blocks(kernel, kSlabThreads, sizeof(Scratch));
+      };
+      constexpr bool kScaled = decltype(scaled)::value;
+      blocks = std::min(resident(norm_forward_kernel<T, kScaled, false>),
+                        resident(norm_forward_kernel<T, kScaled, true>));
+    });
   });
   return blocks;
 }

@@ -20,9 +20,9 @@ FASTRES_DEVICE void store_bits(uint8_t* mask, const Item& item, unsigned bits, c
   }
 }
 
-// kScaled: the residual has a scale and a shift of its own. kSmooth: the activation is no gate;
-// then there is neither a residual nor a mask.
-template <class T, int kPack, bool kPerColumn, bool kScaled, bool kSmooth>
+// kScaled: the residual has a scale and a shift of its own. kOther: the activation is neither none
+// nor ReLU, whose instances it leaves as they are.
+template <class T, int kPack, bool kPerColumn, bool kScaled, bool kOther>
 class Normalise {
  public:
   using P = Place<kPack, kPerColumn>;
@@ -43,7 +43,7 @@ class Normalise {
   FASTRES_DEVICE void apply(const Item (&items)[kUnroll], const P& place) const {
     Raw<T, kPack> y[kUnroll], residual[kUnroll];
     load_existing(a_.y, items, y);
-    if (!kSmooth && a_.residual) {
+    if (a_.residual) {
       load_existing(a_.residual, items, residual);
     }
     FASTRES_UNROLLED
@@ -51,15 +51,15 @@ class Normalise {
       float v[kPack];
       unpack(y[u], v);
       affine(v);
-      if (!kSmooth && a_.residual) {
+      if (a_.residual) {
         add(residual[u], v);
       }
-      const unsigned bits = !kSmooth && a_.mask ? gate_bits(v) : 0;
+      const unsigned bits = a_.mask ? gate_bits(v) : 0;
       activate(v);
       if (items[u].exists) {
         store<kPack, T>(a_.out, items[u].offset, packed<T>(v));
       }
-      if (!kSmooth && a_.mask) {
+      if (a_.mask) {
         store_bits<kPack>(a_.mask, items[u], bits, place);
       }
     }
@@ -91,8 +91,8 @@ class Normalise {
   }
 
   FASTRES_DEVICE void activate(float (&v)[kPack]) const {
-    if constexpr (kSmooth) {
-      with_smooth(a_.act, [&](auto act) {
+    if constexpr (kOther) {
+      with_activation(a_.act, [&](auto act) {
         FASTRES_UNROLLED
         for (int i = 0; i < kPack; ++i) {
           v[i] = act.value(v[i]);
@@ -103,30 +103,19 @@ class Normalise {
       for (int i = 0; i < kPack; ++i) {
         v[i] = relu(v[i]);
       }
-    } else if (a_.act == Activation::kRelu6) {
-      FASTRES_UNROLLED
-      for (int i = 0; i < kPack; ++i) {
-        v[i] = Relu6::value(v[i]);
-      }
     }
   }
 
   // The derivative's bits, before the activation. Only a mask asks for them: they cost as much as
   // all the rest.
   FASTRES_DEVICE unsigned gate_bits(const float (&v)[kPack]) const {
-    unsigned bits = 0;
-    if (a_.act == Activation::kNone) {
+    if (!kOther && a_.act != Activation::kRelu) {
       return (1u << kPack) - 1;
-    } else if (a_.act == Activation::kRelu) {
-      FASTRES_UNROLLED
-      for (int i = 0; i < kPack; ++i) {
-        bits |= unsigned(relu_gate<T>(v[i])) << i;
-      }
-    } else {
-      FASTRES_UNROLLED
-      for (int i = 0; i < kPack; ++i) {
-        bits |= unsigned(Relu6::open(rounded<T>(v[i]))) << i;
-      }
+    }
+    unsigned bits = 0;
+    FASTRES_UNROLLED
+    for (int i = 0; i < kPack; ++i) {
+      bits |= unsigned(kOther ? Relu6::open(rounded<T>(v[i])) : relu_gate<T>(v[i])) << i;
     }
     return bits;
   }
@@ -138,17 +127,15 @@ class Normalise {
 
 // ---- host ----
 
-// Calls f(kScaled, kSmooth) with the two as constants.
+// Calls f(kScaled, kOther) with the two as constants.
 template <class F>
 void with_end(const ScaleShiftActArgs& args, const F& f) {
-  if (!is_smooth(args.act)) {
-    return with_bool(args.residual_stats != nullptr,
-                     [&](auto scaled) { f(scaled, Constant<false>{}); });
+  if (args.mask && !is_gate(args.act)) {
+    throw std::invalid_argument("act must be none or a gate where a mask is wanted");
   }
-  if (args.residual || args.mask) {
-    throw std::invalid_argument("act must be a gate behind a residual and with a mask");
-  }
-  f(Constant<false>{}, Constant<true>{});
+  with_bool(args.residual_stats != nullptr, [&](auto scaled) {
+    with_bool(is_other(args.act), [&](auto other) { f(scaled, other); });
+  });
 }
 
 }  // namespace fastres::cuda

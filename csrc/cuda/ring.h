@@ -98,12 +98,12 @@ void with_ring(DType dtype, bool second, Gate gate, const F& f) {
 }
 
 // Whether a launch takes the ring that its tiling asks for: a choice that was measured on some
-// tensors may meet others. A derivative that is computed has no kernels with a ring.
+// tensors may meet others. An activation other than ReLU has no kernels with a ring.
 template <class Args>
 bool takes_ring(const Args& a, bool vectors) {
   const bool words = a.shape.c % 32 == 0 && reinterpret_cast<uintptr_t>(a.gate_ptr) % 4 == 0;
-  const bool smooth = a.gate == Gate::kAffine && is_smooth(a.act);
-  return a.tiling.stages > 0 && vectors && a.shape.per_column() && !smooth &&
+  const bool other = a.gate == Gate::kAffine && is_other(a.act);
+  return a.tiling.stages > 0 && vectors && a.shape.per_column() && !other &&
          a.shape.dtype != DType::kFloat32 && (a.gate != Gate::kMask || words);
 }
 

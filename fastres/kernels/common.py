@@ -43,6 +43,13 @@ def gate_act_code(gate: Gate) -> int:
     return ACT_CODES[gate.applied]
 
 
+def as_relu(gate: Gate) -> Gate:
+    """ReLU6's gate by its output as ReLU's, by a pass that closes it from 6 on."""
+    if gate.kind != "out" or gate.act != "relu6" or gate.tensor is None:
+        return gate
+    return Gate("out", gate.tensor.where(gate.tensor < 6, 0), "relu")
+
+
 def new_mask(t: Tensor) -> Tensor:
     """Memory for the packed mask of an activation."""
     shape = mask_shape(t.shape, is_channels_last(t))

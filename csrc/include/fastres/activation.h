@@ -168,14 +168,17 @@ FASTRES_HD V backward(const V& g, const V& v) {
   }
 }
 
-// Whether the derivative is computed. None, ReLU and ReLU6 take a comparison.
-FASTRES_HD bool is_smooth(Activation act) { return int(act) > int(Activation::kRelu6); }
+// None and ReLU have kernels of their own.
+FASTRES_HD bool is_other(Activation act) { return int(act) > int(Activation::kRelu); }
+inline bool is_gate(Activation act) { return int(act) <= int(Activation::kRelu6); }
 
-// Calls f with the functor of a smooth activation.
+// Calls f with the functor of any other activation.
 FASTRES_EITHER_SIDE
 template <class F>
-FASTRES_HD auto with_smooth(Activation act, const F& f) {
+FASTRES_HD auto with_activation(Activation act, const F& f) {
   switch (act) {
+    case Activation::kRelu6:
+      return f(Relu6{});
     case Activation::kSilu:
       return f(Silu{});
     case Activation::kGelu:
@@ -187,12 +190,6 @@ FASTRES_HD auto with_smooth(Activation act, const F& f) {
     default:
       return f(Hardswish{});
   }
-}
-
-// The same for any but none and ReLU, which have kernels of their own on the CPU.
-template <class F>
-FASTRES_HD auto with_activation(Activation act, const F& f) {
-  return act == Activation::kRelu6 ? f(Relu6{}) : with_smooth(act, f);
 }
 
 }  // namespace fastres

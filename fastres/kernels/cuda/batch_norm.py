@@ -10,6 +10,7 @@ from torch import Tensor
 from fastres.kernels.common import (
     ACT_CODES,
     address,
+    as_relu,
     branch_tensors,
     floats,
     gate_act_code,
@@ -124,6 +125,7 @@ def bn_act_backward_reduce(
     grad_out: Tensor, gate: Gate, branches: Sequence[Branch], *, sums: Tensor | None = None
 ) -> Tensor:
     """`sums` float32 [3, C]; added to `sums` where it is given."""
+    gate = as_relu(gate)
     shape, device = Shape.of(grad_out), grad_out.device
     if shape.empty:
         return zeros(3, shape.c, device=device) if sums is None else sums.clone()
@@ -178,6 +180,7 @@ def apply(
     in_place: bool,
 ) -> None:
     """Write grad_y of both branches and the gated gradient, where there is memory for them."""
+    gate = as_relu(gate)
     shape = Shape.of(grad_out)
     if shape.empty:
         return

@@ -16,6 +16,7 @@ from torch import Tensor
 from fastres.kernels.common import (
     ACT_CODES,
     address,
+    as_relu,
     branch_tensors,
     floats,
     gate_act_code,
@@ -155,6 +156,7 @@ def bn_act_backward(
     want_residual: bool = False,
 ) -> Backward:
     """bn_act_backward_reduce and bn_act_backward_apply, with grad_y of every branch."""
+    gate = as_relu(gate)
 
     def run(way: Way) -> Backward:
         if isinstance(way, Tiling):
