@@ -74,7 +74,10 @@ def variant(launch: Launch) -> str:
         taps_h, taps_w, stride = (constants[name] for name in _GEOMETRY)
         words.append(f"{taps_h}x{taps_w}" + (f" stride {stride}" if stride > 1 else ""))
     for name, value in constants.items():
-        if value is True and name != "CHANNELS_LAST":
+        if name in ("ACT", "ACT_X") and value is not None:
+            word = value.fn.__name__.removesuffix("_operand")
+            words += [word + name.removeprefix("ACT").lower()] if word != "identity" else []
+        elif value is True and name != "CHANNELS_LAST":
             words.append(name.removeprefix("HAS_").lower())
         elif name in ("GATE", "BELOW_GATE") and value:
             words.append(f"{name.lower()} {('none', 'mask', 'affine', 'out')[value]}")

@@ -134,7 +134,8 @@ def bn_act(
         training: normalise with batch statistics, update the running ones.
         momentum: factor of the running update; a 0-d tensor avoids a host synchronisation.
         eps: added to the variance.
-        act: "relu", "none", or a name given to `fastres.kernels.register_activation`.
+        act: "none", "relu", "relu6", "silu", "gelu", "gelu_tanh", "leaky_relu", "hardswish", or a
+            name given to `fastres.kernels.register_activation`.
 
     Returns:
         [N, C, H, W], dtype and layout of x.

@@ -622,8 +622,8 @@ def test_bad_codes_sizes_and_pointers_raise():
         _cpu.act_backward(y.data_ptr(), AFFINE, 0, y.data_ptr(), **sizes)
     with pytest.raises(ValueError, match="gate_ptr"):
         _cpu.act_backward(y.data_ptr(), MASK, 0, y.data_ptr(), **sizes)
-    with pytest.raises(ValueError, match="act must be between 0 and 1, got 2"):
-        _cpu.add_act(y.data_ptr(), y.data_ptr(), y.data_ptr(), 0, 2, **sizes)
+    with pytest.raises(ValueError, match="act must be between 0 and 7, got 8"):
+        _cpu.add_act(y.data_ptr(), y.data_ptr(), y.data_ptr(), 0, 8, **sizes)
 
 
 def run_python(code, **environment):

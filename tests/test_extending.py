@@ -45,11 +45,12 @@ from fastres.kernels import (
     registry,
     select,
 )
+from fastres.kernels.activation import BUILT_IN
 from fastres.kernels.extension import Discovery, Extension
 from fastres.testing import CASES, check_activation, check_block, check_implementation
 
 ROOT = Path(__file__).resolve().parent.parent
-EXAMPLE = ROOT / "examples" / "fastres-silu"
+EXAMPLE = ROOT / "examples" / "fastres-mish"
 BACKENDS_HERE = [name for name, b in BACKENDS.items() if b.why_not() is None]
 
 
@@ -66,54 +67,61 @@ def _restored() -> Iterator[None]:
         table.update(contents)  # type: ignore[arg-type]
 
 
-def silu_derivative(v: Tensor) -> Tensor:
-    s = torch.sigmoid(v)
-    return s * (1 + v * (1 - s))
+def mish_derivative(v: Tensor) -> Tensor:
+    t = torch.tanh(F.softplus(v))
+    return t + v * torch.sigmoid(v) * (1 - t * t)
+
+
+def relu3_(v: Tensor) -> Tensor:
+    return F.hardtanh(v, 0.0, 3.0)
+
+
+KNOWN = {"mish": F.mish, "relu3": relu3_, "relu": F.relu}
 
 
 @pytest.fixture
-def silu() -> None:
-    register_activation("silu", F.silu, silu_derivative, slope=1.1, curvature=0.5)
+def mish() -> None:
+    register_activation("mish", F.mish, mish_derivative, slope=1.09, curvature=0.65)
 
 
 @pytest.fixture
-def relu6() -> None:
+def relu3() -> None:
     """Another one whose derivative can be read off the output."""
     register_activation(
-        "relu6", F.relu6, lambda v: ((v > 0) & (v < 6)).to(v.dtype),
-        gate=lambda out: (out > 0) & (out < 6),
+        "relu3", relu3_, lambda v: ((v > 0) & (v < 3)).to(v.dtype),
+        gate=lambda out: (out > 0) & (out < 3),
     )  # fmt: skip
 
 
 # ---------------------------------------------------------------- activations
 
 
-def test_taken_and_impossible_names_are_refused(silu: None) -> None:
-    with pytest.raises(ValueError, match="activation 'silu' is already registered"):
-        register_activation("silu", F.silu, silu_derivative)
+def test_taken_and_impossible_names_are_refused(mish: None) -> None:
+    with pytest.raises(ValueError, match="activation 'mish' is already registered"):
+        register_activation("mish", F.mish, mish_derivative)
     with pytest.raises(ValueError, match="activation 'relu' is already registered"):
         register_activation("relu", F.relu, F.relu)
     for name in ("a/b", "a;b", "a:b", "", "1"):
         with pytest.raises(ValueError, match="name must be an identifier, got"):
-            register_activation(name, F.silu, silu_derivative)
+            register_activation(name, F.mish, mish_derivative)
 
 
-def test_unknown_names_are_refused_with_the_known_ones(silu: None) -> None:
-    assert activations() == ("none", "relu", "silu")
-    known = "act must be one of none, relu, silu, got 'gelu'"
+def test_unknown_names_are_refused_with_the_known_ones(mish: None) -> None:
+    assert activations() == (*BUILT_IN, "mish")
+    known = f"act must be one of {', '.join(activations())}, got 'tanh'"
     x, w = torch.randn(2, 3, 4, 4), torch.randn(3, 3, 1, 1)
     mean, var = torch.zeros(3), torch.ones(3)
     unit = Unit(None, Norm(1e-5), "relu")
     calls: list[Callable[[], object]] = [
-        lambda: activation("gelu"),
-        lambda: reference.activate(x, "gelu"),
-        lambda: functional.bn_act(x, mean, var, training=True, act="gelu"),
-        lambda: functional.conv_bn_act(x, w, mean, var, training=True, act="gelu"),
-        lambda: functional.residual_block(x, [ConvNorm(w, mean, var, training=True)], act="gelu"),
-        lambda: functional.residual_block(x, [ConvNorm(w, act="gelu"), ConvNorm(w)]),
-        lambda: Block((unit,), act="gelu").encode(),
-        lambda: Block((unit._replace(act="gelu"),)).encode(),
-        lambda: decode(Block((unit,), act="relu").encode().replace("relu", "gelu")),
+        lambda: activation("tanh"),
+        lambda: reference.activate(x, "tanh"),
+        lambda: functional.bn_act(x, mean, var, training=True, act="tanh"),
+        lambda: functional.conv_bn_act(x, w, mean, var, training=True, act="tanh"),
+        lambda: functional.residual_block(x, [ConvNorm(w, mean, var, training=True)], act="tanh"),
+        lambda: functional.residual_block(x, [ConvNorm(w, act="tanh"), ConvNorm(w)]),
+        lambda: Block((unit,), act="tanh").encode(),
+        lambda: Block((unit._replace(act="tanh"),)).encode(),
+        lambda: decode(Block((unit,), act="relu").encode().replace("relu", "tanh")),
     ]
     for call in calls:
         with pytest.raises(ValueError, match=known):
@@ -122,14 +130,14 @@ def test_unknown_names_are_refused_with_the_known_ones(silu: None) -> None:
     assert torch.equal(mean, torch.zeros(3)) and torch.equal(var, torch.ones(3))
 
 
-def test_a_specification_carries_any_registered_name(silu: None) -> None:
-    unit = Unit(Conv(), Norm(1e-5), "silu")
-    spec = Block((unit, unit._replace(act="none")), act="silu")
+def test_a_specification_carries_any_registered_name(mish: None) -> None:
+    unit = Unit(Conv(), Norm(1e-5), "mish")
+    spec = Block((unit, unit._replace(act="none")), act="mish")
     assert decode(spec.encode()) == spec
 
 
-@pytest.mark.parametrize("name", ["none", "relu", "silu", "relu6"])
-def test_formulas_agree(name: str, silu: None, relu6: None) -> None:
+@pytest.mark.parametrize("name", ["mish", "relu3"])
+def test_formulas_agree(name: str, mish: None, relu3: None) -> None:
     check_activation(name)
 
 
@@ -149,62 +157,62 @@ def test_formulas_agree(name: str, silu: None, relu6: None) -> None:
             },
             "gate must be the derivative",
         ),
-        ({"forward": lambda v: F.silu(v.float()).double()}, "derivative must be that of forward"),
+        ({"forward": lambda v: F.mish(v.float()).double()}, "derivative must be that of forward"),
         (
-            {"derivative": lambda v: silu_derivative(v.double())},
+            {"derivative": lambda v: mish_derivative(v.double())},
             "formulas must keep torch.float32 .2, 3., got torch.float64",
         ),
     ],
 )
 def test_formulas_that_disagree_are_found(changes: dict[str, Any], complaint: str) -> None:
-    made = {"forward": F.silu, "derivative": silu_derivative, "slope": 1.1, "curvature": 0.5}
+    made = {"forward": F.mish, "derivative": mish_derivative, "slope": 1.09, "curvature": 0.65}
     register_activation("wrong", **{**made, **changes})
     with pytest.raises(AssertionError, match=f"activation 'wrong': {complaint}"):
         check_activation("wrong")
 
 
-def test_a_gate_cannot_be_read_off_a_smooth_activation(silu: None) -> None:
+def test_a_gate_cannot_be_read_off_a_smooth_activation(mish: None) -> None:
     grad = y = torch.randn(2, 3, 4, 4)
     stats = torch.ones(5, 3)
-    with pytest.raises(ValueError, match="act must be one whose derivative is 0 or 1, got 'silu'"):
-        reference.scale_shift_act(y, stats, act="silu", want_mask=True, channels_last=False)
+    with pytest.raises(ValueError, match="act must be one whose derivative is 0 or 1, got 'mish'"):
+        reference.scale_shift_act(y, stats, act="mish", want_mask=True, channels_last=False)
     for kind in ("mask", "out"):
-        with pytest.raises(ValueError, match=f"gate must be affine for 'silu', got {kind}"):
-            reference.act_backward(grad, Gate(kind, y, "silu"), channels_last=False)
+        with pytest.raises(ValueError, match=f"gate must be affine for 'mish', got {kind}"):
+            reference.act_backward(grad, Gate(kind, y, "mish"), channels_last=False)
 
 
-def test_every_implementation_is_held_to_it(silu: None, relu6: None) -> None:
+def test_every_implementation_is_held_to_it(mish: None, relu3: None) -> None:
     """Formulas have it, kernels that do not know it say so."""
     case = next(c for c in CASES if c.conv is not None)
     for entry in implementations():
         if entry.backend not in BACKENDS_HERE:
             continue
         outcome = check_implementation(entry, case)
-        acted = [label for label in outcome.ran if "silu" in label]
+        acted = [label for label in outcome.ran if "mish" in label]
         if entry.backend == "cpu":
-            refused = [r for label, r in outcome.declined.items() if "silu" in label]
-            assert not acted and all("'silu' has no CPU kernel" in r for r in refused)
+            refused = [r for label, r in outcome.declined.items() if "mish" in label]
+            assert not acted and all("'mish' has no CPU kernel" in r for r in refused)
     (formula,) = implementations("scale_shift_act", "aten")
     ran = check_implementation(formula, case).ran
-    assert {"alone, silu", "in place, silu", "mask, relu6", "residual, relu6"} <= set(ran)
-    assert "residual, silu" not in ran
+    assert {"alone, mish", "in place, mish", "mask, relu3", "residual, relu3"} <= set(ran)
+    assert "residual, mish" not in ran
 
 
 @pytest.mark.parametrize("primitive", ["scale_shift_act", "bn_act_backward_apply"])
-def test_a_wrong_one_is_found(primitive: str, silu: None) -> None:
-    """An implementation that claims SiLU and computes something near it."""
+def test_a_wrong_one_is_found(primitive: str, mish: None) -> None:
+    """An implementation that claims Mish and computes something near it."""
 
     def near(first: Tensor, *args: Any, **more: Any) -> Any:
         more["channels_last"] = first.is_contiguous(memory_format=torch.channels_last)
         if primitive == "scale_shift_act":
-            # x*sigmoid(1.001*x), within 5e-4 of SiLU.
+            # x*tanh(softplus(1.001*x)), within 1e-3 of Mish.
             v = first * args[0][3].view(1, -1, 1, 1) + args[0][4].view(1, -1, 1, 1)
-            return v * torch.sigmoid(1.001 * v), None
+            return v * torch.tanh(F.softplus(1.001 * v)), None
         result = reference.bn_act_backward_apply(first, *args, **more)
         result[0][0].mul_(1.0001)
         return result
 
-    only = lambda request: None if request.act == "silu" else "SiLU only"  # noqa: E731
+    only = lambda request: None if request.act == "mish" else "Mish only"  # noqa: E731
     register(primitive, "aten", why_not=only, name="near")(near)
     (entry,) = (e for e in implementations(primitive, "aten") if e.name == "near")
     case = next(c for c in CASES if c.values == "normal" and c.dtype == torch.float32)
@@ -227,7 +235,7 @@ class StockUnit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         z = self.norm(x if self.conv is None else self.conv(x))
-        return {"silu": F.silu, "relu6": F.relu6}[self.act](z)
+        return KNOWN[self.act](z)
 
 
 class FusedUnit(StockUnit):
@@ -247,10 +255,10 @@ class FusedUnit(StockUnit):
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 @pytest.mark.parametrize("conv", [False, True], ids=["norm", "conv"])
-@pytest.mark.parametrize("act", ["silu", "relu6"])
+@pytest.mark.parametrize("act", ["mish", "relu3"])
 @pytest.mark.parametrize("backend", ["auto", "aten", "reference"])
 def test_unit_is_torchs(
-    backend: str, act: str, conv: bool, training: bool, silu: None, relu6: None
+    backend: str, act: str, conv: bool, training: bool, mish: None, relu3: None
 ) -> None:
     stock, fused = (kind(act, conv).train(training) for kind in (StockUnit, FusedUnit))
     fused.load_state_dict(stock.state_dict())
@@ -269,7 +277,7 @@ class StockBlock(nn.Module):
         self.norms = nn.ModuleList(nn.BatchNorm2d(6) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
-        inner, outer = (getattr(F, name) for name in self.acts)
+        inner, outer = (KNOWN[name] for name in self.acts)
         z = inner(self.norms[0](self.convs[0](x)))
         return outer(self.norms[1](self.convs[1](z)) + x)
 
@@ -289,8 +297,8 @@ class FusedBlock(StockBlock):
 
 
 @pytest.mark.parametrize("memory", ["speed", "balanced", "lean"])
-@pytest.mark.parametrize("acts", [("silu", "relu"), ("silu", "relu6"), ("relu", "silu")], ids=str)
-def test_block_is_torchs(acts: tuple[str, str], memory: str, silu: None, relu6: None) -> None:
+@pytest.mark.parametrize("acts", [("mish", "relu"), ("mish", "relu3"), ("relu", "mish")], ids=str)
+def test_block_is_torchs(acts: tuple[str, str], memory: str, mish: None, relu3: None) -> None:
     """Also with two activations, of which the backend's kernels know one."""
     stock, fused = StockBlock(*acts), FusedBlock(*acts)
     fused.load_state_dict(stock.state_dict())
@@ -299,9 +307,9 @@ def test_block_is_torchs(acts: tuple[str, str], memory: str, silu: None, relu6: 
         check_block(stock, fused, x.requires_grad_())
 
 
-def test_compiles_whole(silu: None) -> None:
+def test_compiles_whole(mish: None) -> None:
     def run(x: Tensor) -> Tensor:
-        return functional.bn_act(x, None, None, training=True, act="silu")
+        return functional.bn_act(x, None, None, training=True, act="mish")
 
     x = torch.randn(2, 3, 4, 4)
     found = torch.compile(run, backend="eager", fullgraph=True)(x)
@@ -335,7 +343,7 @@ def test_a_broken_one_warns_once_and_is_left_out(monkeypatch: pytest.MonkeyPatch
     def broken() -> None:
         register("add_act", "aten", name="half")(print)
         register("add_act", "new", name="half")(print)
-        register_activation("half", F.silu, silu_derivative)
+        register_activation("half", F.mish, mish_derivative)
         raise ModuleNotFoundError("No module named 'gone'")
 
     def fine() -> None:
@@ -562,14 +570,14 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The example, built and installed into a folder of its own; laid out there without pip."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
-    source = tmp_path_factory.mktemp("source") / "fastres-silu"
+    source = tmp_path_factory.mktemp("source") / "fastres-mish"
     site = tmp_path_factory.mktemp("site")
     shutil.copytree(EXAMPLE, source, ignore=shutil.ignore_patterns("__pycache__"))
     if not _can_build():
-        shutil.copytree(source / "fastres_silu", site / "fastres_silu")
+        shutil.copytree(source / "fastres_mish", site / "fastres_mish")
         entries = tomllib.loads((source / "pyproject.toml").read_text())["project"]["entry-points"]
         ((name, module),) = entries["fastres.extensions"].items()
-        describe(site, "fastres-silu", name, module)
+        describe(site, "fastres-mish", name, module)
         return site
     command = ["-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index",
                "--disable-pip-version-check", "--target", str(site), str(source)]  # fmt: skip
@@ -594,7 +602,7 @@ def test_its_own_tests_pass_in_the_interpreter(installed: Path) -> None:
 
 
 def test_its_kernels_compile_without_spills(installed: Path) -> None:
-    assert own_tests(installed, "-k", "spills") == 6
+    assert own_tests(installed, "-k", "spills") == 3
 
 
 @pytest.mark.parametrize(
@@ -609,9 +617,9 @@ def test_its_rows_are_in_the_benchmark(primitive: str, installed: Path, tmp_path
     assert done.returncode == 0, done.stdout + done.stderr
     assert "a smoke test and not a measurement" in done.stderr
     with (tmp_path / "rows.csv").open() as file:
-        own = [row for row in csv.DictReader(file) if row["contender"] == "triton:silu"]
+        own = [row for row in csv.DictReader(file) if "mish" in row["subject"]]
     assert own and all(row["subject"].startswith(f"{primitive}, ") for row in own)
-    assert all("silu" in row["subject"] for row in own)
+    assert {row["contender"] for row in own} == {f"triton:{primitive}"}
 
 
 #: The autotuner as if there were a GPU, with a clock that likes the third candidate best.
@@ -651,10 +659,10 @@ def clock(device):
 tuning.choose, measure.gpu_timer = pretend, clock
 x = torch.randn(4, 64, 16, 16).contiguous(memory_format=torch.channels_last).requires_grad_()
 with fastres.use_backend("triton"):
-    bn_act(x, None, None, training=True, act="silu").sum().backward()
-assert len({seen[kernel][0] for kernel in seen if "silu" in kernel}) == 1
-print(sorted((k, v[1] > 2, v[2]) for k, v in seen.items() if "silu" in k))
-print(sorted(p.kernel for p in tuning.kept(gpu) if "silu" in p.kernel))
+    bn_act(x, None, None, training=True, act="mish").sum().backward()
+print(sorted((k, v[1] > 2, v[2]) for k, v in seen.items()))
+kept = tuning.kept(gpu)
+print(sorted(p.kernel for p in kept if any("fastres_mish.mish.mish_" in str(s) for s in p.sizes)))
 """
 
 
@@ -662,16 +670,17 @@ def test_the_autotuner_tunes_its_kernels(installed: Path, tmp_path: Path) -> Non
     done = python("-c", TUNED, site=installed, TRITON_INTERPRET="1",
                   FASTRES_CACHE_DIR=str(tmp_path))  # fmt: skip
     kernels = [
-        "bn_silu_apply_bwd_kernel", "bn_silu_reduce_bwd_kernel", "scale_shift_silu_fwd_kernel",
+        "bn_act_apply_bwd_kernel", "bn_act_reduce_bwd_kernel", "scale_shift_act_fwd_kernel",
     ]  # fmt: skip
-    expected = [str([(kernel, True, 2) for kernel in kernels]), str(kernels)]
-    assert done.stdout.splitlines() == expected, done.stderr
+    tuned, kept = done.stdout.splitlines()
+    assert all(str((kernel, True, 2)) in tuned for kernel in kernels), done.stderr
+    assert kept == str(kernels)
 
 
 def test_nothing_in_fastres_knows_it() -> None:
     for folder in ("fastres", "triton_kernels", "bench"):
         for file in (ROOT / folder).rglob("*.py"):
-            assert "fastres_silu" not in file.read_text(), file
+            assert "fastres_mish" not in file.read_text(), file
 
 
 # ---------------------------------------------------------------- the benchmark
@@ -775,7 +784,7 @@ def test_every_block_of_code_is_the_examples_own() -> None:
     files = [EXAMPLE / "pyproject.toml", *EXAMPLE.rglob("*.py")]
     sources = [file.read_text(encoding="utf-8") for file in files]
     blocks = re.findall(r"```(?:python|toml)\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) >= 8
+    assert len(blocks) >= 5
     for block in blocks:
         assert any(block in source for source in sources), block
 

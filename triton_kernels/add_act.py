@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .arithmetic import GATE_MASK, is_open, relu, to_storage
+from .arithmetic import GATE_MASK, to_storage
 from .walk import NUMBERS, elements, load_values, start, store_bits, unpack_bits
 
 
@@ -20,7 +20,8 @@ def add_act_fwd_kernel(
     chunk,
     chunks,
     steps,
-    RELU: tl.constexpr,
+    ACT: tl.constexpr,
+    DERIVATIVE: tl.constexpr,
     HAS_MASK: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -33,13 +34,11 @@ def add_act_fwd_kernel(
         )
         b_sum = load_values(p_x, o_element, m_element)
         b_sum += load_values(p_residual, o_element, m_element)
-        if RELU:
-            b_sum = relu(b_sum)
-        b_out = to_storage(b_sum, p_out.dtype.element_ty)
+        b_out = to_storage(ACT(b_sum), p_out.dtype.element_ty)
         tl.store(p_out + o_element, b_out, mask=m_element)
         if HAS_MASK:
-            b_open = m_element & is_open(b_out.to(tl.float32)) if RELU else m_element
-            store_bits(p_mask, o_byte, m_byte, b_open)
+            b_open = DERIVATIVE(b_out.to(tl.float32))
+            store_bits(p_mask, o_byte, m_byte, m_element & b_open)
         if CHANNELS_LAST:
             row += BLOCK_ROWS
         else:
@@ -59,6 +58,7 @@ def act_bwd_kernel(
     chunks,
     steps,
     GATE: tl.constexpr,
+    DERIVATIVE: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_BYTES: tl.constexpr,
@@ -71,7 +71,7 @@ def act_bwd_kernel(
         if GATE == GATE_MASK:
             b_open = unpack_bits(p_gate, o_byte, m_byte)
         else:
-            b_open = is_open(load_values(p_gate, o_element, m_element))
+            b_open = DERIVATIVE(load_values(p_gate, o_element, m_element))
         b_grad = tl.load(p_grad_out + o_element, mask=m_element, other=0.0)
         b_grad = tl.where(b_open, b_grad, tl.zeros_like(b_grad))
         tl.store(p_grad + o_element, b_grad, mask=m_element)

@@ -57,24 +57,6 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def relu(v):
-    """A comparison, not a maximum: torch's ReLU lets NaN and -0.0 through."""
-    return tl.where(v < 0.0, 0.0, v)
-
-
-@triton.jit
-def relu_operand(v):
-    """ReLU of what goes into a product, where no zero's sign matters; NaN passes."""
-    return tl.maximum(v, 0.0, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def is_open(v):
-    """Where ReLU's gradient passes, by its output: not (v <= 0), so NaN passes."""
-    return ~(v <= 0.0)
-
-
-@triton.jit
 def affine(v, scale, shift):
     """scale*v + shift, rounded once, so that backward recomputes forward's very sign."""
     return tl.fma(v, scale, shift)

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from .activations import backward
 from .arithmetic import (
     GATE_AFFINE,
     GATE_MASK,
@@ -13,7 +14,6 @@ from .arithmetic import (
     SHIFT,
     affine,
     bn_gradient,
-    is_open,
     to_storage,
     total,
 )
@@ -24,14 +24,6 @@ def sum_shape(partials: int) -> dict[str, int]:
     """How many partials one program adds up, how many at a time, and how many columns of them."""
     rows = min(128, triton.next_power_of_2(partials))
     return {"GROUP": 512 if partials > rows else rows, "ROWS": rows, "COLUMNS": 2048 // rows}
-
-
-@triton.jit
-def gate_gradient(b_g, b_y, b_scale, b_shift, dtype: tl.constexpr):
-    """g where the recomputed activation, rounded as forward stored it, lets it through."""
-    # Where ReLU would have made a zero, its argument is none that passes either.
-    b_z = to_storage(affine(b_y, b_scale, b_shift), dtype).to(tl.float32)
-    return tl.where(is_open(b_z), b_g, 0.0)
 
 
 @triton.jit
@@ -47,15 +39,16 @@ def _gated(
     m_byte,
     dtype: tl.constexpr,
     GATE: tl.constexpr,
+    DERIVATIVE: tl.constexpr,
 ):
     if GATE == GATE_NONE:
         return b_g
     elif GATE == GATE_AFFINE:
-        return gate_gradient(b_g, b_y, b_scale, b_shift, dtype)
+        return backward(b_g, affine(b_y, b_scale, b_shift), dtype, DERIVATIVE)
     elif GATE == GATE_MASK:
         return tl.where(unpack_bits(p_gate, o_byte, m_byte), b_g, 0.0)
     else:
-        return tl.where(is_open(load_values(p_gate, o_element, m_element)), b_g, 0.0)
+        return tl.where(DERIVATIVE(load_values(p_gate, o_element, m_element)), b_g, 0.0)
 
 
 @triton.jit(do_not_specialize=NUMBERS)
@@ -75,6 +68,7 @@ def bn_act_reduce_bwd_kernel(
     chunks,
     steps,
     GATE: tl.constexpr,
+    DERIVATIVE: tl.constexpr,
     HAS_SECOND: tl.constexpr,
     CHANNELS_LAST: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -113,6 +107,7 @@ def bn_act_reduce_bwd_kernel(
             m_byte,
             p_grad_out.dtype.element_ty,
             GATE,
+            DERIVATIVE,
         )
         b_sum += b_g
         b_sum1 += tl.where(m_element, b_g * (b_y - b_mean1), 0.0)
@@ -190,6 +185,7 @@ def bn_act_apply_bwd_kernel(
     steps,
     inverse_count,
     GATE: tl.constexpr,
+    DERIVATIVE: tl.constexpr,
     HAS_SUMS: tl.constexpr,
     HAS_FIRST: tl.constexpr,
     HAS_SECOND: tl.constexpr,
@@ -232,6 +228,7 @@ def bn_act_apply_bwd_kernel(
             m_byte,
             dtype,
             GATE,
+            DERIVATIVE,
         )
         if HAS_FIRST:
             b_grad = b_g * b_scale1

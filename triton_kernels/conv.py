@@ -10,6 +10,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+from .activations import backward
 from .arithmetic import (
     GATE_AFFINE,
     GATE_MASK,
@@ -17,10 +18,9 @@ from .arithmetic import (
     SHIFT,
     affine,
     bn_gradient,
-    relu_operand,
     to_storage,
 )
-from .bn_act import gate_gradient, load_bn
+from .bn_act import load_bn
 from .walk import load_values
 
 #: Numbers that align no access: one binary serves all their values, 1 among them.
@@ -82,19 +82,17 @@ def within(first, LANES: tl.constexpr, size, TAIL: tl.constexpr):
 
 @triton.jit
 def normalised(
-    b_x, p_stats, channel, m_channel, channels, m_row, RELU: tl.constexpr, PADDED: tl.constexpr
+    b_x, p_stats, channel, m_channel, channels, m_row, ACT: tl.constexpr, PADDED: tl.constexpr
 ):
     """act(scale*x + shift) of a tile [pixels, channels], rounded as if it had been stored.
 
-    It is zero for channels that are none, since their scale and shift are, and in the padding,
-    which comes after the prologue. Pixels past the last one may hold anything: nobody reads their
-    results, and their gradients are zero.
+    For channels that are none, whose scale and shift are zero, it is act(0), and what it meets in a
+    product is zero. It is zero in the padding, which comes after the prologue. Pixels past the last
+    one may hold anything: nobody reads their results, and their gradients are zero.
     """
     b_scale = load_values(p_stats + SCALE * channels, channel, m_channel)
     b_shift = load_values(p_stats + SHIFT * channels, channel, m_channel)
-    b_z = affine(b_x.to(tl.float32), b_scale[None, :], b_shift[None, :])
-    if RELU:
-        b_z = relu_operand(b_z)
+    b_z = ACT(affine(b_x.to(tl.float32), b_scale[None, :], b_shift[None, :]))
     if PADDED:
         b_z = tl.where(m_row[:, None], b_z, 0.0)
     return to_storage(b_z, b_x.dtype)
@@ -138,6 +136,7 @@ def load_gradient(
     LANES: tl.constexpr,
     PENDING: tl.constexpr,
     GATE: tl.constexpr,
+    DERIVATIVE: tl.constexpr,
     HAS_SUMS: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
@@ -165,7 +164,8 @@ def load_gradient(
             b_g = tl.where(b_open, b_g, 0.0)
         elif GATE == GATE_AFFINE:
             b_shift = load_values(p_stats + SHIFT * channels, channel, m_channel)
-            b_g = gate_gradient(b_g, b_y, b_scale[None, :], b_shift[None, :], dtype)
+            b_v = affine(b_y, b_scale[None, :], b_shift[None, :])
+            b_g = backward(b_g, b_v, dtype, DERIVATIVE)
         # Channels that are none have zeros for all of these, so only pixels need a mask.
         b_value = b_g * b_scale[None, :]
         if HAS_SUMS:

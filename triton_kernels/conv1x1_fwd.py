@@ -25,7 +25,7 @@ def conv1x1_fwd_kernel(
     in_channels,
     out_channels,
     HAS_PROLOGUE: tl.constexpr,
-    RELU_X: tl.constexpr,
+    ACT_X: tl.constexpr,
     HAS_STATE: tl.constexpr,
     PRECISION: tl.constexpr,
     WARP_SPECIALIZE: tl.constexpr,
@@ -51,7 +51,7 @@ def conv1x1_fwd_kernel(
             if HAS_PROLOGUE:
                 c = step * BLOCK_K + tl.arange(0, BLOCK_K)
                 m_c = c < in_channels
-                b_x = normalised(b_x, p_x_stats, c, m_c, in_channels, m_pixel, RELU_X, False)
+                b_x = normalised(b_x, p_x_stats, c, m_c, in_channels, m_pixel, ACT_X, False)
             acc = dot(b_x, tl.trans(b_weight), acc, PRECISION)
         b_y = to_storage(acc, d_y.dtype)
         d_y.store([tile * BLOCK_M, column * BLOCK_N], b_y)

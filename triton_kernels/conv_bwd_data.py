@@ -7,8 +7,18 @@ classes, each a dense problem with its own taps, so that no product with a zero 
 import triton
 import triton.language as tl
 
-from .arithmetic import GATE_AFFINE, INVSTD, MEAN, SCALE, SHIFT, dot, to_storage, total
-from .bn_act import gate_gradient
+from .activations import backward
+from .arithmetic import (
+    GATE_AFFINE,
+    INVSTD,
+    MEAN,
+    SCALE,
+    SHIFT,
+    affine,
+    dot,
+    to_storage,
+    total,
+)
 from .conv import (
     NUMBERS,
     block_of,
@@ -72,6 +82,7 @@ def _store_sums(
     m_x,
     in_channels,
     BELOW_GATE: tl.constexpr,
+    BELOW_DERIVATIVE: tl.constexpr,
     dtype: tl.constexpr,
 ):
     """sum_g and sum_gx of the batch norm below, for this tile of its gradient."""
@@ -81,7 +92,8 @@ def _store_sums(
     if BELOW_GATE == GATE_AFFINE:
         b_scale = load_values(p_below_stats + SCALE * in_channels, c, m_c)
         b_shift = load_values(p_below_stats + SHIFT * in_channels, c, m_c)
-        b_g = gate_gradient(b_g, b_y, b_scale[None, :], b_shift[None, :], dtype)
+        b_v = affine(b_y, b_scale[None, :], b_shift[None, :])
+        b_g = backward(b_g, b_v, dtype, BELOW_DERIVATIVE)
     # Outside, b_g is zero and b_y reads as zero. A mask says the same, but Triton 3.6 computes it
     # anew in the sums' layout, from the pixels' indices, and spills.
     b_gx = b_g * (b_y - b_mean[None, :])
@@ -124,10 +136,12 @@ def conv_bwd_data_kernel(
     GROUPS: tl.constexpr,
     PENDING: tl.constexpr,
     GATE: tl.constexpr,
+    DERIVATIVE: tl.constexpr,
     HAS_SUMS: tl.constexpr,
     RESIDUAL: tl.constexpr,
     HAS_BELOW: tl.constexpr,
     BELOW_GATE: tl.constexpr,
+    BELOW_DERIVATIVE: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
     TAIL_K: tl.constexpr,
@@ -191,6 +205,7 @@ def conv_bwd_data_kernel(
             BLOCK_K,
             PENDING,
             GATE,
+            DERIVATIVE,
             HAS_SUMS,
             GROUPS == 1,
         )
@@ -237,5 +252,6 @@ def conv_bwd_data_kernel(
             m_x,
             in_channels,
             BELOW_GATE,
+            BELOW_DERIVATIVE,
             dtype,
         )

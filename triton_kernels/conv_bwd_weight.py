@@ -50,9 +50,10 @@ def conv_bwd_weight_kernel(
     GROUPS: tl.constexpr,
     PENDING: tl.constexpr,
     GATE: tl.constexpr,
+    DERIVATIVE: tl.constexpr,
     HAS_SUMS: tl.constexpr,
     HAS_PROLOGUE: tl.constexpr,
-    RELU_X: tl.constexpr,
+    ACT_X: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -99,6 +100,7 @@ def conv_bwd_weight_kernel(
             BLOCK_M,
             PENDING,
             GATE,
+            DERIVATIVE,
             HAS_SUMS,
             GROUPS == 1,
         )
@@ -113,7 +115,7 @@ def conv_bwd_weight_kernel(
             o_x = offsets((image * height + row) * width + col, BLOCK_N, in_channels)
         b_x = tl.load(p_x + moved + o_x, mask=m_x[:, None] & m_c[None, :], other=0.0)
         if HAS_PROLOGUE:
-            b_x = normalised(b_x, p_x_stats, o_c, m_c, in_channels, m_x, RELU_X, padded)
+            b_x = normalised(b_x, p_x_stats, o_c, m_c, in_channels, m_x, ACT_X, padded)
         acc = dot(tl.trans(b_grad), b_x, acc, PRECISION)
     o_parts = ((split.to(tl.int64) * out_channels + o_k)[:, None] * taps + tap) * group_in + c[
         None, :

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .arithmetic import SCALE, SHIFT, affine, dot, relu, to_storage
+from .arithmetic import SCALE, SHIFT, affine, dot, to_storage
 from .channel_stats import spread, store_partial
 from .conv import NUMBERS, block_of, inside, normalised, offsets, pixels_of, split_pixel, within
 from .walk import load_values
@@ -37,11 +37,11 @@ def conv_fwd_kernel(
     DILATION_W: tl.constexpr,
     GROUPS: tl.constexpr,
     HAS_PROLOGUE: tl.constexpr,
-    RELU_X: tl.constexpr,
+    ACT_X: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_AFFINE: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
-    RELU: tl.constexpr,
+    ACT: tl.constexpr,
     HAS_STATE: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
@@ -83,7 +83,7 @@ def conv_fwd_kernel(
         b_x = tl.load(p_x + moved + o_x, mask=m_x[:, None] & m_c[None, :], other=0.0)
         if HAS_PROLOGUE:
             o_c = group * group_in + first + tl.arange(0, BLOCK_K)
-            b_x = normalised(b_x, p_x_stats, o_c, m_c, in_channels, m_x, RELU_X, padded)
+            b_x = normalised(b_x, p_x_stats, o_c, m_c, in_channels, m_x, ACT_X, padded)
         m_weight = m_k[:, None] & m_c[None, :]
         b_weight = tl.load(p_weight + tap * group_in + first + o_weight, mask=m_weight, other=0.0)
         acc = dot(b_x, tl.trans(b_weight), acc, PRECISION)
@@ -100,8 +100,7 @@ def conv_fwd_kernel(
         acc = affine(acc, b_scale[None, :], b_shift[None, :])
         if HAS_RESIDUAL:
             acc += load_values(p_residual, o_y, m_y)
-        if RELU:
-            acc = relu(acc)
+        acc = ACT(acc)
     b_y = to_storage(acc, p_y.dtype.element_ty)
     tl.store(p_y + o_y, b_y, mask=m_y)
     if HAS_STATE:

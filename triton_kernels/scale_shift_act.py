@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .arithmetic import SCALE, SHIFT, affine, is_open, relu, to_storage
+from .arithmetic import SCALE, SHIFT, affine, to_storage
 from .walk import NUMBERS, channel_of, elements, load_values, start, store_bits
 
 
@@ -22,7 +22,8 @@ def scale_shift_act_fwd_kernel(
     chunk,
     chunks,
     steps,
-    RELU: tl.constexpr,
+    ACT: tl.constexpr,
+    DERIVATIVE: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     HAS_RESIDUAL_STATS: tl.constexpr,
     HAS_MASK: tl.constexpr,
@@ -49,13 +50,11 @@ def scale_shift_act_fwd_kernel(
             if HAS_RESIDUAL_STATS:
                 b_residual = affine(b_residual, b_residual_scale, b_residual_shift)
             b_value += b_residual
-        if RELU:
-            b_value = relu(b_value)
-        b_out = to_storage(b_value, p_out.dtype.element_ty)
+        b_out = to_storage(ACT(b_value), p_out.dtype.element_ty)
         tl.store(p_out + o_element, b_out, mask=m_element)
         if HAS_MASK:
-            b_open = m_element & is_open(b_out.to(tl.float32)) if RELU else m_element
-            store_bits(p_mask, o_byte, m_byte, b_open)
+            b_open = DERIVATIVE(b_out.to(tl.float32))
+            store_bits(p_mask, o_byte, m_byte, m_element & b_open)
         if CHANNELS_LAST:
             row += BLOCK_ROWS
         else:

@@ -36,7 +36,9 @@ inline int checked_code(const char* name, int code, int count) {
 
 inline DType checked_dtype(int code) { return DType(checked_code("dtype", code, 4)); }
 inline Gate checked_gate(int code) { return Gate(checked_code("gate", code, 4)); }
-inline Activation checked_act(int code) { return Activation(checked_code("act", code, 2)); }
+inline Activation checked_act(int code) {
+  return Activation(checked_code("act", code, kActivations));
+}
 
 inline void require_size(const char* name, int64_t size) {
   require(size >= 0, std::string(name) + " must be non-negative, got " + std::to_string(size));

@@ -82,7 +82,7 @@ void scale_shift_act_py(Address y, Address scale, Address shift, Address residua
 void bn_act_backward_reduce_py(Address grad_out, int gate, Address gate_ptr, Address y1,
                                Address stats1, Address y2, Address stats2, Address sums,
                                bool accumulate, int64_t n, int64_t c, int64_t hw, int layout,
-                               int dtype, int threads) {
+                               int dtype, int threads, int act) {
   const Problem problem = checked_problem(n, c, hw, layout, dtype, threads);
   const Gate gate_code = checked_gate(gate);
   require_data("grad_out", grad_out, problem);
@@ -99,6 +99,7 @@ void bn_act_backward_reduce_py(Address grad_out, int gate, Address gate_ptr, Add
   }
   active_table().backward_reduce({at(grad_out),
                                   gate_code,
+                                  checked_act(act),
                                   at(gate_ptr),
                                   {at(y1), at(y2)},
                                   {at(stats1), at(stats2)},
@@ -111,7 +112,7 @@ void bn_act_backward_apply_py(Address grad_out, int gate, Address gate_ptr, Addr
                               Address stats1, Address y2, Address stats2, Address sums,
                               int64_t count, Address grad_y1, Address grad_y2,
                               Address grad_residual, int64_t n, int64_t c, int64_t hw, int layout,
-                              int dtype, int threads) {
+                              int dtype, int threads, int act) {
   const Problem problem = checked_problem(n, c, hw, layout, dtype, threads);
   const Gate gate_code = checked_gate(gate);
   require_size("count", count);
@@ -130,6 +131,7 @@ void bn_act_backward_apply_py(Address grad_out, int gate, Address gate_ptr, Addr
   }
   active_table().backward_apply({at(grad_out),
                                  gate_code,
+                                 checked_act(act),
                                  at(gate_ptr),
                                  {at(y1), at(y2)},
                                  {at(stats1), at(stats2)},
@@ -152,14 +154,15 @@ void add_act_py(Address x, Address r, Address out, Address mask, int act, int64_
 }
 
 void act_backward_py(Address grad_out, int gate, Address gate_ptr, Address grad, int64_t n,
-                     int64_t c, int64_t hw, int layout, int dtype, int threads) {
+                     int64_t c, int64_t hw, int layout, int dtype, int threads, int act) {
   const Problem problem = checked_problem(n, c, hw, layout, dtype, threads);
   const Gate gate_code = checked_gate(gate);
   require(gate_code != Gate::kAffine, "gate must be 0, 1 or 3, got 2");
   require_data("grad_out", grad_out, problem);
   require_data("grad", grad, problem);
   require_gate_source(gate_code, gate_ptr, 0, 0, problem);
-  active_table().act_backward({at(grad_out), gate_code, at(gate_ptr), at(grad), problem});
+  active_table().act_backward(
+      {at(grad_out), gate_code, checked_act(act), at(gate_ptr), at(grad), problem});
 }
 
 void update_running_py(const std::vector<UpdateCode>& updates) {
@@ -322,12 +325,14 @@ void define_kernels(py::module_& m) {
         py::arg("gate"), py::arg("gate_ptr"), py::arg("y1"), py::arg("stats1"), py::arg("y2"),
         py::arg("stats2"), py::arg("sums"), py::arg("accumulate"), py::arg("n"), py::arg("c"),
         py::arg("hw"), py::arg("layout"), py::arg("dtype"), py::arg("threads"),
+        py::arg("act") = int(Activation::kRelu),
         "Fills sums [3, C] float64: sum_g, and sum_gx of one or both branches.");
   m.def("bn_act_backward_apply", &bn_act_backward_apply_py, Unlocked(), py::arg("grad_out"),
         py::arg("gate"), py::arg("gate_ptr"), py::arg("y1"), py::arg("stats1"), py::arg("y2"),
         py::arg("stats2"), py::arg("sums"), py::arg("count"), py::arg("grad_y1"),
         py::arg("grad_y2"), py::arg("grad_residual"), py::arg("n"), py::arg("c"), py::arg("hw"),
         py::arg("layout"), py::arg("dtype"), py::arg("threads"),
+        py::arg("act") = int(Activation::kRelu),
         "grad_y = A * g + B * y + C for one or both branches, grad_residual = g.");
   m.def("add_act", &add_act_py, Unlocked(), py::arg("x"), py::arg("r"), py::arg("out"),
         py::arg("mask"), py::arg("act"), py::arg("n"), py::arg("c"), py::arg("hw"),
@@ -335,7 +340,8 @@ void define_kernels(py::module_& m) {
   m.def("act_backward", &act_backward_py, Unlocked(), py::arg("grad_out"), py::arg("gate"),
         py::arg("gate_ptr"), py::arg("grad"), py::arg("n"), py::arg("c"), py::arg("hw"),
         py::arg("layout"), py::arg("dtype"), py::arg("threads"),
-        "grad = grad_out where the activation was not flat, 0 elsewhere.");
+        py::arg("act") = int(Activation::kRelu),
+        "grad = grad_out where the activation's gate is open, 0 elsewhere.");
   // It takes less time than giving up Python's lock for it.
   m.def("update_running", &update_running_py, py::arg("updates"),
         "running = (1 - momentum) * running + momentum * batch, and the counters, in order.");

@@ -76,8 +76,8 @@ ScaleShiftActArgs normalise_args(Address y, Address stats, Address residual, Add
           tiling};
 }
 
-BackwardReduceArgs reduce_args(Address grad_out, int gate, Address gate_ptr, const Branches& b,
-                               Address partials, Address prior, Address sums,
+BackwardReduceArgs reduce_args(Address grad_out, int gate, int act, Address gate_ptr,
+                               const Branches& b, Address partials, Address prior, Address sums,
                                const Activations& shape, const Tiling& tiling) {
   const Gate kind = checked_gate(gate);
   require_address("grad_out", grad_out);
@@ -88,6 +88,7 @@ BackwardReduceArgs reduce_args(Address grad_out, int gate, Address gate_ptr, con
   require_address("sums", sums);
   return {at(grad_out),
           kind,
+          checked_act(act),
           at(gate_ptr),
           {at(b.y[0]), at(b.y[1])},
           {floats(b.stats[0]), floats(b.stats[1])},
@@ -98,9 +99,9 @@ BackwardReduceArgs reduce_args(Address grad_out, int gate, Address gate_ptr, con
           tiling};
 }
 
-BackwardApplyArgs apply_args(Address grad_out, int gate, Address gate_ptr, const Branches& b,
-                             Address sums, int64_t count, Address grad_y1, Address grad_y2,
-                             Address grad_residual, const Activations& shape,
+BackwardApplyArgs apply_args(Address grad_out, int gate, int act, Address gate_ptr,
+                             const Branches& b, Address sums, int64_t count, Address grad_y1,
+                             Address grad_y2, Address grad_residual, const Activations& shape,
                              const Tiling& tiling) {
   const Gate kind = checked_gate(gate);
   const Address grads[] = {grad_y1, grad_y2};
@@ -117,6 +118,7 @@ BackwardApplyArgs apply_args(Address grad_out, int gate, Address gate_ptr, const
   }
   return {at(grad_out),
           kind,
+          checked_act(act),
           at(gate_ptr),
           {at(b.y[0]), at(b.y[1])},
           {floats(b.stats[0]), floats(b.stats[1])},
@@ -167,21 +169,23 @@ void scale_shift_act_py(Address y, Address stats, Address residual, Address resi
                   where_of(where));
 }
 
-void backward_reduce_py(Address grad_out, int gate, Address gate_ptr, Address y1, Address stats1,
-                        Address y2, Address stats2, Address partials, Address prior, Address sums,
-                        const ShapeCode& shape, const TilingCode& tiling, const WhereCode& where) {
-  backward_reduce(reduce_args(grad_out, gate, gate_ptr, {{y1, y2}, {stats1, stats2}}, partials,
+void backward_reduce_py(Address grad_out, int gate, int act, Address gate_ptr, Address y1,
+                        Address stats1, Address y2, Address stats2, Address partials, Address prior,
+                        Address sums, const ShapeCode& shape, const TilingCode& tiling,
+                        const WhereCode& where) {
+  backward_reduce(reduce_args(grad_out, gate, act, gate_ptr, {{y1, y2}, {stats1, stats2}}, partials,
                               prior, sums, shape_of(shape), tiling_of(tiling)),
                   where_of(where));
 }
 
-void backward_apply_py(Address grad_out, int gate, Address gate_ptr, Address y1, Address stats1,
-                       Address y2, Address stats2, Address sums, int64_t count, Address grad_y1,
-                       Address grad_y2, Address grad_residual, const ShapeCode& shape,
-                       const TilingCode& tiling, const WhereCode& where) {
-  backward_apply(apply_args(grad_out, gate, gate_ptr, {{y1, y2}, {stats1, stats2}}, sums, count,
-                            grad_y1, grad_y2, grad_residual, shape_of(shape), tiling_of(tiling)),
-                 where_of(where));
+void backward_apply_py(Address grad_out, int gate, int act, Address gate_ptr, Address y1,
+                       Address stats1, Address y2, Address stats2, Address sums, int64_t count,
+                       Address grad_y1, Address grad_y2, Address grad_residual,
+                       const ShapeCode& shape, const TilingCode& tiling, const WhereCode& where) {
+  backward_apply(
+      apply_args(grad_out, gate, act, gate_ptr, {{y1, y2}, {stats1, stats2}}, sums, count, grad_y1,
+                 grad_y2, grad_residual, shape_of(shape), tiling_of(tiling)),
+      where_of(where));
 }
 
 void norm_forward_py(Address y, Address partials, Address weight, Address bias, double eps,
@@ -197,16 +201,16 @@ void norm_forward_py(Address y, Address partials, Address weight, Address bias, 
                where_of(where));
 }
 
-void norm_backward_py(Address grad_out, int gate, Address gate_ptr, Address y1, Address stats1,
-                      Address y2, Address stats2, Address partials, Address sums, int64_t count,
-                      Address grad_y1, Address grad_y2, Address grad_residual,
+void norm_backward_py(Address grad_out, int gate, int act, Address gate_ptr, Address y1,
+                      Address stats1, Address y2, Address stats2, Address partials, Address sums,
+                      int64_t count, Address grad_y1, Address grad_y2, Address grad_residual,
                       const ShapeCode& shape, const TilingCode& tiling, const WhereCode& where) {
   const Activations s = shape_of(shape);
   const Tiling t = tiling_of(tiling);
   const Branches b{{y1, y2}, {stats1, stats2}};
   require(!y2 == !grad_y2, "grad_y2 must be given exactly where y2 is");
-  norm_backward({reduce_args(grad_out, gate, gate_ptr, b, partials, 0, sums, s, t),
-                 apply_args(grad_out, gate, gate_ptr, b, count > 0 ? sums : 0, count, grad_y1,
+  norm_backward({reduce_args(grad_out, gate, act, gate_ptr, b, partials, 0, sums, s, t),
+                 apply_args(grad_out, gate, act, gate_ptr, b, count > 0 ? sums : 0, count, grad_y1,
                             grad_y2, grad_residual, s, t)},
                 where_of(where));
 }
@@ -242,12 +246,13 @@ void define_kernels(py::module_& m) {
         py::arg("act"), shape, tiling, where,
         "out = act(scale * y + shift [+ residual, plain or scaled]); y as it is without stats.");
   m.def("bn_act_backward_reduce", &backward_reduce_py, Unlocked(), py::arg("grad_out"),
-        py::arg("gate"), py::arg("gate_ptr"), py::arg("y1"), py::arg("stats1"), py::arg("y2"),
-        py::arg("stats2"), py::arg("partials"), py::arg("prior"), py::arg("sums"), shape, tiling,
-        where, "sums [3, C]: sum_g, and sum_gx of one or both branches, added to `prior`.");
+        py::arg("gate"), py::arg("act"), py::arg("gate_ptr"), py::arg("y1"), py::arg("stats1"),
+        py::arg("y2"), py::arg("stats2"), py::arg("partials"), py::arg("prior"), py::arg("sums"),
+        shape, tiling, where,
+        "sums [3, C]: sum_g, and sum_gx of one or both branches, added to `prior`.");
   m.def("bn_act_backward_apply", &backward_apply_py, Unlocked(), py::arg("grad_out"),
-        py::arg("gate"), py::arg("gate_ptr"), py::arg("y1"), py::arg("stats1"), py::arg("y2"),
-        py::arg("stats2"), py::arg("sums"), py::arg("count"), py::arg("grad_y1"),
+        py::arg("gate"), py::arg("act"), py::arg("gate_ptr"), py::arg("y1"), py::arg("stats1"),
+        py::arg("y2"), py::arg("stats2"), py::arg("sums"), py::arg("count"), py::arg("grad_y1"),
         py::arg("grad_y2"), py::arg("grad_residual"), shape, tiling, where,
         "grad_y of one or both branches; grad_residual = g.");
   m.def("bn_act_forward", &norm_forward_py, Unlocked(), py::arg("y"), py::arg("partials"),
@@ -255,9 +260,9 @@ void define_kernels(py::module_& m) {
         py::arg("residual_stats"), py::arg("out"), py::arg("mask"), py::arg("act"), shape, tiling,
         where, "channel_stats, finalize_stats and scale_shift_act, slab by slab of channels.");
   m.def("bn_act_backward", &norm_backward_py, Unlocked(), py::arg("grad_out"), py::arg("gate"),
-        py::arg("gate_ptr"), py::arg("y1"), py::arg("stats1"), py::arg("y2"), py::arg("stats2"),
-        py::arg("partials"), py::arg("sums"), py::arg("count"), py::arg("grad_y1"),
-        py::arg("grad_y2"), py::arg("grad_residual"), shape, tiling, where,
+        py::arg("act"), py::arg("gate_ptr"), py::arg("y1"), py::arg("stats1"), py::arg("y2"),
+        py::arg("stats2"), py::arg("partials"), py::arg("sums"), py::arg("count"),
+        py::arg("grad_y1"), py::arg("grad_y2"), py::arg("grad_residual"), shape, tiling, where,
         "bn_act_backward_reduce and bn_act_backward_apply, slab by slab of channels.");
   m.def("update_running", &update_running_py, Unlocked(), py::arg("updates"), where,
         "running = (1 - momentum) * running + momentum * batch, and the counters, in order.");

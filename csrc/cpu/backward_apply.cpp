@@ -7,11 +7,10 @@ namespace fastres::cpu::FASTRES_ISA {
 namespace {
 
 // kReadY: false where running statistics were used, so that b = c = 0.
-template <class T, bool kPerColumn, fastres::Gate kGate, bool kReadY, bool kDual>
+template <class T, bool kPerColumn, Gating kGate, bool kReadY, bool kDual>
 struct ApplyGradient {
   using A = Acc<T>;
   static constexpr int kBranches = kDual ? 2 : 1;
-  static constexpr bool kLoadY1 = kReadY || kGate == fastres::Gate::kAffine;
   GatedGradient<T, kPerColumn, kGate> gradient;
   const T* y[2];
   const A* coefficients[2];  // [3, C] each
@@ -54,7 +53,7 @@ struct ApplyGradient {
   FASTRES_INLINE void apply(int64_t row, int64_t col, const Params& p, Lanes lanes) const {
     const int64_t at = row * cols + col;
     Pack<A> y1 = broadcast(A(0));
-    if constexpr (kLoadY1) {
+    if (kReadY || gradient.reads_y()) {
       y1 = load(y[0] + at, lanes);
     }
     const Pack<A> g = gradient.get(row, col, p.gate, lanes, y1);
@@ -84,14 +83,14 @@ void fill_coefficients(const BackwardApplyArgs& a, int branch, A* out) {
   }
 }
 
-template <class T, bool kPerColumn, fastres::Gate kGate, bool kReadY, bool kDual>
+template <class T, bool kPerColumn, Gating kGate, bool kReadY, bool kDual>
 void run(const BackwardApplyArgs& a) {
   using A = Acc<T>;
   const Problem& p = a.problem;
   const Matrix m = matrix_of(p);
   const Scratch<A> coefficients(6 * p.c);
   ApplyGradient<T, kPerColumn, kGate, kReadY, kDual> op{};
-  op.gradient = gated_gradient<T, kPerColumn, kGate>(a.grad_out, a.gate_ptr, a.stats[0], p);
+  op.gradient = gated_gradient<T, kPerColumn, kGate>(a);
   for (int b = 0; b < (kDual ? 2 : 1); ++b) {
     if (a.stats[b]) {
       fill_coefficients(a, b, coefficients.data() + 3 * b * p.c);
@@ -119,10 +118,10 @@ void backward_apply(const BackwardApplyArgs& a) {
   const bool read_y = a.count != 0 && (a.grad_y[0] || dual);
   with_dtype(a.problem.dtype, [&](auto dtype) {
     with_flag(a.problem.per_column(), [&](auto per_column) {
-      with_gate(a.gate, [&](auto gate) {
+      with_gating(a.gate, a.act, [&](auto gate) {
         using T = typename decltype(dtype)::type;
         constexpr bool kPerColumn = decltype(per_column)::value;
-        constexpr fastres::Gate kGate = decltype(gate)::value;
+        constexpr Gating kGate = decltype(gate)::value;
         with_flag(read_y, [&](auto reads) {
           with_flag(dual, [&](auto two) {
             run<T, kPerColumn, kGate, decltype(reads)::value, decltype(two)::value>(a);

@@ -7,7 +7,7 @@ namespace fastres::cpu::FASTRES_ISA {
 namespace {
 
 // kBranches counts the branches whose sum_gx is wanted.
-template <class T, bool kPerColumn, fastres::Gate kGate, int kBranches>
+template <class T, bool kPerColumn, Gating kGate, int kBranches>
 struct GradientSums {
   using Arithmetic = Acc<T>;
   using A = Arithmetic;
@@ -134,12 +134,12 @@ void reduce_contiguous(const Op& op, const BackwardReduceArgs& a, int64_t bytes)
   });
 }
 
-template <class T, bool kPerColumn, fastres::Gate kGate, int kBranches>
+template <class T, bool kPerColumn, Gating kGate, int kBranches>
 void run(const BackwardReduceArgs& a) {
   using A = Acc<T>;
   const Problem& p = a.problem;
   GradientSums<T, kPerColumn, kGate, kBranches> op{};
-  op.gradient = gated_gradient<T, kPerColumn, kGate>(a.grad_out, a.gate_ptr, a.stats[0], p);
+  op.gradient = gated_gradient<T, kPerColumn, kGate>(a);
   op.cols = p.cols();
   for (int b = 0; b < kBranches; ++b) {
     op.y[b] = (const T*)a.y[b];
@@ -167,15 +167,15 @@ void backward_reduce(const BackwardReduceArgs& a) {
   const int branches = a.y[1] ? 2 : a.y[0] ? 1 : 0;
   with_dtype(a.problem.dtype, [&](auto dtype) {
     with_flag(a.problem.per_column(), [&](auto per_column) {
-      with_gate(a.gate, [&](auto gate) {
+      with_gating(a.gate, a.act, [&](auto gate) {
         using T = typename decltype(dtype)::type;
         constexpr bool kPerColumn = decltype(per_column)::value;
-        constexpr fastres::Gate kGate = decltype(gate)::value;
+        constexpr Gating kGate = decltype(gate)::value;
         if (branches == 2) {
           run<T, kPerColumn, kGate, 2>(a);
         } else if (branches == 1) {
           run<T, kPerColumn, kGate, 1>(a);
-        } else if constexpr (kGate != fastres::Gate::kAffine) {
+        } else if constexpr (kGate != Gating::kReluOfY) {
           run<T, kPerColumn, kGate, 0>(a);
         }
       });

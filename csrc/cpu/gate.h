@@ -1,29 +1,36 @@
 // The gradient as it arrives behind the activation.
 #pragma once
 
+#include "cpu/activation.h"
 #include "cpu/matrix.h"
 
 namespace fastres::cpu::FASTRES_ISA {
 
-// Reads grad_out and zeroes it where the activation was flat. kAffine needs this element's y.
-template <class T, bool kPerColumn, fastres::Gate kGate>
+// Reads grad_out and multiplies it by the activation's derivative; a gate zeroes it. Where
+// `reads_y` that needs this element's y.
+template <class T, bool kPerColumn, Gating kGate>
 struct GatedGradient {
   using A = Acc<T>;
   const T* grad_out;
   const void* source;  // mask or output
-  const A* scale;      // kAffine only
+  const A* scale;      // where y is read
   const A* shift;
   int64_t cols;
   int64_t mask_stride;
+  AnyActivation<A> act;  // kAny only
 
   struct Params {
     Pack<A> scale, shift;
   };
 
+  FASTRES_INLINE bool reads_y() const {
+    return kGate == Gating::kReluOfY || (kGate == Gating::kAny && scale);
+  }
+
   template <class Lanes>
   FASTRES_INLINE Params params(int64_t channel, Lanes lanes) const {
     Params p;
-    if constexpr (kGate == fastres::Gate::kAffine) {
+    if (reads_y()) {
       p.scale = parameter<kPerColumn>(scale, channel, lanes);
       p.shift = parameter<kPerColumn>(shift, channel, lanes);
     }
@@ -32,7 +39,7 @@ struct GatedGradient {
 
   FASTRES_INLINE void prefetch(int64_t at) const {
     prefetch_packs(grad_out + at);
-    if constexpr (kGate == fastres::Gate::kOutput) {
+    if constexpr (kGate == Gating::kReluOfOutput) {
       prefetch_packs((const T*)source + at);
     }
   }
@@ -41,31 +48,41 @@ struct GatedGradient {
   FASTRES_INLINE Pack<A> get(int64_t row, int64_t col, const Params& p, Lanes lanes,
                              const Pack<A>& y) const {
     const Pack<A> grad = load(grad_out + row * cols + col, lanes);
-    if constexpr (kGate == fastres::Gate::kNone) {
+    if constexpr (kGate == Gating::kNone) {
       return grad;
-    } else if constexpr (kGate == fastres::Gate::kMask) {
+    } else if constexpr (kGate == Gating::kMask) {
       const uint8_t* bits = (const uint8_t*)source + row * mask_stride + col / 8;
       return keep(gate_of_bits<A>(load_bits(bits, lanes)), grad);
-    } else if constexpr (kGate == fastres::Gate::kAffine) {
+    } else if constexpr (kGate == Gating::kReluOfY) {
       return keep(not_le(fma(p.scale, y, p.shift), broadcast(RoundsToZero<T>::bound())), grad);
-    } else {
+    } else if constexpr (kGate == Gating::kReluOfOutput) {
       const Pack<A> out = load((const T*)source + row * cols + col, lanes);
       return keep(not_le(out, broadcast(A(0))), grad);
+    } else if (!reads_y()) {
+      return act.backward(grad, load((const T*)source + row * cols + col, lanes));
+    } else {
+      const Pack<A> v = fma(p.scale, y, p.shift);
+      return act.backward(grad, act.gate ? rounded<T>(v) : v);
     }
   }
 };
 
-template <class T, bool kPerColumn, fastres::Gate kGate>
-GatedGradient<T, kPerColumn, kGate> gated_gradient(const void* grad_out, const void* source,
-                                                   const void* stats, const Problem& p) {
+template <class T, bool kPerColumn, Gating kGate, class Args>
+GatedGradient<T, kPerColumn, kGate> gated_gradient(const Args& a) {
   using A = Acc<T>;
-  const A* scale = nullptr;
-  const A* shift = nullptr;
-  if constexpr (kGate == fastres::Gate::kAffine) {
-    scale = (const A*)stats + kScale * p.c;
-    shift = (const A*)stats + kShift * p.c;
+  const Problem& p = a.problem;
+  GatedGradient<T, kPerColumn, kGate> found{
+      (const T*)a.grad_out, a.gate_ptr, nullptr, nullptr, p.cols(), ceil_div(p.cols(), 8), {}};
+  if constexpr (requires { a.stats; }) {
+    if (a.gate == Gate::kAffine) {
+      found.scale = (const A*)a.stats[0] + kScale * p.c;
+      found.shift = (const A*)a.stats[0] + kShift * p.c;
+    }
   }
-  return {(const T*)grad_out, source, scale, shift, p.cols(), ceil_div(p.cols(), 8)};
+  if constexpr (kGate == Gating::kAny) {
+    found.act = any_activation<A>(a.act);
+  }
+  return found;
 }
 
 }  // namespace fastres::cpu::FASTRES_ISA

@@ -38,6 +38,7 @@ struct ScaleShiftActArgs {
 struct BackwardReduceArgs {
   const void* grad_out;
   Gate gate;
+  Activation act;  // whose derivative the gate applies
   const void* gate_ptr;
   const void* y[2];
   const void* stats[2];
@@ -49,6 +50,7 @@ struct BackwardReduceArgs {
 struct BackwardApplyArgs {
   const void* grad_out;
   Gate gate;
+  Activation act;  // whose derivative the gate applies
   const void* gate_ptr;
   const void* y[2];
   const void* stats[2];
@@ -71,6 +73,7 @@ struct AddActArgs {
 struct ActBackwardArgs {
   const void* grad_out;
   Gate gate;
+  Activation act;
   const void* gate_ptr;
   void* grad;
   Problem problem;

@@ -94,22 +94,28 @@ void with_flag(bool flag, const F& f) {
   }
 }
 
-template <fastres::Gate kValue>
-struct GateTag {
-  static constexpr fastres::Gate value = kValue;
+// How a kernel gates: as the caller says, for ReLU's two kinds by a comparison, and by the function
+// of any other activation.
+enum class Gating { kNone, kMask, kReluOfY, kReluOfOutput, kAny };
+
+template <Gating kValue>
+struct GatingTag {
+  static constexpr Gating value = kValue;
 };
 
 template <class F>
-void with_gate(fastres::Gate gate, const F& f) {
-  switch (gate) {
-    case fastres::Gate::kNone:
-      return f(GateTag<fastres::Gate::kNone>{});
-    case fastres::Gate::kMask:
-      return f(GateTag<fastres::Gate::kMask>{});
-    case fastres::Gate::kAffine:
-      return f(GateTag<fastres::Gate::kAffine>{});
-    case fastres::Gate::kOutput:
-      return f(GateTag<fastres::Gate::kOutput>{});
+void with_gating(Gate gate, Activation act, const F& f) {
+  const bool mask = gate == Gate::kMask;
+  if (gate == Gate::kNone || (act == Activation::kNone && !mask)) {
+    f(GatingTag<Gating::kNone>{});
+  } else if (mask) {
+    f(GatingTag<Gating::kMask>{});
+  } else if (act != Activation::kRelu) {
+    f(GatingTag<Gating::kAny>{});
+  } else if (gate == Gate::kAffine) {
+    f(GatingTag<Gating::kReluOfY>{});
+  } else {
+    f(GatingTag<Gating::kReluOfOutput>{});
   }
 }
 

@@ -8,7 +8,7 @@ namespace {
 
 struct NoParams {};
 
-template <class T, bool kRelu>
+template <class T, class Act>
 struct AddAct {
   using A = Acc<T>;
   const T* x;
@@ -16,6 +16,7 @@ struct AddAct {
   T* out;
   uint8_t* mask;
   int64_t cols, mask_stride;
+  Act act;
 
   template <class Lanes>
   FASTRES_INLINE NoParams params(int64_t, Lanes) const {
@@ -25,22 +26,15 @@ struct AddAct {
   template <class Lanes>
   FASTRES_INLINE void apply(int64_t row, int64_t col, NoParams, Lanes lanes) const {
     const int64_t at = row * cols + col;
-    Pack<A> v = load(x + at, lanes) + load(r + at, lanes);
+    const Pack<A> v = load(x + at, lanes) + load(r + at, lanes);
     if (mask) {
-      uint32_t bits = 0xffffu;
-      if constexpr (kRelu) {
-        bits = bits_of(not_le(v, broadcast(RoundsToZero<T>::bound())));
-      }
-      store_bits(mask + row * mask_stride + col / 8, bits, lanes);
+      store_bits(mask + row * mask_stride + col / 8, act.template bits<T>(v), lanes);
     }
-    if constexpr (kRelu) {
-      v = relu(v);
-    }
-    store(out + at, v, lanes);
+    store(out + at, act.value(v), lanes);
   }
 };
 
-template <class T, fastres::Gate kGate>
+template <class T, Gating kGate>
 struct ActBackward {
   GatedGradient<T, false, kGate> gradient;
   T* grad;
@@ -83,11 +77,11 @@ void add_act(const AddActArgs& a) {
     return;
   }
   with_dtype(p.dtype, [&](auto dtype) {
-    with_flag(a.act == Activation::kRelu, [&](auto relu) {
-      using T = typename decltype(dtype)::type;
+    using T = typename decltype(dtype)::type;
+    with_act<Acc<T>>(a.act, [&](auto act) {
       const Matrix m = longest_rows(p, a.mask != nullptr);
-      const AddAct<T, decltype(relu)::value> op{(const T*)a.x, (const T*)a.r, (T*)a.out,
-                                                a.mask,        m.cols,        ceil_div(m.cols, 8)};
+      const AddAct<T, decltype(act)> op{(const T*)a.x, (const T*)a.r,       (T*)a.out, a.mask,
+                                        m.cols,        ceil_div(m.cols, 8), act};
       map_flat(op, m, p.threads, p.numel() * int64_t(sizeof(T)) * 3);
     });
   });
@@ -99,14 +93,14 @@ void act_backward(const ActBackwardArgs& a) {
     return;
   }
   with_dtype(p.dtype, [&](auto dtype) {
-    with_gate(a.gate, [&](auto gate) {
-      constexpr fastres::Gate kGate = decltype(gate)::value;
-      if constexpr (kGate != fastres::Gate::kAffine) {
+    with_gating(a.gate, a.act, [&](auto gate) {
+      constexpr Gating kGate = decltype(gate)::value;
+      if constexpr (kGate != Gating::kReluOfY) {
         using T = typename decltype(dtype)::type;
-        const Matrix m = longest_rows(p, kGate == fastres::Gate::kMask);
-        const ActBackward<T, kGate> op{
-            {(const T*)a.grad_out, a.gate_ptr, nullptr, nullptr, m.cols, ceil_div(m.cols, 8)},
-            (T*)a.grad};
+        const Matrix m = longest_rows(p, kGate == Gating::kMask);
+        ActBackward<T, kGate> op{gated_gradient<T, false, kGate>(a), (T*)a.grad};
+        op.gradient.cols = m.cols;
+        op.gradient.mask_stride = ceil_div(m.cols, 8);
         map_flat(op, m, p.threads, p.numel() * int64_t(sizeof(T)) * 2);
       }
     });

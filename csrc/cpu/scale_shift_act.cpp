@@ -1,4 +1,5 @@
 // out = act(scale * y + shift [+ residual | + residual_scale * residual + residual_shift])
+#include "cpu/activation.h"
 #include "cpu/matrix.h"
 #include "cpu/table.h"
 
@@ -7,7 +8,7 @@ namespace {
 
 enum class Residual { kNone, kPlain, kAffine };
 
-template <class T, bool kPerColumn, Residual kResidual, bool kRelu>
+template <class T, bool kPerColumn, Residual kResidual, class Act>
 struct ScaleShiftAct {
   using A = Acc<T>;
   const T* y;
@@ -17,6 +18,7 @@ struct ScaleShiftAct {
   T* out;
   uint8_t* mask;
   int64_t cols, mask_stride;
+  Act act;
 
   struct Params {
     Pack<A> scale, shift, residual_scale;
@@ -44,33 +46,27 @@ struct ScaleShiftAct {
       v = fma(p.residual_scale, load(residual + at, lanes), v);
     }
     if (mask) {
-      uint32_t bits = 0xffffu;
-      if constexpr (kRelu) {
-        bits = bits_of(not_le(v, broadcast(RoundsToZero<T>::bound())));
-      }
-      store_bits(mask + row * mask_stride + col / 8, bits, lanes);
+      store_bits(mask + row * mask_stride + col / 8, act.template bits<T>(v), lanes);
     }
-    if constexpr (kRelu) {
-      v = relu(v);
-    }
-    store(out + at, v, lanes);
+    store(out + at, act.value(v), lanes);
   }
 };
 
-template <class T, bool kPerColumn, Residual kResidual, bool kRelu>
-void run(const ScaleShiftActArgs& a) {
+template <class T, bool kPerColumn, Residual kResidual, class Act>
+void run(const ScaleShiftActArgs& a, const Act& act) {
   using A = Acc<T>;
   const Matrix m = matrix_of(a.problem);
-  const ScaleShiftAct<T, kPerColumn, kResidual, kRelu> op{(const T*)a.y,
-                                                          (const A*)a.scale,
-                                                          (const A*)a.shift,
-                                                          (const T*)a.residual,
-                                                          (const A*)a.residual_scale,
-                                                          (const A*)a.residual_shift,
-                                                          (T*)a.out,
-                                                          a.mask,
-                                                          m.cols,
-                                                          ceil_div(m.cols, 8)};
+  const ScaleShiftAct<T, kPerColumn, kResidual, Act> op{(const T*)a.y,
+                                                        (const A*)a.scale,
+                                                        (const A*)a.shift,
+                                                        (const T*)a.residual,
+                                                        (const A*)a.residual_scale,
+                                                        (const A*)a.residual_shift,
+                                                        (T*)a.out,
+                                                        a.mask,
+                                                        m.cols,
+                                                        ceil_div(m.cols, 8),
+                                                        act};
   const int64_t tensors = kResidual == Residual::kNone ? 2 : 3;
   parallel(a.problem.threads, a.problem.numel() * int64_t(sizeof(T)) * tensors,
            [&](Worker worker) { map_matrix<kPerColumn>(op, m, worker); });
@@ -84,16 +80,15 @@ void scale_shift_act(const ScaleShiftActArgs& a) {
   }
   with_dtype(a.problem.dtype, [&](auto dtype) {
     with_flag(a.problem.per_column(), [&](auto per_column) {
-      with_flag(a.act == Activation::kRelu, [&](auto relu) {
-        using T = typename decltype(dtype)::type;
+      using T = typename decltype(dtype)::type;
+      with_act<Acc<T>>(a.act, [&](auto act) {
         constexpr bool kPerColumn = decltype(per_column)::value;
-        constexpr bool kRelu = decltype(relu)::value;
         if (!a.residual) {
-          run<T, kPerColumn, Residual::kNone, kRelu>(a);
+          run<T, kPerColumn, Residual::kNone>(a, act);
         } else if (!a.residual_scale) {
-          run<T, kPerColumn, Residual::kPlain, kRelu>(a);
+          run<T, kPerColumn, Residual::kPlain>(a, act);
         } else {
-          run<T, kPerColumn, Residual::kAffine, kRelu>(a);
+          run<T, kPerColumn, Residual::kAffine>(a, act);
         }
       });
     });

@@ -104,6 +104,19 @@ FASTRES_INLINE Pack<A> operator*(const Pack<A>& a, const Pack<A>& b) {
   return each<A>([&](int i) { return a.v[i] * b.v[i]; });
 }
 
+template <class A>
+FASTRES_INLINE Pack<A> operator/(const Pack<A>& a, const Pack<A>& b) {
+  return each<A>([&](int i) { return a.v[i] / b.v[i]; });
+}
+template <class A>
+FASTRES_INLINE Pack<A> operator-(const Pack<A>& a) {
+  return each<A>([&](int i) { return -a.v[i]; });
+}
+template <class A>
+FASTRES_INLINE Pack<A> like(const Pack<A>&, double constant) {
+  return broadcast(A(constant));
+}
+
 // One rounding where the instruction set has it, two in the baseline; never the compiler's choice,
 // so that forward and the gate recomputed in backward always agree.
 FASTRES_INLINE VectorF fma_vector(VectorF a, VectorF b, VectorF c) {
@@ -178,6 +191,27 @@ FASTRES_INLINE GateLanes<double> not_le(const Pack<double>& a, const Pack<double
   const uint32_t high = _mm512_cmp_pd_mask(a.v[1], b.v[1], _CMP_NLE_UQ);
   return {low | high << 8};
 }
+FASTRES_INLINE GateLanes<float> less(const Pack<float>& a, const Pack<float>& b) {
+  return {_mm512_cmp_ps_mask(a.v[0], b.v[0], _CMP_LT_OQ)};
+}
+FASTRES_INLINE GateLanes<double> less(const Pack<double>& a, const Pack<double>& b) {
+  const uint32_t low = _mm512_cmp_pd_mask(a.v[0], b.v[0], _CMP_LT_OQ);
+  const uint32_t high = _mm512_cmp_pd_mask(a.v[1], b.v[1], _CMP_LT_OQ);
+  return {low | high << 8};
+}
+template <class A>
+FASTRES_INLINE GateLanes<A> both(GateLanes<A> a, GateLanes<A> b) {
+  return {a.bits & b.bits};
+}
+FASTRES_INLINE Pack<float> select(GateLanes<float> gate, const Pack<float>& a,
+                                  const Pack<float>& b) {
+  return {{_mm512_mask_blend_ps(__mmask16(gate.bits), b.v[0], a.v[0])}};
+}
+FASTRES_INLINE Pack<double> select(GateLanes<double> gate, const Pack<double>& a,
+                                   const Pack<double>& b) {
+  return {{_mm512_mask_blend_pd(__mmask8(gate.bits), b.v[0], a.v[0]),
+           _mm512_mask_blend_pd(__mmask8(gate.bits >> 8), b.v[1], a.v[1])}};
+}
 FASTRES_INLINE Pack<float> keep(GateLanes<float> gate, const Pack<float>& a) {
   return {{_mm512_maskz_mov_ps(__mmask16(gate.bits), a.v[0])}};
 }
@@ -244,6 +278,31 @@ FASTRES_INLINE GateLanes<A> not_le(const Pack<A>& a, const Pack<A>& b) {
     gate.m[i] = ~(a.v[i] <= b.v[i]);
   }
   return gate;
+}
+template <class A>
+FASTRES_INLINE GateLanes<A> less(const Pack<A>& a, const Pack<A>& b) {
+  GateLanes<A> gate;
+  FASTRES_UNROLL
+  for (int i = 0; i < Pack<A>::kParts; ++i) {
+    gate.m[i] = a.v[i] < b.v[i];
+  }
+  return gate;
+}
+template <class A>
+FASTRES_INLINE GateLanes<A> both(const GateLanes<A>& a, const GateLanes<A>& b) {
+  GateLanes<A> gate;
+  FASTRES_UNROLL
+  for (int i = 0; i < Pack<A>::kParts; ++i) {
+    gate.m[i] = a.m[i] & b.m[i];
+  }
+  return gate;
+}
+template <class A>
+FASTRES_INLINE Pack<A> select(const GateLanes<A>& gate, const Pack<A>& a, const Pack<A>& b) {
+  using Mask = typename VectorOf<A>::mask;
+  return each<A>([&](int i) {
+    return (typename Pack<A>::Vector)(((Mask)a.v[i] & gate.m[i]) | ((Mask)b.v[i] & ~gate.m[i]));
+  });
 }
 template <class A>
 FASTRES_INLINE Pack<A> keep(const GateLanes<A>& gate, const Pack<A>& a) {
@@ -469,6 +528,18 @@ FASTRES_INLINE void store(T* p, const Pack<Acc<T> >& a, Part lanes) {
 }
 
 #endif
+
+// As it would be read back.
+template <class T>
+FASTRES_INLINE Pack<Acc<T> > rounded(const Pack<Acc<T> >& a) {
+  if constexpr (sizeof(T) == sizeof(Acc<T>)) {
+    return a;
+  } else {
+    T buffer[kPack];
+    store(buffer, a, Full{});
+    return load((const T*)buffer, Full{});
+  }
+}
 
 // ---- sums ----
 

@@ -15,10 +15,10 @@ struct Kernel {
 template <class T, int kPack, bool kPerColumn, bool kSecond>
 constexpr int kBlocks = sizeof(T) == 2 && kPack == kVector && !kPerColumn && !kSecond ? 3 : 0;
 
-template <class T, int kPack, bool kPerColumn, bool kSecond>
+template <class T, int kPack, bool kPerColumn, bool kSecond, bool kOther>
 __global__ void __launch_bounds__(kMostThreads, kBlocks<T, kPack, kPerColumn, kSecond>)
     backward_apply_kernel(Kernel k) {
-  using Op = ApplyGradients<T, kPack, kPerColumn, kSecond>;
+  using Op = ApplyGradients<T, kPack, kPerColumn, kSecond, kOther>;
   const Place<kPack, kPerColumn> place(k.walk);
   for_each_item<2>(Op(k.args, place), place);
 }
@@ -39,8 +39,9 @@ void apply(const BackwardApplyArgs& args, bool vectors, const Where& where) {
     constexpr int kPack = decltype(pack)::value;
     constexpr bool kPerColumn = decltype(per_column)::value;
     const Kernel k{args, make_walk(args.shape, args.tiling, kPack)};
-    with_bool(args.grad_y[1] != nullptr, [&](auto second) {
-      launch(kName, backward_apply_kernel<T, kPack, kPerColumn, decltype(second)::value>,
+    with_branches(args.gate, args.act, args.grad_y[1], [&](auto second, auto other) {
+      constexpr bool kSecond = decltype(second)::value, kOther = decltype(other)::value;
+      launch(kName, backward_apply_kernel<T, kPack, kPerColumn, kSecond, kOther>,
              launch_shape(k.walk, args.tiling), where.stream, k);
     });
   });
@@ -60,13 +61,11 @@ void apply_in_ring(const BackwardApplyArgs& args, const Where& where) {
 
 void backward_apply(const BackwardApplyArgs& args, const Where& where) {
   const DeviceGuard guard(where.device);
-  check_gate(args.gate, args.grad_y[1]);
+  check_gate(args.gate, args.act, args.grad_y[1]);
   const void* out = args.gate == Gate::kOutput ? args.gate_ptr : nullptr;
   const bool vectors = vectorised(args.shape, {args.grad_out, args.y[0], args.y[1], out,
                                                args.grad_y[0], args.grad_y[1], args.grad_residual});
-  takes_ring(args.shape, args.tiling, vectors, args.gate, args.gate_ptr)
-      ? apply_in_ring(args, where)
-      : apply(args, vectors, where);
+  takes_ring(args, vectors) ? apply_in_ring(args, where) : apply(args, vectors, where);
 }
 
 }  // namespace fastres::cuda

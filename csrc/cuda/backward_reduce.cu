@@ -10,11 +10,11 @@ struct Kernel {
   Walk walk;
 };
 
-template <class T, int kPack, bool kPerColumn, bool kSecond>
+template <class T, int kPack, bool kPerColumn, bool kSecond, bool kOther>
 __global__ void __launch_bounds__(kMostThreads) backward_reduce_kernel(Kernel k) {
   const auto place = Place<kPack, kPerColumn>::from_the_end(k.walk);
   auto* scratch = &shared_memory<BlockSums<kPack, kPerColumn, kSecond>>();
-  reduce_chunk<2, T, kPack, kPerColumn, kSecond>(k.args, place, scratch);
+  reduce_chunk<kOther ? 1 : 2, T, kPack, kPerColumn, kSecond, kOther>(k.args, place, scratch);
 }
 
 template <class T, bool kSecond>
@@ -38,11 +38,11 @@ void reduce(const BackwardReduceArgs& args, bool vectors, const Where& where) {
     constexpr int kPack = decltype(pack)::value;
     constexpr bool kPerColumn = decltype(per_column)::value;
     const Kernel k{args, make_walk(args.shape, args.tiling, kPack)};
-    with_bool(args.y[1] != nullptr, [&](auto second) {
+    with_branches(args.gate, args.act, args.y[1], [&](auto second, auto other) {
       constexpr bool kSecond = decltype(second)::value;
       const size_t shared =
           sizeof(BlockSums<kPack, kPerColumn, kSecond>) * size_t(args.tiling.threads / 2);
-      launch(kName, backward_reduce_kernel<T, kPack, kPerColumn, kSecond>,
+      launch(kName, backward_reduce_kernel<T, kPack, kPerColumn, kSecond, decltype(other)::value>,
              launch_shape(k.walk, args.tiling, shared), where.stream, k);
     });
   });
@@ -72,12 +72,10 @@ void merge(const BackwardReduceArgs& args, const Where& where) {
 
 void backward_reduce(const BackwardReduceArgs& args, const Where& where) {
   const DeviceGuard guard(where.device);
-  check_gate(args.gate, args.y[1]);
+  check_gate(args.gate, args.act, args.y[1]);
   const void* out = args.gate == Gate::kOutput ? args.gate_ptr : nullptr;
   const bool vectors = vectorised(args.shape, {args.grad_out, args.y[0], args.y[1], out});
-  takes_ring(args.shape, args.tiling, vectors, args.gate, args.gate_ptr)
-      ? reduce_in_ring(args, where)
-      : reduce(args, vectors, where);
+  takes_ring(args, vectors) ? reduce_in_ring(args, where) : reduce(args, vectors, where);
   merge(args, where);
 }
 

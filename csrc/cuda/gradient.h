@@ -17,27 +17,31 @@ struct GateRaw {
 // The gate of a thread's channels. Which kind it is, is known at run time and the same for all
 // threads: per pack it costs a few instructions, per kind it would cost an instance. Where two
 // branches meet, no branch alone knows the gate: it is never affine there.
-template <class T, int kPack, bool kPerColumn, bool kSecond>
+//
+// kOther: the activation is neither none nor ReLU, and its derivative is computed from y. It would
+// take everybody's registers, so it has instances of its own.
+template <class T, int kPack, bool kPerColumn, bool kSecond, bool kOther>
 class GateReader {
  public:
   using P = Place<kPack, kPerColumn>;
 
   // `scale` is filled where the gate reads y, and kept by the caller, who may use it as well.
-  FASTRES_DEVICE GateReader(Gate kind, const void* source, const float* stats, const P& place,
-                            int64_t channels, float (&scale)[P::kSlots])
-      : kind_(kind), source_(source) {
+  FASTRES_DEVICE GateReader(Gate kind, Activation act, const void* source, const float* stats,
+                            const P& place, int64_t channels, float (&scale)[P::kSlots])
+      : kind_(kind), act_(act), source_(source) {
     if (reads_y()) {
       per_channel(stats + kScale * channels, place, scale);
       per_channel(stats + kShift * channels, place, shift_);
     }
   }
 
-  FASTRES_DEVICE bool reads_y() const { return !kSecond && kind_ == Gate::kAffine; }
+  FASTRES_DEVICE bool reads_y() const { return kOther || (!kSecond && kind_ == Gate::kAffine); }
 
   template <int kUnroll>
   FASTRES_DEVICE void load(const Item (&items)[kUnroll], GateRaw<T, kPack> (&raw)[kUnroll],
                            const P& place) const {
-    if (kind_ == Gate::kMask) {
+    if constexpr (kOther) {
+    } else if (kind_ == Gate::kMask) {
       const uint8_t* mask = static_cast<const uint8_t*>(source_);
       FASTRES_UNROLLED
       for (int u = 0; u < kUnroll; ++u) {
@@ -81,7 +85,16 @@ class GateReader {
   // the other kinds know costs as much as all the rest.
   FASTRES_DEVICE void apply(const GateRaw<T, kPack>& raw, const float (&y)[kPack],
                             const float (&scale)[P::kSlots], float (&g)[kPack]) const {
-    if (kind_ == Gate::kMask) {
+    if constexpr (kOther) {
+      with_activation(act_, [&](auto act) {
+        FASTRES_UNROLLED
+        for (int i = 0; i < kPack; ++i) {
+          const int slot = kPerColumn ? i : 0;
+          const float v = fmaf(scale[slot], y[i], shift_[slot]);
+          g[i] = backward<decltype(act)>(g[i], act.kGate ? rounded<T>(v) : v);
+        }
+      });
+    } else if (kind_ == Gate::kMask) {
       FASTRES_UNROLLED
       for (int i = 0; i < kPack; ++i) {
         g[i] = raw.bits >> i & 1 ? g[i] : 0.0f;
@@ -104,6 +117,7 @@ class GateReader {
 
  private:
   Gate kind_;
+  Activation act_;
   const void* source_;
   float shift_[P::kSlots];
 };
@@ -127,7 +141,7 @@ struct ChannelSums {
 };
 
 // Adds g, and g * (y - mean) of each branch, to a thread's sums.
-template <class T, int kPack, bool kPerColumn, bool kSecond>
+template <class T, int kPack, bool kPerColumn, bool kSecond, bool kOther = false>
 class AddGradients {
  public:
   using P = Place<kPack, kPerColumn>;
@@ -136,7 +150,7 @@ class AddGradients {
 
   FASTRES_DEVICE AddGradients(const BackwardReduceArgs& args, const P& place, Sums& sums)
       : a_(args),
-        gate_(args.gate, args.gate_ptr, args.stats[0], place, args.shape.c, scale_),
+        gate_(args.gate, args.act, args.gate_ptr, args.stats[0], place, args.shape.c, scale_),
         sums_(sums) {
     FASTRES_UNROLLED
     for (int b = 0; b < kSums - 1; ++b) {
@@ -205,7 +219,7 @@ class AddGradients {
 
   const BackwardReduceArgs& a_;
   float scale_[P::kSlots];
-  GateReader<T, kPack, kPerColumn, kSecond> gate_;
+  GateReader<T, kPack, kPerColumn, kSecond, kOther> gate_;
   float mean_[kSums - 1][P::kSlots];
   Sums& sums_;
 };
@@ -242,11 +256,11 @@ FASTRES_DEVICE void write_partial_sums(const BackwardReduceArgs& args,
   }
 }
 
-template <int kUnroll, class T, int kPack, bool kPerColumn, bool kSecond>
+template <int kUnroll, class T, int kPack, bool kPerColumn, bool kSecond, bool kOther = false>
 FASTRES_DEVICE void reduce_chunk(const BackwardReduceArgs& args,
                                  const Place<kPack, kPerColumn>& place,
                                  BlockSums<kPack, kPerColumn, kSecond>* scratch) {
-  using Op = AddGradients<T, kPack, kPerColumn, kSecond>;
+  using Op = AddGradients<T, kPack, kPerColumn, kSecond, kOther>;
   typename Op::Sums all{};
   for_each_item<kUnroll>(Op(args, place, all), place, true);
   write_partial_sums<T, kPack, kPerColumn, kSecond>(args, place, all, scratch);
@@ -334,13 +348,14 @@ struct Coefficients {
 };
 
 // Writes grad_y of one or both branches, and g itself.
-template <class T, int kPack, bool kPerColumn, bool kSecond>
+template <class T, int kPack, bool kPerColumn, bool kSecond, bool kOther = false>
 class ApplyGradients {
  public:
   using P = Place<kPack, kPerColumn>;
 
   FASTRES_DEVICE ApplyGradients(const BackwardApplyArgs& args, const P& place)
-      : a_(args), gate_(args.gate, args.gate_ptr, args.stats[0], place, args.shape.c, first_.a) {
+      : a_(args),
+        gate_(args.gate, args.act, args.gate_ptr, args.stats[0], place, args.shape.c, first_.a) {
     const float count = float(args.count);
     const int64_t c = args.shape.c;
     const float* sums = args.sums;
@@ -436,15 +451,27 @@ class ApplyGradients {
   const BackwardApplyArgs& a_;
   float mean_g_[P::kSlots];
   Coefficients<P> first_, second_;
-  GateReader<T, kPack, kPerColumn, kSecond> gate_;
+  GateReader<T, kPack, kPerColumn, kSecond, kOther> gate_;
 };
 
 // ---- host ----
 
-inline void check_gate(Gate gate, const void* second) {
+inline void check_gate(Gate gate, Activation act, const void* second) {
+  if (is_other(act) && (gate == Gate::kOutput || (gate == Gate::kMask && !is_gate(act)))) {
+    throw std::invalid_argument("gate must be none or affine for this activation");
+  }
   if (gate == Gate::kAffine && second) {
     throw std::invalid_argument("gate must be none, mask or out where there are two branches");
   }
+}
+
+// Calls f(kSecond, kOther) with the two as constants.
+template <class F>
+void with_branches(Gate gate, Activation act, const void* second, const F& f) {
+  if (gate == Gate::kAffine && is_other(act)) {
+    return f(Constant<false>{}, Constant<true>{});
+  }
+  with_bool(second != nullptr, [&](auto both) { f(both, Constant<false>{}); });
 }
 
 }  // namespace fastres::cuda

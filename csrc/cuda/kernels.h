@@ -82,6 +82,7 @@ struct ScaleShiftActArgs {
 struct BackwardReduceArgs {
   const void* grad_out;
   Gate gate;
+  Activation act;  // whose derivative the gate applies
   const void* gate_ptr;
   const void* y[2];       // the second may be null
   const float* stats[2];  // [5, C]
@@ -95,6 +96,7 @@ struct BackwardReduceArgs {
 struct BackwardApplyArgs {
   const void* grad_out;
   Gate gate;
+  Activation act;  // whose derivative the gate applies
   const void* gate_ptr;
   const void* y[2];
   const float* stats[2];

@@ -24,17 +24,17 @@ template <class T, bool kSecond>
 constexpr int kBlocks = 2;
 #endif
 
-template <class T, bool kSecond>
+template <class T, bool kSecond, bool kOther>
 __global__ void __launch_bounds__(kSlabThreads, (kBlocks<T, kSecond>))
     norm_backward_kernel(Kernel k) {
-  using Op = ApplyGradients<T, kVector, true, kSecond>;
+  using Op = ApplyGradients<T, kVector, true, kSecond, kOther>;
   using P = Place<kVector, true>;
   using Total = TotalSums<kSecond ? 3 : 2>;
   auto& scratch = shared_memory<Scratch<kSecond>>();
   run_slab(
       k.walk, k.slab,
       [&](const P& place) {
-        reduce_chunk<1, T, kVector, true, kSecond>(k.args.reduce, place, scratch);
+        reduce_chunk<1, T, kVector, true, kSecond, kOther>(k.args.reduce, place, scratch);
       },
       [&](const MergeShare& share) {
         merge_sums(k.args.reduce, share, k.walk.channels, reinterpret_cast<Total*>(scratch));
@@ -47,16 +47,17 @@ __global__ void __launch_bounds__(kSlabThreads, (kBlocks<T, kSecond>))
 void norm_backward(const NormBackwardArgs& args, const Where& where) {
   const DeviceGuard guard(where.device);
   const BackwardApplyArgs& a = args.apply;
-  check_gate(a.gate, a.y[1]);
+  check_gate(a.gate, a.act, a.y[1]);
   const void* out = a.gate == Gate::kOutput ? a.gate_ptr : nullptr;
   const bool vectors = vectorised(
       a.shape, {a.grad_out, a.y[0], a.y[1], out, a.grad_y[0], a.grad_y[1], a.grad_residual});
   const Kernel k{args, slab_walk(a.shape, a.tiling, vectors), 0};
   with_dtype(a.shape.dtype, [&](auto type) {
-    with_bool(a.y[1] != nullptr, [&](auto second) {
-      constexpr bool kSecond = decltype(second)::value;
-      launch_slabs("bn_act_backward", norm_backward_kernel<typename decltype(type)::type, kSecond>,
-                   k, sizeof(Scratch<kSecond>), where.stream);
+    with_branches(a.gate, a.act, a.y[1], [&](auto second, auto other) {
+      using T = typename decltype(type)::type;
+      constexpr bool kSecond = decltype(second)::value, kOther = decltype(other)::value;
+      launch_slabs("bn_act_backward", norm_backward_kernel<T, kSecond, kOther>, k,
+                   sizeof(Scratch<kSecond>), where.stream);
     });
   });
 }
@@ -65,11 +66,14 @@ int64_t norm_backward_blocks(DType dtype, bool second, const Where& where) {
   const DeviceGuard guard(where.device);
   int64_t blocks = 0;
   with_dtype(dtype, [&](auto type) {
-    with_bool(second, [&](auto both) {
-      constexpr bool kSecond = decltype(both)::value;
-      blocks = resident_blocks(norm_backward_kernel<typename decltype(type)::type, kSecond>,
-                               kSlabThreads, sizeof(Scratch<kSecond>));
-    });
+    using T = typename decltype(type)::type;
+    const auto resident = [](auto kernel, size_t shared) {
+      return resident_blocks(kernel, kSlabThreads, shared);
+    };
+    blocks = second
+                 ? resident(norm_backward_kernel<T, true, false>, sizeof(Scratch<true>))
+                 : std::min(resident(norm_backward_kernel<T, false, false>, sizeof(Scratch<false>)),
+                            resident(norm_backward_kernel<T, false, true>, sizeof(Scratch<false>)));
   });
   return blocks;
 }

@@ -14,9 +14,9 @@ struct Kernel {
 
 using Scratch = Statistics<kVector>[kSlabThreads / 2];
 
-template <class T, bool kScaled>
+template <class T, bool kScaled, bool kOther>
 __global__ void __launch_bounds__(kSlabThreads, 2) norm_forward_kernel(Kernel k) {
-  using Op = Normalise<T, kVector, true, kScaled>;
+  using Op = Normalise<T, kVector, true, kScaled, kOther>;
   using P = Place<kVector, true>;
   auto& scratch = shared_memory<Scratch>();
   const NormForwardArgs& a = k.args;
@@ -40,10 +40,11 @@ void norm_forward(const NormForwardArgs& args, const Where& where) {
   const bool vectors = vectorised(apply.shape, {apply.y, apply.residual, apply.out});
   const Kernel k{args, slab_walk(apply.shape, apply.tiling, vectors), 0};
   with_dtype(apply.shape.dtype, [&](auto type) {
-    with_bool(apply.residual_stats != nullptr, [&](auto scaled) {
-      launch_slabs("bn_act_forward",
-                   norm_forward_kernel<typename decltype(type)::type, decltype(scaled)::value>, k,
-                   sizeof(Scratch), where.stream);
+    with_end(apply, [&](auto scaled, auto other) {
+      using T = typename decltype(type)::type;
+      constexpr bool kScaled = decltype(scaled)::value, kOther = decltype(other)::value;
+      launch_slabs("bn_act_forward", norm_forward_kernel<T, kScaled, kOther>, k, sizeof(Scratch),
+                   where.stream);
     });
   });
 }
@@ -52,10 +53,14 @@ int64_t norm_forward_blocks(DType dtype, bool second, const Where& where) {
   const DeviceGuard guard(where.device);
   int64_t blocks = 0;
   with_dtype(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
     with_bool(second, [&](auto scaled) {
-      blocks = resident_blocks(
-          norm_forward_kernel<typename decltype(type)::type, decltype(scaled)::value>, kSlabThreads,
-          sizeof(Scratch));
+      const auto resident = [](auto kernel) {
+        return resident_blocks(kernel, kSlabThreads, sizeof(Scratch));
+      };
+      constexpr bool kScaled = decltype(scaled)::value;
+      blocks = std::min(resident(norm_forward_kernel<T, kScaled, false>),
+                        resident(norm_forward_kernel<T, kScaled, true>));
     });
   });
   return blocks;

@@ -1,6 +1,7 @@
 // act(scale * y + shift [+ residual | + residual_scale * residual + residual_shift]), pack by pack.
 #pragma once
 
+#include "cuda/dispatch.h"
 #include "cuda/pack.h"
 
 namespace fastres::cuda {
@@ -19,8 +20,9 @@ FASTRES_DEVICE void store_bits(uint8_t* mask, const Item& item, unsigned bits, c
   }
 }
 
-// kScaled: the residual has a scale and a shift of its own.
-template <class T, int kPack, bool kPerColumn, bool kScaled>
+// kScaled: the residual has a scale and a shift of its own. kOther: the activation is neither none
+// nor ReLU, whose instances it leaves as they are.
+template <class T, int kPack, bool kPerColumn, bool kScaled, bool kOther>
 class Normalise {
  public:
   using P = Place<kPack, kPerColumn>;
@@ -53,9 +55,7 @@ class Normalise {
         add(residual[u], v);
       }
       const unsigned bits = a_.mask ? gate_bits(v) : 0;
-      if (a_.act == Activation::kRelu) {
-        activate(v);
-      }
+      activate(v);
       if (items[u].exists) {
         store<kPack, T>(a_.out, items[u].offset, packed<T>(v));
       }
@@ -90,23 +90,32 @@ class Normalise {
     }
   }
 
-  FASTRES_DEVICE static void activate(float (&v)[kPack]) {
-    FASTRES_UNROLLED
-    for (int i = 0; i < kPack; ++i) {
-      v[i] = relu(v[i]);
+  FASTRES_DEVICE void activate(float (&v)[kPack]) const {
+    if constexpr (kOther) {
+      with_activation(a_.act, [&](auto act) {
+        FASTRES_UNROLLED
+        for (int i = 0; i < kPack; ++i) {
+          v[i] = act.value(v[i]);
+        }
+      });
+    } else if (a_.act == Activation::kRelu) {
+      FASTRES_UNROLLED
+      for (int i = 0; i < kPack; ++i) {
+        v[i] = relu(v[i]);
+      }
     }
   }
 
   // The derivative's bits, before the activation. Only a mask asks for them: they cost as much as
   // all the rest.
   FASTRES_DEVICE unsigned gate_bits(const float (&v)[kPack]) const {
-    if (a_.act != Activation::kRelu) {
+    if (!kOther && a_.act != Activation::kRelu) {
       return (1u << kPack) - 1;
     }
     unsigned bits = 0;
     FASTRES_UNROLLED
     for (int i = 0; i < kPack; ++i) {
-      bits |= unsigned(relu_gate<T>(v[i])) << i;
+      bits |= unsigned(kOther ? Relu6::open(rounded<T>(v[i])) : relu_gate<T>(v[i])) << i;
     }
     return bits;
   }
@@ -115,5 +124,18 @@ class Normalise {
   float scale_[P::kSlots], shift_[P::kSlots];
   float residual_scale_[P::kSlots], residual_shift_[P::kSlots];
 };
+
+// ---- host ----
+
+// Calls f(kScaled, kOther) with the two as constants.
+template <class F>
+void with_end(const ScaleShiftActArgs& args, const F& f) {
+  if (args.mask && !is_gate(args.act)) {
+    throw std::invalid_argument("act must be none or a gate where a mask is wanted");
+  }
+  with_bool(args.residual_stats != nullptr, [&](auto scaled) {
+    with_bool(is_other(args.act), [&](auto other) { f(scaled, other); });
+  });
+}
 
 }  // namespace fastres::cuda

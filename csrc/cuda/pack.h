@@ -127,6 +127,12 @@ FASTRES_DEVICE Raw<T, kPack> packed(const float (&v)[kPack]) {
   }
 }
 
+// As it would be read back.
+template <class T>
+FASTRES_DEVICE float rounded(float v) {
+  return to_acc(FromAcc<T>::convert(v));
+}
+
 // A value for each of a thread's channels; zero where there is no such channel.
 template <class P>
 FASTRES_DEVICE void per_channel(const float* values, const P& place, float (&v)[P::kSlots]) {

@@ -98,12 +98,13 @@ void with_ring(DType dtype, bool second, Gate gate, const F& f) {
 }
 
 // Whether a launch takes the ring that its tiling asks for: a choice that was measured on some
-// tensors may meet others.
-inline bool takes_ring(const Activations& shape, const Tiling& tiling, bool vectors, Gate gate,
-                       const void* gate_ptr) {
-  const bool words = shape.c % 32 == 0 && reinterpret_cast<uintptr_t>(gate_ptr) % 4 == 0;
-  return tiling.stages > 0 && vectors && shape.per_column() && shape.dtype != DType::kFloat32 &&
-         (gate != Gate::kMask || words);
+// tensors may meet others. An activation other than ReLU has no kernels with a ring.
+template <class Args>
+bool takes_ring(const Args& a, bool vectors) {
+  const bool words = a.shape.c % 32 == 0 && reinterpret_cast<uintptr_t>(a.gate_ptr) % 4 == 0;
+  const bool other = a.gate == Gate::kAffine && is_other(a.act);
+  return a.tiling.stages > 0 && vectors && a.shape.per_column() && !other &&
+         a.shape.dtype != DType::kFloat32 && (a.gate != Gate::kMask || words);
 }
 
 }  // namespace fastres::cuda

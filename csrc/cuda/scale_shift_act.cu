@@ -11,9 +11,9 @@ struct Kernel {
   Walk walk;
 };
 
-template <class T, int kPack, bool kPerColumn, bool kScaled>
+template <class T, int kPack, bool kPerColumn, bool kScaled, bool kOther>
 __global__ void __launch_bounds__(kMostThreads) scale_shift_act_kernel(Kernel k) {
-  using Op = Normalise<T, kPack, kPerColumn, kScaled>;
+  using Op = Normalise<T, kPack, kPerColumn, kScaled, kOther>;
   const Place<kPack, kPerColumn> place(k.walk);
   for_each_item<kScaled ? 2 : 4>(Op(k.args, place), place);
 }
@@ -28,9 +28,9 @@ void scale_shift_act(const ScaleShiftActArgs& args, const Where& where) {
     constexpr int kPack = decltype(pack)::value;
     constexpr bool kPerColumn = decltype(per_column)::value;
     const Kernel k{args, make_walk(args.shape, args.tiling, kPack)};
-    with_bool(args.residual_stats != nullptr, [&](auto scaled) {
-      launch("scale_shift_act",
-             scale_shift_act_kernel<T, kPack, kPerColumn, decltype(scaled)::value>,
+    with_end(args, [&](auto scaled, auto other) {
+      constexpr bool kScaled = decltype(scaled)::value, kOther = decltype(other)::value;
+      launch("scale_shift_act", scale_shift_act_kernel<T, kPack, kPerColumn, kScaled, kOther>,
              launch_shape(k.walk, args.tiling), where.stream, k);
     });
   });

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import MappingProxyType
+from typing import Any
 
 from torch import Tensor
 
@@ -10,6 +12,9 @@ from fastres.kernels.reference import ACTIVATIONS, Activation, formulas_of
 from fastres.kernels.registry import load_extensions
 
 Formula = Callable[[Tensor], Tensor]
+
+#: Those that are fastres' own, and that its compiled kernels know.
+BUILT_IN = tuple(ACTIVATIONS)
 
 
 def register_activation(
@@ -19,9 +24,13 @@ def register_activation(
     *,
     slope: float = 1.0,
     curvature: float = 1.0,
+    kinks: tuple[float, ...] = (),
     gate: Formula | None = None,
+    triton: tuple[Any, Any] | None = None,
 ) -> None:
     """Announce an elementwise activation; from then on every backend knows it, by its formulas.
+
+    With `triton`, all of fastres' Triton kernels compute it too.
 
     `fastres.testing.check_activation` holds the arguments to each other.
 
@@ -32,10 +41,14 @@ def register_activation(
         derivative: act'(v), from what stands in front of the activation.
         slope: an upper bound of |act'|. Rounding v by e moves act(v) by at most slope*e, which the
             parity harness allows.
-        curvature: an upper bound of |act''|, likewise for the derivative.
+        curvature: an upper bound of |act''| between the kinks, likewise for the derivative.
+        kinks: where act' jumps.
         gate: booleans, where act' is 1, from the output, if act' is 0 or 1 everywhere and the
             output says which. Such an activation may follow a shortcut: one bit per element is
             kept.
+        triton: two `triton.jit` functions of a float32 block v: act(v), and act'(v), of an
+            activation with a gate as booleans, for what was stored. They stand in a module whose
+            source Triton can read, as all of its functions.
 
     Raises:
         ValueError: for a name that is taken or no identifier.
@@ -46,7 +59,8 @@ def register_activation(
         raise ValueError(f"activation {name!r} is already registered")
     if gate is not None:
         slope, curvature = 1.0, 0.0
-    ACTIVATIONS[name] = Activation(forward, derivative, gate, slope, curvature)
+    kernels = MappingProxyType({} if triton is None else {"triton": triton})
+    ACTIVATIONS[name] = Activation(forward, derivative, gate, slope, curvature, kinks, kernels)
 
 
 def activation(name: str) -> Activation:

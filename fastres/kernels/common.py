@@ -17,8 +17,17 @@ DTYPE_CODES = {
     torch.float64: 3,
     torch.uint8: 4,
 }
-#: `fastres::Activation`.
-ACT_CODES = {"none": 0, "relu": 1}
+#: `fastres::Activation`: what the compiled kernels know.
+ACT_CODES = {
+    "none": 0,
+    "relu": 1,
+    "relu6": 2,
+    "silu": 3,
+    "gelu": 4,
+    "gelu_tanh": 5,
+    "leaky_relu": 6,
+    "hardswish": 7,
+}
 #: `fastres::Gate`, and `arithmetic.GATE_*` of Triton's kernels.
 GATE_CODES = {"none": 0, "mask": 1, "affine": 2, "out": 3}
 
@@ -27,6 +36,18 @@ def gate_code(gate: Gate) -> int:
     """The kernels' constant for a gate; one without an activation stands open."""
     kind = "none" if gate.act == "none" and gate.kind != "mask" else gate.kind
     return GATE_CODES[kind]
+
+
+def gate_act_code(gate: Gate) -> int:
+    """The compiled kernels' constant for the activation whose derivative a gate applies."""
+    return ACT_CODES[gate.applied]
+
+
+def as_relu(gate: Gate) -> Gate:
+    """ReLU6's gate by its output as ReLU's, by a pass that closes it from 6 on."""
+    if gate.kind != "out" or gate.act != "relu6" or gate.tensor is None:
+        return gate
+    return Gate("out", gate.tensor.where(gate.tensor < 6, 0), "relu")
 
 
 def new_mask(t: Tensor) -> Tensor:

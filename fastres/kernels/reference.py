@@ -11,7 +11,8 @@ stands in docs/design.md section 4 (Ioffe and Szegedy 2015; Chan, Golub and LeVe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -63,11 +64,15 @@ class Activation(NamedTuple):
 
     Attributes:
         forward: act(v); torch's autograd can differentiate it.
-        derivative: act'(v), from what stands in front of the activation.
+        derivative: act'(v), from what stands in front of the activation, at a kink as torch's
+            backward has it.
         gate: booleans, where act' is 1, from the output, for an activation whose derivative is 0
             or 1 and can be read off there; None for every other one.
         slope: an upper bound of |act'|.
-        curvature: an upper bound of |act''|; a gate needs none.
+        curvature: an upper bound of |act''| between the kinks; a gate needs none.
+        kinks: where act' jumps; a gate needs none.
+        kernels: what the kernels of a backend call it by, for an activation from outside: under
+            "triton" its value and its derivative as `triton.jit` functions.
     """
 
     forward: Callable[[Tensor], Tensor]
@@ -75,11 +80,50 @@ class Activation(NamedTuple):
     gate: Callable[[Tensor], Tensor] | None = None
     slope: float = 1.0
     curvature: float = 0.0
+    kinks: tuple[float, ...] = ()
+    kernels: Mapping[str, Any] = MappingProxyType({})
 
 
 def _relu(v: Tensor) -> Tensor:
     """ReLU lets NaN through and keeps -0.0, as torch's does."""
     return torch.where(v < 0, torch.zeros((), dtype=v.dtype, device=v.device), v)
+
+
+def _relu6_gate(v: Tensor) -> Tensor:
+    """Closed at both kinks and for NaN, as in torch; the output says the same as the input."""
+    return (v > 0) & (v < 6)
+
+
+def _silu_derivative(v: Tensor) -> Tensor:
+    s = torch.sigmoid(v)
+    return s * (1 + v * (1 - s))
+
+
+def _gelu_derivative(v: Tensor) -> Tensor:
+    """Phi(v) + v*phi(v), of the standard normal distribution."""
+    density = torch.exp(-0.5 * v * v) / math.sqrt(2 * math.pi)
+    return 0.5 * (1 + torch.erf(v * math.sqrt(0.5))) + v * density
+
+
+def _gelu_tanh(v: Tensor) -> Tensor:
+    return F.gelu(v, approximate="tanh")
+
+
+def _gelu_tanh_derivative(v: Tensor) -> Tensor:
+    """Of v*(1 + tanh(u))/2 with u = sqrt(2/pi)*(v + 0.044715*v^3)."""
+    k = math.sqrt(2 / math.pi)
+    t = torch.tanh(k * (v + 0.044715 * v * v * v))
+    return 0.5 * (1 + t) + 0.5 * v * (1 - t * t) * (k * (1 + 3 * 0.044715 * v * v))
+
+
+def _leaky_relu_derivative(v: Tensor) -> Tensor:
+    return torch.where(v > 0, torch.ones_like(v), torch.full_like(v, 0.01))
+
+
+def _hardswish_derivative(v: Tensor) -> Tensor:
+    """The outer pieces have their ends, as in torch from 2.7 on."""
+    inner = torch.where(v >= 3, torch.ones_like(v), v / 3 + 0.5)
+    return torch.where(v <= -3, torch.zeros_like(v), inner)
 
 
 #: Activations by name; `fastres.kernels.register_activation` adds to them.
@@ -89,6 +133,15 @@ ACTIVATIONS = {
     ),
     # Its gate is not (out <= 0), so NaN passes.
     "relu": Activation(_relu, lambda v: (~(v <= 0)).to(v.dtype), lambda out: ~(out <= 0)),
+    # |silu'| ends at 1.0998 and |gelu'| at 1.1289, both |gelu''| at sqrt(2/pi).
+    "silu": Activation(F.silu, _silu_derivative, slope=1.1, curvature=0.5),
+    "gelu": Activation(F.gelu, _gelu_derivative, slope=1.13, curvature=0.8),
+    "gelu_tanh": Activation(_gelu_tanh, _gelu_tanh_derivative, slope=1.13, curvature=0.8),
+    "leaky_relu": Activation(F.leaky_relu, _leaky_relu_derivative, kinks=(0.0,)),
+    "relu6": Activation(F.relu6, lambda v: _relu6_gate(v).to(v.dtype), _relu6_gate),
+    "hardswish": Activation(
+        F.hardswish, _hardswish_derivative, slope=1.5, curvature=1 / 3, kinks=(-3.0, 3.0)
+    ),
 }
 
 

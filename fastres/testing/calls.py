@@ -127,7 +127,7 @@ def _gates(m: Maker, grad: Tensor, y: Tensor, stats: Tensor) -> Iterator[tuple[T
     yield grad, Gate("none", None, "none")
     for act in m.acts:
         if not is_gate(act):
-            yield grad, Gate("affine", None, act)
+            yield unambiguous(grad, y, stats, act), Gate("affine", None, act)
             continue
         yield grad, Gate("mask", reference.pack_mask(m.open_gate(y), last), act)
         clear = grad if m.case.exact else unambiguous(grad, y, stats, act)
@@ -182,7 +182,9 @@ def _bn_act_forward(m: Maker) -> Iterator[Call]:
     other = m.stats(r, "residual")
     yield Call("plain", m.request(y), (y, None, None, 1e-3))
     relu = m.request(y, act="relu")
-    yield Call("inner", relu, (y, weight, bias, 1e-5), {"act": "relu"})
+    for act in m.acts:
+        given = (y, weight, bias, 1e-5)
+        yield Call(tagged("inner", act), m.request(y, act=act), given, {"act": act})
     views = (y, column(weight), expanded(bias), 1e-5)
     yield Call("inner, views", relu, views, {"act": "relu"})
     yield Call("residual", relu, (y, weight, bias, 1e-5), {**end, "want_mask": True})
@@ -193,9 +195,8 @@ def _bn_act_backward(m: Maker) -> Iterator[Call]:
     y, side, grad = m.x(), m.x("side"), m.grad()
     one, two = Branch(y, m.stats(y)), Branch(side, m.stats(side, "side"))
     for g, gate in _gates(m, grad, y, one.stats):
-        if is_gate(gate.act):
-            request = m.request(y, act=gate.act)
-            yield Call(tagged(gate.kind, gate.act), request, (g, gate, (one,), m.case.count))
+        request = m.request(y, act=gate.act)
+        yield Call(tagged(gate.kind, gate.act), request, (g, gate, (one,), m.case.count))
     request = m.request(y, act="relu")
     mask = Gate("mask", reference.pack_mask(m.open_gate(y), is_channels_last(y)))
     both, more = (grad, mask, (one, two), m.case.count), {"want_residual": True}
@@ -292,6 +293,8 @@ def _conv_backward(m: Maker) -> Iterator[Call]:
         below = _below(m, act)
         assert below.y is not None
         wishes = _wishes(m, below.y, Prologue(below.stats, act), (Gate("affine", None, act), below))
+        if act != "relu":  # which is in all the others
+            wishes = {"inner": wishes["inner"]}
         for pending in _pending(m, below.y, act):
             batch = "batch" if pending.values else "running"
             for label, more in wishes.items():
@@ -306,10 +309,10 @@ def _pending(m: Maker, x: Tensor, act: str) -> Iterator[PendingGrad]:
     y, _ = reference.conv_forward(x, m.case.weight(device=m.device), None, m.case.conv)
     y = dense(y, torch.channels_last if m.case.channels_last else torch.contiguous_format)
     branch, grad = Branch(y, m.stats(y)), m.grad(shape=tuple(y.shape))
-    gates = [(grad, Gate("affine", None, act))]
+    gates = [(unambiguous(grad, y, branch.stats, act), Gate("affine", None, act))]
     if is_gate(act):
         mask = Gate("mask", reference.pack_mask(m.open_gate(y), is_channels_last(y)), act)
-        gates = [(grad, mask), (unambiguous(grad, y, branch.stats, act), gates[0][1])]
+        gates = [(grad, mask), *gates]
     for g, gate in gates:
         for count in (y.numel() // y.shape[1], 0):
             yield PendingGrad(g, gate, branch, _sums(m, g, gate, (branch,)), count)
@@ -319,7 +322,7 @@ def _below(m: Maker, act: str) -> Branch:
     """The previous unit's raw output, moved off the places where its gate would be ambiguous."""
     raw = m.x()
     stats = m.stats(raw, "below")
-    if m.case.exact or not is_gate(act):
+    if m.case.exact:
         return Branch(raw, stats)
     ambiguous = unambiguous(torch.ones_like(raw), raw, stats, act) == 0
     clear = ((1 - stats[4]) / stats[3]).view(1, -1, 1, 1).to(raw.dtype)

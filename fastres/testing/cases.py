@@ -18,6 +18,7 @@ from fastres.kernels import Conv, dense
 #: What a case's activations may look like; see `_fill`.
 VALUES = (
     "normal", "large_mean", "constant", "outlier", "nan", "inf", "negative_zero", "integers",
+    "tails",
 )  # fmt: skip
 
 
@@ -35,6 +36,8 @@ class Case:
         kernel: (kh, kw).
         out_channels: K of the convolution.
         bench: a size to measure, too large for the tests.
+        every_act: whether its calls are made with every activation, and not with ReLU and those
+            from outside alone.
     """
 
     name: str
@@ -46,6 +49,7 @@ class Case:
     kernel: tuple[int, int] = (1, 1)
     out_channels: int = 8
     bench: bool = False
+    every_act: bool = False
 
     def __str__(self) -> str:
         return self.name
@@ -124,6 +128,8 @@ def _fill(values: str, shape: tuple[int, ...], g: torch.Generator) -> Tensor:
         t = torch.where(t.abs() < 0.7, torch.full_like(t, -0.0), t)
     elif t.numel() == 0 or values == "normal":
         return t
+    elif values == "tails":  # normalised they reach beyond -6 and 6, where activations bend
+        return torch.where(torch.rand(shape, generator=g) < 1 / 16, 6 * t, t)
     elif values == "constant":
         t[:, channel] = 3.25
     elif values == "outlier":
@@ -210,7 +216,10 @@ def _build() -> tuple[Case, ...]:
     for values in VALUES[1:]:
         shape = (8, 16, 4, 4) if values == "integers" else (4, 17, 5, 4)
         for dtype in (torch.float32, torch.bfloat16):
-            found += _named(values=values, dtype=dtype, shape=shape)
+            found += _named(values=values, dtype=dtype, shape=shape, every_act=values == "tails")
+    vectors = {"values": "tails", "shape": (4, 24, 4, 4), "conv": None, "every_act": True}
+    for dtype, layout in zip((torch.float32, torch.float64, *low), (0, 1, 1, 0), strict=True):
+        found.append(_named(dtype=dtype, **vectors)[layout])
     for geometry, changes in _GEOMETRIES.items():
         for dtype in (torch.float32, torch.bfloat16):
             case = replace(_BASE, dtype=dtype, **changes)  # type: ignore[arg-type]

@@ -19,6 +19,7 @@ from fastres.kernels import (
     is_channels_last,
     reference,
 )
+from fastres.kernels.activation import BUILT_IN
 from fastres.testing.cases import Case
 
 F64 = torch.float64
@@ -101,8 +102,12 @@ class Maker:
 
     @property
     def acts(self) -> list[str]:
-        """Every registered activation but "none"; in exact cases those that round nothing."""
-        names = [name for name in activations() if name != "none"]
+        """ReLU and what is registered from outside, or in a case for activations every one but
+        "none"; in exact cases those that round nothing.
+        """
+        others = [name for name in BUILT_IN if name != "relu"]
+        left_out = ["none"] if self.case.every_act else others
+        names = [name for name in activations() if name not in left_out]
         return [name for name in names if is_gate(name) or not self.case.exact]
 
 
@@ -135,18 +140,21 @@ def tagged(label: str, act: str) -> str:
 
 
 def unambiguous(grad: Tensor, y: Tensor, stats: Tensor, act: str) -> Tensor:
-    """`grad` without the places where a rounding of scale*y + shift opens or closes the gate.
+    """`grad` without the places where a rounding of scale*y + shift makes act' jump.
 
-    A recomputed gate may go either way there, and the gradient with it: 4 roundings, of the
-    product, the sum, the scale and the shift.
+    A gate that is recomputed may go either way there, and so may a derivative beside a kink, and
+    the gradient with it: 4 roundings, of the product, the sum, the scale and the shift.
     """
-    gate = activation(act).gate
-    assert gate is not None
+    found = activation(act)
     scale, shift = (row.view(1, -1, 1, 1).to(F64) for row in stats[3:])
     product = y.to(F64) * scale
     band = 4 * torch.finfo(stats.dtype).eps * (product.abs() + shift.abs())
-    low, high = (
-        gate(reference.activate(product + shift + moved, act).to(y.dtype))
-        for moved in (-band, band)
-    )
-    return grad.clone().masked_fill_(low != high, 0)
+    low, high = product + shift - band, product + shift + band
+    if found.gate is None:
+        jumps = torch.zeros_like(low, dtype=torch.bool)
+        for kink in found.kinks:
+            jumps |= (low <= kink) & (kink <= high)
+    else:
+        one, other = (found.gate(reference.activate(v, act).to(y.dtype)) for v in (low, high))
+        jumps = one != other
+    return grad.clone().masked_fill_(jumps, 0)

@@ -161,6 +161,7 @@ class Problem {
                                std::vector<float>& partials, std::vector<float>& sums) {
     return {grad_.data(),
             gate,
+            Activation::kRelu,
             source,
             {y_.data(), second ? r_.data() : nullptr},
             {stats_y_.data(), second ? stats_r_.data() : nullptr},
@@ -174,6 +175,7 @@ class Problem {
   BackwardApplyArgs gradients(const BackwardReduceArgs& r) {
     return {r.grad_out,
             r.gate,
+            r.act,
             r.gate_ptr,
             {r.y[0], r.y[1]},
             {r.stats[0], r.stats[1]},

@@ -12,6 +12,7 @@ from fastres.kernels.common import (
     DTYPE_CODES,
     address,
     branch_tensors,
+    gate_act_code,
     gate_code,
     new_mask,
 )
@@ -114,7 +115,7 @@ def bn_act_backward_reduce(
     sums = fresh if sums is None else sums.clone()
     _kernels.bn_act_backward_reduce(
         grad_out.data_ptr(), *_gate(gate), *map(address, branch_tensors(branches)),
-        sums.data_ptr(), accumulate, *_sizes(grad_out),
+        sums.data_ptr(), accumulate, *_sizes(grad_out), gate_act_code(gate),
     )  # fmt: skip
     return sums
 
@@ -141,6 +142,7 @@ def bn_act_backward_apply(
         grad_out.data_ptr(), *_gate(gate), *map(address, branch_tensors(branches)),
         address(sums) if count else 0, count,
         address(grads[0]), address(second), address(residual), *_sizes(grad_out),
+        gate_act_code(gate),
     )  # fmt: skip
     return grads, residual
 
@@ -163,5 +165,7 @@ def add_act(
 def act_backward(grad_out: Tensor, gate: Gate, *, out: Tensor | None = None) -> Tensor:
     """The gated gradient, into `out` where it is given."""
     out = empty_like(grad_out) if out is None else out
-    _kernels.act_backward(grad_out.data_ptr(), *_gate(gate), out.data_ptr(), *_sizes(grad_out))
+    _kernels.act_backward(
+        grad_out.data_ptr(), *_gate(gate), out.data_ptr(), *_sizes(grad_out), gate_act_code(gate)
+    )
     return out

@@ -10,8 +10,10 @@ from torch import Tensor
 from fastres.kernels.common import (
     ACT_CODES,
     address,
+    as_relu,
     branch_tensors,
     floats,
+    gate_act_code,
     gate_code,
     new_grads,
     new_mask,
@@ -123,6 +125,7 @@ def bn_act_backward_reduce(
     grad_out: Tensor, gate: Gate, branches: Sequence[Branch], *, sums: Tensor | None = None
 ) -> Tensor:
     """`sums` float32 [3, C]; added to `sums` where it is given."""
+    gate = as_relu(gate)
     shape, device = Shape.of(grad_out), grad_out.device
     if shape.empty:
         return zeros(3, shape.c, device=device) if sums is None else sums.clone()
@@ -132,13 +135,13 @@ def bn_act_backward_reduce(
         found = floats(3, shape.c, device=device)
         parts = partials(shape, tiling, rows, torch.float32, device)
         module().bn_act_backward_reduce(
-            grad_out.data_ptr(), gate_code(gate), address(gate.tensor),
+            grad_out.data_ptr(), gate_code(gate), gate_act_code(gate), address(gate.tensor),
             *map(address, branch_tensors(branches)), parts.data_ptr(), address(sums),
             found.data_ptr(), shape, tiling, where(grad_out),
         )  # fmt: skip
         return found
 
-    flags = (gate.kind, rows)
+    flags = (gate.kind, gate.applied, rows)
     name = "bn_act_backward_reduce"
     return run(choose(name, shape, device, flags, run, sums=True, rings=True))
 
@@ -177,19 +180,20 @@ def apply(
     in_place: bool,
 ) -> None:
     """Write grad_y of both branches and the gated gradient, where there is memory for them."""
+    gate = as_relu(gate)
     shape = Shape.of(grad_out)
     if shape.empty:
         return
 
     def run(tiling: Tiling) -> None:
         module().bn_act_backward_apply(
-            grad_out.data_ptr(), gate_code(gate), address(gate.tensor),
+            grad_out.data_ptr(), gate_code(gate), gate_act_code(gate), address(gate.tensor),
             *map(address, branch_tensors(branches)), address(sums), count,
             *map(address, grads), address(residual), shape, tiling, where(grad_out),
         )  # fmt: skip
 
     absent = [t is None for t in (sums, *grads, residual)]
-    wanted: tuple[str | bool, ...] = (gate.kind, *absent)
+    wanted: tuple[str | bool, ...] = (gate.kind, gate.applied, *absent)
     repeatable = None if in_place else run
     name = "bn_act_backward_apply"
     run(choose(name, shape, grad_out.device, wanted, repeatable, rings=True))

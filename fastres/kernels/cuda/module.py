@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastres.kernels.common import ACT_CODES
 from fastres.kernels.cuda.archs import covering
 from fastres.kernels.registry import Request
 
@@ -115,7 +114,11 @@ def why_not(request: Request) -> str | None:
         return f"it runs on a GPU, got {request.device}"
     if request.dtype not in DTYPES:
         return f"dtype must be float32, bfloat16 or float16, got {request.dtype}"
-    return None if request.act in ACT_CODES else f"activation {request.act!r} has no CUDA kernel"
+    return (
+        None
+        if request.act in ("none", "relu")
+        else f"activation {request.act!r} has no CUDA kernel"
+    )
 
 
 def where(t: Tensor) -> tuple[int, int]:

@@ -16,8 +16,10 @@ from torch import Tensor
 from fastres.kernels.common import (
     ACT_CODES,
     address,
+    as_relu,
     branch_tensors,
     floats,
+    gate_act_code,
     gate_code,
     new_mask,
 )
@@ -154,6 +156,7 @@ def bn_act_backward(
     want_residual: bool = False,
 ) -> Backward:
     """bn_act_backward_reduce and bn_act_backward_apply, with grad_y of every branch."""
+    gate = as_relu(gate)
 
     def run(way: Way) -> Backward:
         if isinstance(way, Tiling):
@@ -170,7 +173,7 @@ def bn_act_backward(
         "backward", (*read, gate.tensor if gate.kind == "out" else None), len(branches) > 1
     )
     name = "cuda/bn_act_backward"
-    sizes = (*Shape.of(grad_out), gate.kind, len(branches), count > 0, want_residual)
+    sizes = (*Shape.of(grad_out), gate.kind, gate.applied, len(branches), count > 0, want_residual)
     return run(tuned(name, binary(), sizes, candidates, run, grad_out.device))
 
 
@@ -189,7 +192,7 @@ def backward_in_slabs(
     shape = Shape.of(grad_out)
     parts = partials(shape, tiling, 1 + len(branches), torch.float32, grad_out.device)
     module().bn_act_backward(
-        grad_out.data_ptr(), gate_code(gate), address(gate.tensor),
+        grad_out.data_ptr(), gate_code(gate), gate_act_code(gate), address(gate.tensor),
         *map(address, branch_tensors(branches)), parts.data_ptr(), sums.data_ptr(), count,
         *map(address, (*grads, None)[:2]), address(residual),
         shape, tiling, where(grad_out),

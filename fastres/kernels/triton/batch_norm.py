@@ -10,12 +10,12 @@ from torch import Tensor
 from fastres.kernels.common import (
     branch_tensors,
     floats,
-    gate_code,
     new_grads,
     new_mask,
     zeros,
 )
 from fastres.kernels.registry import register
+from fastres.kernels.triton.activation import gate_flags, output_flags
 from fastres.kernels.triton.launch import kernel_of, launch
 from fastres.kernels.triton.support import Matrix, why_not
 from fastres.kernels.triton.walk import (
@@ -103,7 +103,7 @@ def scale_shift_act(
     out = torch.empty_like(y) if out is None else out
     mask = new_mask(y) if want_mask else None
     flags = {
-        "RELU": act == "relu",
+        **output_flags(act, want_mask),
         "HAS_RESIDUAL": residual is not None,
         "HAS_RESIDUAL_STATS": residual_stats is not None,
         "HAS_MASK": want_mask,
@@ -125,7 +125,7 @@ def bn_act_backward_reduce(
     if m.rows == 0 or m.cols == 0:
         return zeros(3, m.channels, device=grad_out.device) if sums is None else sums.clone()
     given = (grad_out, gate.tensor, *branch_tensors(branches))
-    flags = {"GATE": gate_code(gate), "HAS_SECOND": len(branches) > 1}
+    flags = {**gate_flags(gate), "HAS_SECOND": len(branches) > 1}
     kernel = "bn_act_reduce_bwd_kernel"
 
     def run(tiling: object) -> Tensor:
@@ -158,7 +158,7 @@ def bn_act_backward_apply(
     residual = torch.empty_like(grad_out) if want_residual else None
     second = grads[1] if len(grads) > 1 else None
     flags = {
-        "GATE": gate_code(gate),
+        **gate_flags(gate),
         "HAS_SUMS": count > 0,
         "HAS_FIRST": grads[0] is not None,
         "HAS_SECOND": second is not None,

@@ -8,13 +8,13 @@ from torch import Tensor
 
 from fastres.kernels.common import floats, precision_of, zeros
 from fastres.kernels.registry import register
+from fastres.kernels.triton.activation import functions_of, prologue_flags
 from fastres.kernels.triton.launch import MAX_REGISTERS, Described, kernel_of, launch
 from fastres.kernels.triton.products import (
     Problem,
     channels_innermost,
     choose_tile,
     empty,
-    prologue_of,
     why_not_convolved,
 )
 from fastres.kernels.triton.support import device_of
@@ -36,13 +36,13 @@ def _forward(
     x: Tensor, weight: Tensor, conv: Conv, prologue: Prologue | None, epilogue: _Epilogue
 ) -> tuple[Tensor, Tensor | None]:
     p, weight = Problem.of(x, weight, conv), channels_innermost(weight)
-    x_stats, pending = prologue_of(prologue)
+    x_stats = None if prologue is None else prologue.stats
     flags = {
-        **pending,
+        **prologue_flags(prologue),
         "HAS_BIAS": epilogue.bias is not None,
         "HAS_AFFINE": epilogue.stats is not None,
         "HAS_RESIDUAL": epilogue.residual is not None,
-        "RELU": epilogue.act == "relu",
+        "ACT": functions_of(epilogue.act).value if epilogue.stats is not None else None,
         "HAS_STATE": epilogue.want_state,
         "PRECISION": precision_of(x.dtype),
     }
@@ -105,7 +105,7 @@ def _launch_described(
     (k, c), pixels, device = weight.shape[:2], y.numel() // y.shape[1], device_of(x)
     programs = -(-pixels // tile.m) * -(-k // tile.n)
     at_a_time = max(1, device.shared_bytes // tile.shared_bytes(x.element_size()))
-    names = ("HAS_PROLOGUE", "RELU_X", "HAS_STATE", "PRECISION")
+    names = ("HAS_PROLOGUE", "ACT_X", "HAS_STATE", "PRECISION")
     launch(
         kernel_of("conv1x1_fwd", "conv1x1_fwd_kernel"),
         (min(programs, device.processors * min(2, at_a_time)),),

@@ -7,15 +7,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastres.kernels.common import floats, gate_code, precision_of
+from fastres.kernels.common import floats, precision_of
 from fastres.kernels.registry import Request, register
+from fastres.kernels.triton.activation import gate_flags, prologue_flags
 from fastres.kernels.triton.batch_norm import bn_act_backward_apply
 from fastres.kernels.triton.launch import kernel_of, launch
 from fastres.kernels.triton.products import (
     Problem,
     channels_innermost,
     choose_tile,
-    prologue_of,
     why_not_convolved,
 )
 from fastres.kernels.triton.residual import act_backward
@@ -39,7 +39,7 @@ class Incoming(NamedTuple):
     @classmethod
     def formed(cls, grad_y: Tensor) -> Incoming:
         """grad_y itself."""
-        flags = {"PENDING": False, "GATE": 0, "HAS_SUMS": False}
+        flags = {"PENDING": False, **gate_flags(Gate("none")), "HAS_SUMS": False}
         return cls((grad_y, None, None, None, None), flags, 1.0)
 
     @classmethod
@@ -51,7 +51,7 @@ class Incoming(NamedTuple):
         """
         if grad.gate.kind == "out":
             raise NotImplementedError("gate must be none, mask or affine, got out")
-        flags = {"PENDING": True, "GATE": gate_code(grad.gate), "HAS_SUMS": grad.values > 0}
+        flags = {"PENDING": True, **gate_flags(grad.gate), "HAS_SUMS": grad.values > 0}
         sums = grad.sums if grad.values else None
         tensors = (grad.grad_out, grad.gate.tensor, grad.branch.y, grad.branch.stats, sums)
         return cls(tensors, flags, 1 / max(grad.values, 1))
@@ -75,7 +75,7 @@ def data_gradient(
         **incoming.flags,
         "RESIDUAL": kind,
         "HAS_BELOW": reduce is not None,
-        "BELOW_GATE": gate_code(gate),
+        **gate_flags(gate, "BELOW_"),
         "PRECISION": precision_of(like.dtype),
     }
     (sh, sw), group_in = conv.stride, p.channels // conv.groups
@@ -122,8 +122,8 @@ def weight_gradient(
 ) -> Tensor:
     """Gradient of the weight, its parts summed in order."""
     p = Problem.of(x, weight, conv)
-    x_stats, pending = prologue_of(prologue)
-    flags = {**incoming.flags, **pending, "PRECISION": precision_of(x.dtype)}
+    x_stats = None if prologue is None else prologue.stats
+    flags = {**incoming.flags, **prologue_flags(prologue), "PRECISION": precision_of(x.dtype)}
     group_in, group_out = p.channels // conv.groups, p.out_channels // conv.groups
     kh, kw = p.kernel
 

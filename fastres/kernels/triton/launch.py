@@ -65,6 +65,26 @@ def source_hash(module: str) -> str:
     return sha256(text.encode()).hexdigest()[:16]
 
 
+def in_words(constant: Any) -> int | str | bool:
+    """A constant of a kernel as the autotuner's key has it: a function by its name.
+
+    The text of one from outside is not in `source_hash`, so it is in the key.
+    """
+    if isinstance(constant, (int, str)):
+        return constant
+    if constant is None:
+        return "-"
+    function = constant.fn
+    if function.__module__.startswith("fastres.triton_kernels."):
+        return str(function.__name__)
+    return f"{function.__module__}.{function.__name__}-{_text_hash(function)}"
+
+
+@lru_cache(maxsize=256)
+def _text_hash(function: Any) -> str:
+    return sha256(getsource(function).encode()).hexdigest()[:16]
+
+
 class Described(NamedTuple):
     """A dense matrix [rows, cols] that a kernel takes as a tensor descriptor of a block's shape."""
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from fastres.kernels.registry import Request
-from fastres.kernels.triton.launch import kernel_of, tuned
+from fastres.kernels.triton.launch import in_words, kernel_of, tuned
 from fastres.kernels.triton.support import device_of, why_not
-from fastres.kernels.types import Conv, Prologue, dense
+from fastres.kernels.types import Conv, dense
 
 #: Fewer channels of a group than this leave the matrix units mostly idle: they take 16 at least.
 _LEAST_GROUP = 16
@@ -127,16 +127,9 @@ def choose_tile(
     problem = (*shape, like.element_size(), processors, device.shared_bytes, *how)
     candidates = _tiles(described, device.specialises, *problem)
     # Not by HAS_STATE: a recomputed output must have the bits of the first one.
-    by = [value for name, value in flags.items() if name != "HAS_STATE"]
+    by = [in_words(value) for name, value in flags.items() if name != "HAS_STATE"]
     sizes = (*p.sizes, *p.constants.values(), str(like.dtype), described, *by)
     return tuned(f"{module}_kernel", module, sizes, candidates, run, like.device)
-
-
-def prologue_of(prologue: Prologue | None) -> tuple[Tensor | None, dict[str, bool]]:
-    """(statistics, flags) by which the kernels know what is pending on x."""
-    if prologue is None:
-        return None, {"HAS_PROLOGUE": False, "RELU_X": False}
-    return prologue.stats, {"HAS_PROLOGUE": True, "RELU_X": prologue.act == "relu"}
 
 
 def channels_innermost(weight: Tensor) -> Tensor:

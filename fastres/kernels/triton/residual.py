@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastres.kernels.common import GATE_CODES, gate_code, new_mask
+from fastres.kernels.common import GATE_CODES, new_mask
 from fastres.kernels.registry import register
+from fastres.kernels.triton.activation import gate_flags, output_flags
 from fastres.kernels.triton.support import Matrix, why_not
 from fastres.kernels.triton.walk import walk
 from fastres.kernels.types import Gate
@@ -19,7 +20,7 @@ def add_act(
     """act(x + residual), and its mask."""
     out = torch.empty_like(x)
     mask = new_mask(x) if want_mask else None
-    flags = {"RELU": act == "relu", "HAS_MASK": want_mask}
+    flags = {**output_flags(act, want_mask), "HAS_MASK": want_mask}
     walk("add_act", "add_act_fwd_kernel", Matrix.of(x), (x, residual, out, mask), flags)
     return out, mask
 
@@ -31,11 +32,11 @@ def act_backward(grad_out: Tensor, gate: Gate, *, out: Tensor | None = None) -> 
         raise NotImplementedError("gate must be none, mask or out, got affine")
     in_place = out is not None
     out = torch.empty_like(grad_out) if out is None else out
-    code = gate_code(gate)
-    if code == GATE_CODES["none"]:
+    flags = gate_flags(gate)
+    if flags["GATE"] == GATE_CODES["none"]:
         return out.copy_(grad_out)
     walk(
         "add_act", "act_bwd_kernel", Matrix.of(grad_out), (grad_out, gate.tensor, out),
-        {"GATE": code}, in_place=in_place,
+        flags, in_place=in_place,
     )  # fmt: skip
     return out

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastres.kernels.common import ACT_CODES
+from fastres.kernels.reference import ACTIVATIONS
 from fastres.kernels.registry import Request
 from fastres.kernels.types import is_channels_last, mask_shape
 
@@ -110,7 +112,9 @@ def why_not(request: Request) -> str | None:
         return f"it runs on a GPU, got {request.device}"
     if request.dtype not in DTYPES:
         return f"dtype must be float32, bfloat16 or float16, got {request.dtype}"
-    return None if request.act in ("none", "relu") else f"activation {request.act!r} has no kernel"
+    if request.act in ACT_CODES or "triton" in ACTIVATIONS[request.act].kernels:
+        return None
+    return f"activation {request.act!r} has no kernel"
 
 
 class Matrix(NamedTuple):

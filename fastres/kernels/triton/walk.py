@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastres.kernels.common import floats
-from fastres.kernels.triton.launch import kernel_of, launch, tuned
+from fastres.kernels.triton.launch import in_words, kernel_of, launch, tuned
 from fastres.kernels.triton.support import Matrix, device_of
 
 #: Most elements of a tile where a kernel holds several values of each in registers.
@@ -70,7 +70,7 @@ def choose_tiling(
     if run is None:
         return candidates[0]
     dtypes = tuple("-" if t is None else str(t.dtype) for t in tensors)
-    sizes = (*m, *dtypes, *flags.values())
+    sizes = (*m, *dtypes, *map(in_words, flags.values()))
     return tuned(name, module, sizes, candidates, run, first.device)
 
 

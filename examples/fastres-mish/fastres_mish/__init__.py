@@ -1,0 +1,1 @@
+"""Mish for fastres: an activation from outside."""

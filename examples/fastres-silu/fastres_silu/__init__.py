@@ -1,1 +1,0 @@
-"""Batch norm with SiLU for fastres, in Triton: `silu.py` holds all of it."""
