@@ -13,6 +13,7 @@ from fastres.block.op import run_block
 from fastres.block.settings import current
 from fastres.block.spec import Block
 from fastres.block.stock import activate, run_stock
+from fastres.block.tensors import identity_stats
 from fastres.kernels import activation
 
 
@@ -65,6 +66,7 @@ def run_open(
 
     Returns:
         (raw output [N, K, H, W], its statistics [5, K], the mean of what it would be, [N, K]).
+        Without a norm the statistics leave the raw output as it is.
         Only a block whose first unit is given these statistics may read the raw output: its
         gradient is that of what it stands for.
     """
@@ -74,7 +76,8 @@ def run_open(
     if why_not_block(x, block, layers) is not None:
         return None
     out, (mean, *stats) = _run(x, block, layers, None)
-    return out, stats[-1], mean
+    known = stats[-1] if block.units[-1].norm is not None else identity_stats(out)
+    return out, known, mean
 
 
 def _without_late_activation(block: Block) -> tuple[Block, str]:
