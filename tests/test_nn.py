@@ -500,7 +500,6 @@ class TestFallback:
         ("child", "make", "reason"),
         [
             ("bn2", lambda: nn.GroupNorm(2, 4), "bn2 is a GroupNorm, not a BatchNorm2d"),
-            ("bn2", lambda: nn.Identity(), "bn2 is a Identity, not a BatchNorm2d"),
             ("bn2", lambda: _FrozenNorm(4), "bn2 is a _FrozenNorm, not a BatchNorm2d"),
             ("relu", lambda: nn.GELU(), "relu is a GELU, not a ReLU"),
             ("relu", lambda: nn.ReLU6(), "relu is a ReLU6, not a ReLU"),

@@ -17,6 +17,7 @@ from fastres.block.spec import (
     Unit,
     decode,
 )
+from fastres.block.stock import activate
 from fastres.block.tensors import UnitTensors, output_metas, output_shapes, split_tensors
 
 __all__ = [
@@ -32,6 +33,7 @@ __all__ = [
     "Size",
     "Unit",
     "UnitTensors",
+    "activate",
     "add_act",
     "context_of",
     "current",

@@ -16,7 +16,7 @@ from fastres.block.running import update_running
 from fastres.block.settings import current
 from fastres.block.spec import Block
 from fastres.block.stock import activate, run_stock
-from fastres.block.tensors import output_shapes
+from fastres.block.tensors import identity_stats, output_shapes
 from fastres.kernels import RunningUpdate, activation, memory_format_of
 
 
@@ -80,6 +80,7 @@ def run_open(
 
     Returns:
         (raw output [N, K, H, W], its statistics [5, K], the mean of what it would be, [N, K]).
+        Without a norm the statistics leave the raw output as it is.
         Only a block whose first unit is given these statistics may read the raw output: its
         gradient is that of what it stands for.
     """
@@ -89,7 +90,8 @@ def run_open(
     if call is None:
         return None
     out, mean, *stats = _run(call, x, layers, None)
-    return out, stats[-1], mean
+    known = stats[-1] if block.units[-1].norm is not None else identity_stats(out)
+    return out, known, mean
 
 
 def prepare(

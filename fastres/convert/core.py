@@ -25,6 +25,7 @@ from fastres.nn.stem import FusedStem
 ZOOS = {
     "torchvision.models.resnet": "fastres.convert.torchvision",
     "timm.models.resnet": "fastres.convert.timm",
+    "timm.models.resnetv2": "fastres.convert.timm_v2",
     "transformers.models.resnet.modeling_resnet": "fastres.convert.transformers",
 }
 

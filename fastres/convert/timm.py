@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from timm.layers import DropBlock2d, DropPath
+from timm.layers import BatchNormAct2d, DropBlock2d
 from timm.models import resnet
 from torch import Tensor, nn
 
 from fastres.nn.blocks import FusedModule
 from fastres.nn.genuine import Sequential
-from fastres.nn.match import Decline, Parts, Steps, hooked
+from fastres.nn.match import Decline, Parts, Steps, hooked, register_norm_act
 from fastres.nn.stem import FusedStem
 
 
@@ -37,15 +37,21 @@ class FusedBottleneck(FusedModule, resnet.Bottleneck):  # type: ignore[misc]
 
 
 def _parts_of(block: Any, units: tuple[Steps, ...], end: nn.Module | None) -> Parts | Decline:
-    identities: list[nn.Module | None] = [block.aa, block.se]
-    for drop in (block.drop_block, block.drop_path):
-        if type(drop) not in (DropBlock2d, DropPath):
-            identities.append(drop)
-        elif drop.training and drop.drop_prob:
-            return Decline(drop, f"is a {type(drop).__name__} at work", permanent=False)
-        elif (decline := hooked(drop)) is not None:
-            return decline
-    return Parts(units, end, projection=block.downsample, identities=tuple(identities))
+    identities: list[nn.Module | None] = [block.aa]
+    drop = block.drop_block
+    if type(drop) is not DropBlock2d:
+        identities.append(drop)
+    elif drop.training and drop.drop_prob:
+        return Decline(drop, "is a DropBlock2d at work", permanent=False)
+    elif (decline := hooked(drop)) is not None:
+        return decline
+    units = (*units[:-1], units[-1]._replace(drop=block.drop_path))
+    return Parts(
+        units, end, projection=block.downsample, identities=tuple(identities), gate=block.se
+    )
+
+
+register_norm_act(BatchNormAct2d, lambda norm: (norm.drop, norm.act))
 
 
 class FusedResNet(FusedStem, resnet.ResNet):  # type: ignore[misc]

@@ -130,11 +130,11 @@ def _identities(attributes: dict[str, Any]) -> list[int]:
 def _modules(parts: Parts) -> Iterator[nn.Module]:
     """The modules that a match of `parts` read."""
     for steps in parts.units:
-        yield from (m for m in steps if m is not None)
+        yield from (m for child in steps if child is not None for m in child.modules())
     projection = parts.projection
     if isinstance(projection, Projection):
         yield from (m for m in projection if m is not None)
     elif projection is not None:
         yield from projection.modules()
-    others = (parts.end, *parts.identities, *parts.wrappers)
+    others = (parts.end, parts.gate, *parts.identities, *parts.wrappers)
     yield from (m for m in others if m is not None)

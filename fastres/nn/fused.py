@@ -7,12 +7,23 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from fastres.block import Layer, output_shapes, try_layers, why_not_layers
-from fastres.block.call import execute
+from fastres.block import (
+    Block,
+    Layer,
+    Norm,
+    Unit,
+    activate,
+    output_shapes,
+    run_open,
+    try_layers,
+    why_not_layers,
+)
+from fastres.block.call import autocasts, execute
 from fastres.block.check import why_not_settings
 from fastres.kernels import memory_format_of
 from fastres.nn.bound import bound_of, simple
 from fastres.nn.drop import draw
+from fastres.nn.gate import excite
 from fastres.nn.genuine import as_written
 from fastres.nn.match import Decline, Match, Parts, match, why_not_now
 
@@ -32,7 +43,7 @@ def run_fused(module: FusedParts, x: Tensor) -> Tensor | None:
     bound = bound_of(module) or bound_of(module, parts_now(module, cls))
     if bound is None:
         return None
-    if bound.match.drops:
+    if bound.match.drops or bound.match.gate is not None:
         return run_match(bound.match, x)
     call = bound.call(x)
     return None if call is None else execute(call, x, bound.match.layers)
@@ -40,15 +51,67 @@ def run_fused(module: FusedParts, x: Tensor) -> Tensor | None:
 
 def run_match(matched: Match, x: Tensor) -> Tensor | None:
     """As `run_fused`. Random numbers are drawn only where the block will run."""
-    block, layers, drops = matched
+    block, layers, drops, gate = matched
+    if gate is not None:
+        return _run_gated(matched, gate, x)
     if drops and why_not_layers(x, block, placeholders(matched, x)) is not None:
         return None
     return try_layers(x, block, with_factors(matched, x) if drops else layers)
 
 
+#: What stands behind a gate: statistics known by now are applied, and then a factor.
+_APPLIED = Unit(None, Norm(0.0, "given"))
+_SCALED = _APPLIED._replace(scale=True)
+
+
+def _run_gated(matched: Match, gate: nn.Module, x: Tensor) -> Tensor | None:
+    """As `run_match`, in two blocks: one up to the mean that the gate reads, and one from there."""
+    if why_not_layers(x, matched.block, placeholders(matched, x)) is not None:
+        return None
+    last = len(matched.block.units) - 1
+    inner = tuple([drop for drop in matched.drops if drop[0] != last])
+    layers = with_factors(matched._replace(drops=inner), x)
+    unit = layers[last].unit._replace(scale=False)
+    units = (*matched.block.units[:-1], unit)
+    opened = run_open(x, Block(units), [*layers[:last], layers[last]._replace(unit=unit)])
+    assert opened is not None
+    raw, stats, mean = opened
+    factor = excite(gate, mean.to(raw.dtype)[:, :, None, None])
+    for index, module in matched.drops:
+        if index == last:
+            factor = factor * draw(module, raw, raw.shape, memory_format_of(raw))
+    block, residual = _behind(matched.block), _shortcut(matched, x, raw.dtype)
+    found = try_layers(raw, block, [Layer(_SCALED, running_mean=stats, factor=factor)], residual)
+    if found is not None:
+        return found
+    # A factor of an odd shape: torch broadcasts it, or says what is wrong with it.
+    z = try_layers(raw, Block((_APPLIED,)), [Layer(_APPLIED, running_mean=stats)])
+    assert z is not None
+    z = z * factor
+    return activate(z if residual is None else z + residual, block.act)
+
+
+def _behind(block: Block) -> Block:
+    """The block behind a gate."""
+    return Block((_SCALED,), "none" if block.shortcut == "none" else "tensor", act=block.act)
+
+
+def _shortcut(matched: Match, x: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """What a shortcut from the input adds, run as a block of its own where it has a projection."""
+    block = matched.block
+    if block.shortcut == "none":
+        return None
+    if block.projection is None:
+        return x.to(dtype)
+    given = x if block.pool is None else block.pool.apply(x)
+    found = try_layers(given, Block((block.projection,)), matched.layers[-1:])
+    assert found is not None
+    return found
+
+
 def with_factors(matched: Match, x: Tensor) -> list[Layer]:
     """The layers with the factors that their dropout and stochastic depth draw now."""
-    block, layers, drops = matched
+    block, layers, drops, _ = matched
     weights = [layer.weight for layer in layers]
     shapes = output_shapes(block, x.shape, [None if w is None else (*w.shape,) for w in weights])
     complete, fmt = list(layers), memory_format_of(x, weights)
@@ -62,14 +125,16 @@ def with_factors(matched: Match, x: Tensor) -> list[Layer]:
 def placeholders(matched: Match, x: Tensor) -> list[Layer]:
     """The layers with factors of a fitting shape, to look at and not to run."""
     complete = list(matched.layers)
-    for index, _ in matched.drops:
+    for index in range(len(matched.block.units)):
+        if not complete[index].unit.scale:
+            continue
         complete[index] = complete[index]._replace(factor=x.new_empty(1, 1, 1, 1))
     return complete
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype that a convolution of x gives now."""
-    if x.dtype == torch.float64 or not torch.is_autocast_enabled(x.device.type):
+    if x.dtype == torch.float64 or not autocasts(x.device.type):
         return x.dtype
     return torch.get_autocast_dtype(x.device.type)
 

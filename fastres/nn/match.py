@@ -7,7 +7,7 @@ has changed. Nothing here runs a kernel or changes a buffer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from fastres.block import Block, Layer, Norm, PoolSpec, Unit, pair
 from fastres.block.layers import is_size
 from fastres.kernels import Conv
 from fastres.nn.drop import draws, works
+from fastres.nn.gate import is_gate, why_not_gate
 from fastres.nn.genuine import AvgPool2d, BatchNorm2d, Conv2d, Identity, ReLU, Sequential, replaced
 
 
@@ -36,7 +37,7 @@ class Decline(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """The children that make up one unit, in the order of the data.
+    """The children that make up one unit, in the order of the data; nn.Identity is none.
 
     `drop` multiplies what the others give by random numbers: dropout or stochastic depth, see
     `fastres.nn.drop`.
@@ -67,6 +68,8 @@ class Parts(NamedTuple):
             None.
         identities: parts that must compute nothing: nn.Identity, or None.
         wrappers: modules around the children whose own hooks count too.
+        gate: what scales the main path by a factor of its own mean, before the last unit's `drop`;
+            see `fastres.nn.gate`.
     """
 
     units: tuple[Steps, ...]
@@ -75,18 +78,21 @@ class Parts(NamedTuple):
     projection: nn.Module | Projection | None = None
     identities: tuple[nn.Module | None, ...] = ()
     wrappers: tuple[nn.Module | None, ...] = ()
+    gate: nn.Module | None = None
 
 
 class Match(NamedTuple):
     """A block in the terms of `fastres.block`.
 
     `drops` are the modules that draw a factor, by the index of their unit: where there are any, the
-    layers are complete only with these factors.
+    layers are complete only with these factors. `gate` gives a factor for the last unit too, and
+    that unit `scale`s on its behalf.
     """
 
     block: Block
     layers: tuple[Layer, ...]
     drops: tuple[tuple[int, nn.Module], ...] = ()
+    gate: nn.Module | None = None
 
 
 #: Types of tensor that hold plain values; DTensor and quantised weights are not among them.
@@ -131,22 +137,79 @@ def match(parts: Parts | Decline) -> Match | Decline:
     decline = first_hooked(parts.wrappers) or _why_not_identities(parts.identities)
     if decline is not None:
         return decline
+    units = _units_of(parts.units)
+    end, gate = activation_of(parts.end), gate_of(parts)
+    for found in (units, end, gate):
+        if isinstance(found, Decline):
+            return found
+    assert isinstance(units, _Units) and isinstance(end, str) and not isinstance(gate, Decline)
+    if not any([layer.unit.conv is not None for layer in units.layers]):
+        return Decline(None, "nothing in it is a convolution")
+    shortcut = parts.shortcut
+    if shortcut == "activated" and not units.leads:
+        shortcut = "input"
+    layers = units.layers
+    if gate is not None:
+        if layers[-1].unit.act != "none":
+            return Decline(gate, "stands behind an activation")
+        layers = (*layers[:-1], layers[-1]._replace(unit=layers[-1].unit._replace(scale=True)))
+    block = Block(tuple([layer.unit for layer in layers]), shortcut, act=end)
+    matched = Match(block, layers, units.drops, gate)
+    return matched if parts.projection is None else _with_projection(matched, parts.projection)
+
+
+class _Units(NamedTuple):
+    """The units of a main path that do anything; `leads`: whether the first is one of them."""
+
+    layers: tuple[Layer, ...]
+    drops: tuple[tuple[int, nn.Module], ...]
+    leads: bool
+
+
+def _units_of(units: Sequence[Steps]) -> _Units | Decline:
     layers: list[Layer] = []
     drops: list[tuple[int, nn.Module]] = []
-    for steps in parts.units:
+    leads = False
+    for i, steps in enumerate(units):
         layer = layer_of(steps)
         if isinstance(layer, Decline):
             return layer
+        if layer.unit == _EMPTY:
+            continue
+        if not layers and (changing := _changes_input(layer, steps)) is not None:
+            return changing
         if layer.unit.scale and steps.drop is not None:
             drops.append((len(layers), steps.drop))
         layers.append(layer)
-    end = activation_of(parts.end)
-    if isinstance(end, Decline):
-        return end
-    units = tuple([layer.unit for layer in layers])
-    block = Block(units, parts.shortcut, act=end)
-    matched = Match(block, tuple(layers), tuple(drops))
-    return matched if parts.projection is None else _with_projection(matched, parts.projection)
+        leads = leads or i == 0
+    return _Units(tuple(layers), tuple(drops), leads)
+
+
+def _changes_input(layer: Layer, steps: Steps) -> Decline | None:
+    """Whether the first thing that happens to the block's input happens in place."""
+    if layer.unit.conv is not None or layer.unit.norm is not None:
+        return None
+    first = steps.drop if layer.unit.act == "none" else steps.act
+    in_place = getattr(first, "inplace", False)
+    return Decline(first, "changes the block's input in place") if in_place else None
+
+
+#: A unit all of whose steps are nn.Identity.
+_EMPTY = Unit()
+
+
+def gate_of(parts: Parts) -> nn.Module | Decline | None:
+    """The gate of a block's main path, if that is a module that computes something."""
+    gate = parts.gate
+    if gate is None or type(gate) is Identity:
+        return None if gate is None else hooked(gate)
+    if not is_gate(gate):
+        return Decline(gate, f"is a {type(gate).__name__}, which is not fused")
+    if parts.shortcut == "activated":
+        return Decline(gate, "stands in a block whose shortcut is its first activation")
+    if (decline := hooked(gate)) is not None:
+        return decline
+    return gate if (reason := why_not_gate(gate)) is None else Decline(gate, reason)
 
 
 def _with_projection(matched: Match, shortcut: nn.Module | Projection) -> Match | Decline:
@@ -158,6 +221,8 @@ def _with_projection(matched: Match, shortcut: nn.Module | Projection) -> Match 
         return layer
     if layer.unit.conv is None:
         return Decline(projection.norm, "stands alone on the shortcut")
+    if layer.unit.act != "none":
+        return Decline(projection.norm, "applies an activation on the shortcut")
     pool = pool_of(projection.pool)
     if isinstance(pool, Decline):
         return pool
@@ -168,7 +233,12 @@ def _with_projection(matched: Match, shortcut: nn.Module | Projection) -> Match 
 def layer_of(steps: Steps) -> Layer | Decline:
     """A unit's children with their tensors."""
     conv, norm, act, drop = steps
-    name, scale = activation_of(act), drops(drop)
+    for module in (conv, norm):
+        if type(module) is Identity and (watched := hooked(module)) is not None:
+            return watched
+    conv = None if type(conv) is Identity else conv
+    norm = None if type(norm) is Identity else norm
+    name, scale = _activation_behind(norm, act), drops(drop)
     if isinstance(name, Decline):
         return name
     if isinstance(scale, Decline):
@@ -183,6 +253,36 @@ def layer_of(steps: Steps) -> Layer | Decline:
     if norm is None:
         return Layer(Unit(spec, None, name, scale), weight, bias)
     return _with_norm(norm, spec, name, scale)._replace(weight=weight, bias=bias)  # type: ignore[arg-type]
+
+
+#: Classes that are nn.BatchNorm2d and call more modules behind it: which ones, the activation last,
+#: and the others must be nn.Identity.
+_NORM_ACTS: dict[type, Callable[[Any], tuple[nn.Module | None, ...]]] = {}
+
+
+def register_norm_act(cls: type, behind: Callable[[Any], tuple[nn.Module | None, ...]]) -> None:
+    """Announce a subclass of nn.BatchNorm2d that has an activation within.
+
+    Args:
+        cls: its parameters, buffers and modes must be nn.BatchNorm2d's.
+        behind: the modules that it calls behind the batch norm, in their order. The last is the
+            activation; a block is fused where the others are nn.Identity.
+    """
+    _NORM_ACTS[cls] = behind
+
+
+def _activation_behind(norm: nn.Module | None, act: nn.Module | None) -> str | Decline:
+    """What a norm's own activation and the one behind it make together."""
+    outer = activation_of(act)
+    behind = _NORM_ACTS.get(type(norm))
+    if behind is None or isinstance(outer, Decline):
+        return outer
+    *rest, own = behind(norm)
+    inner = _why_not_identities(rest) or activation_of(own)
+    if isinstance(inner, Decline) or outer == "none":
+        return inner
+    # A second ReLU changes nothing.
+    return outer if inner in ("none", "relu") else Decline(act, "is a second activation")
 
 
 def _with_norm(norm: nn.BatchNorm2d, conv: Conv | None, act: str, scale: bool) -> Layer:
@@ -237,10 +337,11 @@ def why_not_conv(conv: nn.Module | None) -> Decline | None:
 
 def why_not_norm(norm: nn.Module | None) -> Decline | None:
     """Why a batch norm cannot be fused, or None."""
-    if type(norm) is not BatchNorm2d:
+    if norm is None or (type(norm) is not BatchNorm2d and type(norm) not in _NORM_ACTS):
         return Decline(norm, f"is a {type(norm).__name__}, not a BatchNorm2d")
     if "_check_input_dim" in norm.__dict__:
         return Decline(norm, "has its _check_input_dim replaced", permanent=False)
+    assert isinstance(norm, nn.BatchNorm2d)
     return hooked(norm) or why_not_state(norm)
 
 
