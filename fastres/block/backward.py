@@ -14,7 +14,7 @@ from fastres.block.forward import plan_of
 from fastres.block.plan import Plan
 from fastres.block.spec import Block
 from fastres.block.tensors import Act, Saved, UnitTensors, identity_stats, pooled
-from fastres.kernels import Branch, Gate, Gated, PendingGrad, dense, memory_format_of
+from fastres.kernels import Branch, Gate, Gated, PendingGrad, acc_dtype, dense, memory_format_of
 
 _OPEN = Gate("none")
 
@@ -104,7 +104,7 @@ def run_backward(
         weights = [u.weight for u in units]
         plan, fmt = plan_of(block, x, weights), memory_format_of(x, weights)
     kept = Saved.unflatten(block, saved)
-    run = _Backward(block, plan, dense(x, fmt), units, kept, _needs(block, tuple(flags)))
+    run = _Backward(block, plan, dense(x, fmt), units, kept, _needs(block, tuple(flags)), fmt)
     grad_out = dense(grad_out, fmt)
     if grad_mean is not None:
         pixels = grad_out.shape[2] * grad_out.shape[3]
@@ -124,12 +124,13 @@ class _Backward:
         units: Sequence[UnitTensors],
         saved: Saved,
         needs: Needs,
+        fmt: torch.memory_format,
     ) -> None:
         self.block, self.plan, self.x, self.units = block, plan, x, units
         self.saved, self.needs = saved, needs
         self.specs = block.all_units
         self.last = len(block.units) - 1
-        self.fmt = memory_format_of(x)
+        self.fmt, self.acc = fmt, acc_dtype(x.dtype)
         self.end: Tensor | Gated | None = None
         self.grad_x: Tensor | None = None
         self.grad_residual: Tensor | None = None
@@ -396,16 +397,16 @@ class _Backward:
     def _raw(self, index: int) -> Tensor:
         """The raw output of a unit's convolution, or what a unit without one was given."""
         raw = self.saved.raw[index]
-        if raw is None and self.plan.convs[index] is None:
-            return materialise(self.plan, self._input(index))
         if raw is None:
-            raw = self.saved.raw[index] = self._recompute(index)
+            raw = self._recompute(index)
+            self.saved.raw[index] = raw
         return raw
 
     def _recompute(self, index: int) -> Tensor:
         conv, unit, tensors = self.plan.convs[index], self.specs[index], self.units[index]
-        assert conv is not None
         given = self._input(index)
+        if conv is None:
+            return materialise(self.plan, given)
         fused = not given.plain and given.factor is None and conv.prologue is not None
         prologue = given.prologue if fused else None
         implementation = conv.prologue if fused and conv.prologue else conv.forward
@@ -481,10 +482,7 @@ class _Backward:
         """A row of the unit's sums, copied: parameters must not share memory as their gradient."""
         sums = self.sums[index]
         assert sums is not None
-        return sums[1 if row is None else row].to(self._dtype(index), copy=True)
-
-    def _dtype(self, index: int) -> torch.dtype:
-        return identity_stats(self._raw(index)).dtype
+        return sums[1 if row is None else row].to(self.acc, copy=True)
 
     def _bias_gradient(self, index: int) -> Tensor:
         """A convolution's bias in front of batch statistics cancels: its gradient is zero."""

@@ -131,7 +131,8 @@ def _run(
     tensors = [t for layer in layers for t in layer.tensors]
 
     def update(stats: Sequence[Tensor]) -> None:
-        update_running(running_updates(layers, stats, call.counts))
+        updates = running_updates(layers, stats, call.counts)
+        update_running(updates, call.run.block.backend)
 
     trains = any([layer.training for layer in layers])
     return run_block(call.run, x, residual, tensors, update if trains else None)

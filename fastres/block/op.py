@@ -94,7 +94,7 @@ class _BlockFunction(torch.autograd.Function):
         if update is not None:
             update(stats)
         ctx.run = run
-        if not torch.compiler.is_compiling():
+        if run.plan is not None:
             ctx.given = [(t, 0 if t is None else t._version) for t in tensors]
         kept = [t if keep else None for t, keep in zip(tensors, run.keeps, strict=True)]
         ctx.save_for_backward(x, *kept, *saved, *[out for _ in mean])

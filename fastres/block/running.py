@@ -30,7 +30,7 @@ _COUNTER = 3
 Kind = tuple[torch.device, torch.dtype]
 
 
-def update_running(updates: Sequence[RunningUpdate]) -> None:
+def update_running(updates: Sequence[RunningUpdate], backend: str | None = None) -> None:
     """Take batches into running statistics in place, as nn.BatchNorm2d does, one after another.
 
     counter += 1; running = (1 - momentum)*running + momentum*batch, with the unbiased variance. A
@@ -38,13 +38,14 @@ def update_running(updates: Sequence[RunningUpdate]) -> None:
 
     Args:
         updates: what `fastres.kernels.RunningUpdate` says, on one device each with all its tensors.
+        backend: whose kernels update; the one in force by default.
 
     Raises:
         ValueError: for a wrong shape, before anything is written.
     """
     if not updates:
         return
-    backend = current().backend
+    backend = current().backend if backend is None else backend
     if any([isinstance(u.momentum, Tensor) for u in updates]):
         reference.update_running(updates)
     elif torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():

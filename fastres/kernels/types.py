@@ -22,12 +22,9 @@ class Conv(NamedTuple):
 
     def output_size(self, size: Sequence[int], kernel: Sequence[int]) -> tuple[int, int]:
         """Spatial size (H, W) of the output for an input of spatial size `size`."""
-        h, w = (
-            (size[i] + 2 * self.padding[i] - self.dilation[i] * (kernel[i] - 1) - 1)
-            // self.stride[i]
-            + 1
-            for i in (0, 1)
-        )
+        (sh, sw), (ph, pw), (dh, dw), _ = self
+        h = (size[0] + 2 * ph - dh * (kernel[0] - 1) - 1) // sh + 1
+        w = (size[1] + 2 * pw - dw * (kernel[1] - 1) - 1) // sw + 1
         return h, w
 
     def is_pointwise(self, kernel: Sequence[int]) -> bool:

@@ -42,16 +42,22 @@ class Bound:
     def holds(self, module: nn.Module) -> bool:
         """Whether everything is still as it was when the match was made."""
         try:
-            return _same(module, *self._block) and all(
-                [
-                    _same(*seen)
-                    and not seen[2]["_forward_hooks"]
-                    and not seen[2]["_forward_pre_hooks"]
-                    and not seen[2]["_backward_hooks"]
-                    and not seen[2]["_backward_pre_hooks"]
-                    for seen in self._seen
-                ]
-            )
+            for child, cls, attributes, identities in self._seen:
+                own = child.__dict__
+                now = [*own["_parameters"].values(), *own["_buffers"].values()]
+                now += own["_modules"].values()
+                if (
+                    type(child) is not cls
+                    or own != attributes
+                    or [*map(id, now)] != identities
+                    or own["_forward_hooks"]
+                    or own["_forward_pre_hooks"]
+                    or own["_backward_hooks"]
+                    or own["_backward_pre_hooks"]
+                ):
+                    return False
+            cls, attributes, identities = self._block
+            return _same(module, cls, attributes, identities)
         except Exception:  # An attribute that cannot be compared may have changed.
             return False
 

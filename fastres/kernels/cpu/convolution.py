@@ -11,7 +11,7 @@ oneDNN reorders the weight in every call. Where there are few pixels that is mos
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -62,7 +62,7 @@ def _why_not(request: Request) -> str | None:
     return f"oneDNN convolves float32 (and bfloat16 where the CPU does), got {request.dtype}"
 
 
-def _chunks(images: int, *per_image: int) -> Iterator[tuple[int, int]]:
+def _chunks(images: int, *per_image: int) -> list[tuple[int, int]]:
     """Ranges of images whose largest tensor, of `per_image` bytes, is at most about CHUNK_BYTES.
 
     A power of two, since a convolution's threads share images out evenly.
@@ -70,16 +70,13 @@ def _chunks(images: int, *per_image: int) -> Iterator[tuple[int, int]]:
     least = _LEAST_IMAGES if torch.get_num_threads() == 1 else 1
     fitting = max(least, CHUNK_BYTES // max(1, *per_image))
     step = 1 << (fitting.bit_length() - 1)
-    return pairwise([*range(0, images, step), images])
+    if step >= images:
+        return [(0, images)]
+    return list(pairwise([*range(0, images, step), images]))
 
 
 def _image_bytes(t: Tensor) -> int:
-    return t[0].numel() * t.element_size()
-
-
-def _readable(bias: Tensor | None) -> Tensor | None:
-    """The bias as oneDNN reads it: with a stride of 1, whatever its own is."""
-    return None if bias is None else bias.contiguous()
+    return t.numel() // t.shape[0] * t.element_size()
 
 
 def _convolve_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv) -> None:
@@ -187,7 +184,8 @@ def conv_forward(
     want_state: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """y = conv(P(x), weight) + bias and its statistics, chunk by chunk."""
-    bias = _readable(bias)
+    # oneDNN reads a bias with a stride of 1, whatever its own is.
+    bias = None if bias is None else bias.contiguous()
     chunks = _forward_chunks(x, weight, conv)
     z = _scratch(x, chunks) if prologue is not None else x
     if len(chunks) == 1:
@@ -210,7 +208,7 @@ def conv_forward(
 def _forward_chunks(x: Tensor, weight: Tensor, conv: Conv) -> list[tuple[int, int]]:
     h, w = conv.output_size(x.shape[2:], weight.shape[2:])
     output = weight.shape[0] * h * w * x.element_size()
-    return list(_chunks(len(x), _image_bytes(x), output))
+    return _chunks(x.shape[0], _image_bytes(x), output)
 
 
 def _applied(prologue: Prologue, x: Tensor, out: Tensor | None) -> Tensor:
@@ -220,7 +218,8 @@ def _applied(prologue: Prologue, x: Tensor, out: Tensor | None) -> Tensor:
 
 def _scratch(like: Tensor, chunks: list[tuple[int, int]]) -> Tensor:
     """Memory for one chunk of a tensor like that."""
-    return empty((max(b - a for a, b in chunks), *like.shape[1:]), like.dtype, channels_last=True)
+    # Chunks are alike, but for a last one that may be smaller.
+    return empty((chunks[0][1], *like.shape[1:]), like.dtype, channels_last=True)
 
 
 def _transposed(weight: Tensor, conv: Conv, x: Tensor) -> tuple[Tensor, Conv] | None:
@@ -233,7 +232,7 @@ def _transposed(weight: Tensor, conv: Conv, x: Tensor) -> tuple[Tensor, Conv] | 
     kernel, (sh, sw) = weight.shape[2:], conv.stride
     alone = max(kernel) == 1 and max(conv.padding) == 0
     plain = conv.groups == 1 and ((sh, sw) == (1, 1) or alone)
-    ph, pw = (d * (k - 1) - p for d, k, p in zip(conv.dilation, kernel, conv.padding, strict=True))
+    ph, pw = [d * (k - 1) - p for d, k, p in zip(conv.dilation, kernel, conv.padding, strict=True)]
     if not plain or min(ph, pw) < 0 or weight.numel() * 2 * sh * sw > x.numel():
         return None
     turned = weight.transpose(0, 1)
@@ -271,8 +270,8 @@ def conv_backward(
     Returns:
         (grad of P(x), grad of weight, sums of the previous batch norm), None where not wanted.
     """
-    chunks = list(_chunks(len(x), _image_bytes(x), _image_bytes(grad.grad_out)))
-    grad_y = _scratch(grad.grad_out, chunks)
+    chunks = _chunks(x.shape[0], _image_bytes(x), _image_bytes(grad.grad_out))
+    grad_y = grad.grad_out if grad.value is not None else _scratch(grad.grad_out, chunks)
     z = _scratch(x, chunks) if prologue is not None and want_weight else None
     data = _DataGradient(x, weight, conv, accumulate, chunks) if want_x else None
     grad_weight: Tensor | None = None
@@ -396,7 +395,8 @@ def conv_bn_act(
     Folding the batch norm into the weight would save nothing more: the sum and the activation
     need their pass over the chunk anyway, since oneDNN's own ReLU turns NaN into 0.
     """
-    bias = _readable(bias)
+    # oneDNN reads a bias with a stride of 1, whatever its own is.
+    bias = None if bias is None else bias.contiguous()
     chunks = _forward_chunks(x, weight, conv)
     if len(chunks) == 1:
         y = _convolved(x, weight, bias, conv)

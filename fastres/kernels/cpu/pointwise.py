@@ -11,7 +11,6 @@ from fastres.kernels.common import (
     ACT_CODES,
     DTYPE_CODES,
     address,
-    branch_tensors,
     gate_act_code,
     gate_code,
     new_mask,
@@ -36,16 +35,30 @@ def _why_not(request: Request) -> str | None:
 def _sizes(t: Tensor) -> tuple[int, int, int, int, int, int]:
     """(n, c, hw, layout, dtype, threads): how the kernels are told about an activation."""
     n, c, h, w = t.shape
-    layout = 0 if is_channels_last(t) else 1
+    # Where there are several channels and pixels, the strides alone tell the layouts apart.
+    several = c > 1 and h * w > 1
+    layout = int(t.stride(1) != 1) if several else int(not is_channels_last(t))
     return n, c, h * w, layout, DTYPE_CODES[t.dtype], torch.get_num_threads()
 
 
-def _row(stats: Tensor | None, row: int) -> int:
-    return 0 if stats is None else stats.data_ptr() + row * stats.shape[1] * stats.element_size()
+def _coefficients(stats: Tensor | None) -> tuple[int, int]:
+    """Where the rows of scale and shift are; 0 for none."""
+    if stats is None:
+        return 0, 0
+    start, row = stats.data_ptr(), stats.shape[1] * stats.element_size()
+    return start + 3 * row, start + 4 * row
 
 
 def _gate(gate: Gate) -> tuple[int, int]:
-    return gate_code(gate), address(gate.tensor)
+    return gate_code(gate), 0 if gate.tensor is None else gate.tensor.data_ptr()
+
+
+def _branches(branches: Sequence[Branch]) -> list[int]:
+    """Addresses of y and stats of the first branch and of the second, 0 for none."""
+    found = [
+        0 if t is None else t.data_ptr() for branch in branches for t in (branch.y, branch.stats)
+    ]
+    return [*found, 0, 0, 0, 0][:4]
 
 
 @register("channel_stats", "cpu", why_not=_why_not)
@@ -71,13 +84,17 @@ def finalize_stats(
     acc: torch.dtype,
 ) -> Tensor:
     """`stats` [5, C] in `acc`, computed in float64."""
-    given = [*(running or (None, None)), weight, bias]
+    mean, var = running or (None, None)
+    known = mean if state is None else state
+    if known is None:
+        raise ValueError("one of state and running must be given, got neither")
     # The kernel reads them with a stride of 1; views of a larger tensor may have another.
-    ready = [None if t is None else t.to(acc).contiguous() for t in given]
-    channels = next(t.shape[-1] for t in (state, *ready) if t is not None)
+    ready = [None if t is None else t.to(acc).contiguous() for t in (mean, var, weight, bias)]
+    channels = known.shape[-1]
     stats = torch.empty(5, channels, dtype=acc)
     _kernels.finalize_stats(
-        address(state), count, *map(address, ready), eps, stats.data_ptr(), channels,
+        0 if state is None else state.data_ptr(), count,
+        *[0 if t is None else t.data_ptr() for t in ready], eps, stats.data_ptr(), channels,
         DTYPE_CODES[acc],
     )  # fmt: skip
     return stats
@@ -98,9 +115,9 @@ def scale_shift_act(
     out = empty_like(y) if out is None else out
     mask = new_mask(y) if want_mask else None
     _kernels.scale_shift_act(
-        y.data_ptr(), _row(stats, 3), _row(stats, 4),
-        address(residual), _row(residual_stats, 3), _row(residual_stats, 4),
-        out.data_ptr(), address(mask), ACT_CODES[act], *_sizes(y),
+        y.data_ptr(), *_coefficients(stats),
+        0 if residual is None else residual.data_ptr(), *_coefficients(residual_stats),
+        out.data_ptr(), 0 if mask is None else mask.data_ptr(), ACT_CODES[act], *_sizes(y),
     )  # fmt: skip
     return out, mask
 
@@ -114,7 +131,7 @@ def bn_act_backward_reduce(
     fresh = torch.empty(3, grad_out.shape[1], dtype=torch.float64)
     sums = fresh if sums is None else sums.clone()
     _kernels.bn_act_backward_reduce(
-        grad_out.data_ptr(), *_gate(gate), *map(address, branch_tensors(branches)),
+        grad_out.data_ptr(), *_gate(gate), *_branches(branches),
         sums.data_ptr(), accumulate, *_sizes(grad_out), gate_act_code(gate),
     )  # fmt: skip
     return sums
@@ -139,7 +156,7 @@ def bn_act_backward_apply(
     residual = empty_like(grad_out) if want_residual else None
     second = grads[1] if len(grads) > 1 else None
     _kernels.bn_act_backward_apply(
-        grad_out.data_ptr(), *_gate(gate), *map(address, branch_tensors(branches)),
+        grad_out.data_ptr(), *_gate(gate), *_branches(branches),
         address(sums) if count else 0, count,
         address(grads[0]), address(second), address(residual), *_sizes(grad_out),
         gate_act_code(gate),
