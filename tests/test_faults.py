@@ -315,7 +315,7 @@ class Planted:
 
 
 def _changed(change: Callable[[RunningUpdate], RunningUpdate]) -> Callable[[Any], Any]:
-    return lambda real: lambda updates: real([change(update) for update in updates])
+    return lambda real: lambda updates, *more: real([change(u) for u in updates], *more)
 
 
 #: As if the batch variance were not multiplied by M/(M-1).
