@@ -13,7 +13,7 @@ export FASTRES_CUDA ?= $(if $(shell command -v nvcc),1,auto)
 export NVCC_APPEND_FLAGS ?= -Werror all-warnings
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench bench-pytest gpu-check clean
+.PHONY: help demo test test-full lint bench bench-pytest gpu-check clean
 
 help:  ## list the verbs
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 14
@@ -29,12 +29,17 @@ TRITON_TESTS := tests/triton_backend -n 2 --dist loadgroup
 # CUDA's kernels run on the CPU, compiled for it, under AddressSanitizer and UBSan.
 CUDA_TESTS := tests/cuda_backend -n 2
 EMULATION := $(BIN)/python tests/cuda_emulation/build.py --environment
-test: $(INSTALLED)  ## run the tests
-	$(BIN)/python -m pytest $(TESTS) $(PYTEST_ARGS)
+test: SOME := -m "not exhaustive"
+test: tests  ## run the tests: of the large grids some, ten minutes on two cores
+test-full: tests  ## run all of the tests
+.PHONY: tests
+tests: $(INSTALLED)
+	$(BIN)/python -m pytest $(TESTS) $(SOME) $(PYTEST_ARGS)
 	emulation=$$($(EMULATION)) && env $$emulation OPENBLAS_NUM_THREADS=1 \
-		$(BIN)/python -m pytest $(CUDA_TESTS) $(PYTEST_ARGS)
-	$(BIN)/python -m pytest $(TRITON_TESTS) $(PYTEST_ARGS)
-	TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest $(TRITON_TESTS) $(PYTEST_ARGS)
+		$(BIN)/python -m pytest $(CUDA_TESTS) $(SOME) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(TRITON_TESTS) $(SOME) $(PYTEST_ARGS)
+	TRITON_INTERPRET=1 OPENBLAS_NUM_THREADS=1 \
+		$(BIN)/python -m pytest $(TRITON_TESTS) $(SOME) $(PYTEST_ARGS)
 
 lint: $(INSTALLED)  ## check style, types, layers and C++ formatting
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -44,6 +45,22 @@ def load_torchvision() -> ModuleType:
         for schema in _TORCHVISION_OPERATORS:
             _library.define(schema)
     return importlib.import_module("torchvision")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of a test marked `grid(n)`, all but each nth set of parameters is `exhaustive`.
+
+    n is less than the length of the grid's innermost side, and shares no factor with it: what is
+    left has every value of every parameter.
+    """
+    seen: Counter[str] = Counter()
+    for item in items:
+        if (mark := item.get_closest_marker("grid")) is not None:
+            test = item.nodeid.partition("[")[0]
+            if seen[test] % mark.args[0]:
+                item.add_marker(pytest.mark.exhaustive)
+            seen[test] += 1
 
 
 @pytest.fixture(scope="session")

@@ -33,6 +33,7 @@ def _check(case: BlockCase, device: str, what: str = "") -> None:
         check_block(stock, FunctionalBlock.of(stock), x, what=f"{what} {case}")
 
 
+@pytest.mark.grid(5)
 @pytest.mark.parametrize("mode", ["speed", "balanced", "lean"])
 @pytest.mark.parametrize("case", BLOCK_CASES, ids=str)
 def test_block_is_the_stock_block(case: BlockCase, mode: str, device: str) -> None:

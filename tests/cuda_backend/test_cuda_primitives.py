@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("_poison")]
 
 ENTRIES = list(implementations(backend="cuda"))
 #: In portions, so that several processes share the work; layouts alternate in the table.
-PORTIONS = [CASES[i::3] for i in range(3)]
+PORTIONS = [CASES[i::5] for i in range(5)]
 #: Vectors and single elements, several blocks, tails of rows, both layouts, all dtypes.
 VARIED = [
     case
@@ -35,6 +35,7 @@ TILED = [
 ]
 
 
+@pytest.mark.grid(4)
 @pytest.mark.parametrize("cases", PORTIONS, ids=lambda cases: f"from {cases[0]}")
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda e: f"{e}-{e.primitive}")
 def test_implementation_is_right_on_every_case(
@@ -58,6 +59,7 @@ SHAPES_OF_BLOCKS = [(64, 8, 3), (64, 64, 1), (128, 2, 40), (256, 1, 300), (256, 
 SHAPES_OF_BLOCKS += [(64, 1, 40, 4), (64, 64, 3, 4), (256, 4, 10**6, 4)]
 
 
+@pytest.mark.grid(5)
 @pytest.mark.parametrize("shape", SHAPES_OF_BLOCKS, ids=str)
 @pytest.mark.parametrize("entry", TILED, ids=lambda e: e.primitive)
 def test_blocks_of_any_shape(
@@ -72,6 +74,7 @@ def test_blocks_of_any_shape(
 RINGS = [(64, "none"), (64, "affine"), (64, "mask"), (64, "out"), (40, "mask"), (40, "out")]
 
 
+@pytest.mark.grid(5)
 @pytest.mark.parametrize("branches", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize(("channels", "kind"), RINGS)
@@ -132,6 +135,7 @@ def _slabs(direction: str, t: Tensor, second: bool) -> list[tiling.Tiling]:
     return [way for n in (blocks, 1) for way in tiling.slab_tilings(shape, n, 1 << 40)]
 
 
+@pytest.mark.grid(5)
 @pytest.mark.parametrize("position", range(6))
 @pytest.mark.parametrize("entry", NORMS, ids=lambda e: e.primitive)
 def test_slabs_are_right(entry: Implementation, position: int, device: str, monkeypatch) -> None:

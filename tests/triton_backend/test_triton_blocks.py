@@ -23,6 +23,7 @@ def _small(case: BlockCase) -> bool:
     return n * c * h * w < LARGE
 
 
+@pytest.mark.grid(5)
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("case", [c for c in BLOCK_CASES if _small(c)], ids=str)
 def test_block_is_the_stock_block(case: BlockCase, level: str, device: str) -> None:
@@ -32,6 +33,7 @@ def test_block_is_the_stock_block(case: BlockCase, level: str, device: str) -> N
         check_block(stock, FunctionalBlock.of(stock), x, what=f"{level}, {case}")
 
 
+@pytest.mark.grid(3)
 @pytest.mark.parametrize("case", [c for c in BLOCK_CASES if not _small(c)], ids=str)
 def test_block_in_16_bits_is_the_stock_block(case: BlockCase, device: str) -> None:
     """Large enough for several ReLUs to open in one run and not in another."""
@@ -42,6 +44,7 @@ def test_block_in_16_bits_is_the_stock_block(case: BlockCase, device: str) -> No
             check_block(stock, FunctionalBlock.of(stock), x, what=f"{level}, {case}")
 
 
+@pytest.mark.grid(3)
 @pytest.mark.parametrize("mode", ["speed", "lean"])
 @pytest.mark.parametrize("kind", ["basic", "bottleneck"])
 def test_memory_modes(mode: str, kind: str, device: str) -> None:
@@ -54,6 +57,7 @@ def test_memory_modes(mode: str, kind: str, device: str) -> None:
             check_block(stock, FunctionalBlock.of(stock), x, what=f"{level}, {mode}")
 
 
+@pytest.mark.grid(3)
 @pytest.mark.parametrize("case", BLOCK_CASES[::2], ids=str)
 def test_block_in_inference_is_the_stock_block(case: BlockCase, device: str) -> None:
     stock = replace(case, training=False).stock(device)

@@ -35,7 +35,14 @@ COMBINATIONS = [("bf16", 80), ("bf16", 90), ("bf16", 100), ("fp16", 90), ("fp32"
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param(pair, id=name, marks=pytest.mark.xdist_group(name))
+        pytest.param(
+            pair,
+            id=name,
+            marks=[
+                pytest.mark.xdist_group(name),
+                *([] if pair == ("bf16", 90) else [pytest.mark.exhaustive]),
+            ],
+        )
         for pair in COMBINATIONS
         for name in [f"{pair[0]}-sm_{pair[1]}"]
     ],

@@ -67,6 +67,7 @@ def test_the_heuristic_fills_the_device_where_it_can() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.grid(3)
 @pytest.mark.parametrize("index", range(len(conv._TILES)))
 def test_every_candidate_tile_is_right(
     index: int, device: str, monkeypatch: pytest.MonkeyPatch

@@ -19,6 +19,7 @@ ENTRIES = list(implementations(backend="triton"))
 PORTIONS = [CASES[i::5] for i in range(5)]
 
 
+@pytest.mark.grid(4)
 @pytest.mark.parametrize("cases", PORTIONS, ids=lambda cases: f"from {cases[0]}")
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda e: f"{e}-{e.primitive}")
 def test_implementation_is_right_on_every_case(
