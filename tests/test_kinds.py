@@ -490,7 +490,7 @@ def _moved(run: Any, shortcut: str) -> Any:
 
 
 def _without_factor(real: Any) -> Any:
-    return lambda z, factor: z
+    return lambda z, factor, overwrite=False: z
 
 
 def _without_shortcut(real: Any) -> Any:

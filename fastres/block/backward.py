@@ -258,9 +258,36 @@ class _Backward:
 
     def _factor_gradient(self, index: int, grad: Tensor, factor: Tensor) -> Tensor:
         """sum(grad * z) over what the factor was spread over, z being what it multiplied."""
+        small = factor.shape[0] == grad.shape[0] and factor.shape[2:] == (1, 1)
+        if small and self.specs[index].act == "none":
+            found = self._products_per_image(index, grad)
+            if found is not None:
+                return found.sum_to_size(factor.shape[:2]).view(factor.shape).to(factor.dtype)
         z = materialise(self.plan, self._output(index)._replace(factor=None))
         products = grad.float() * z.float() if grad.dtype.itemsize < 4 else grad * z
         return products.sum_to_size(factor.shape).to(factor.dtype)
+
+    def _products_per_image(self, index: int, grad: Tensor) -> Tensor | None:
+        """sum(grad * z) [N, C] over each image, z = scale*raw + shift, in one pass that sums; None
+        where that would take a launch for every image.
+        """
+        raw = self._raw(index)
+        stats = self._output(index).known_stats
+        n, c, h, w = raw.shape
+        reduce = self.plan.run("bn_act_backward_reduce")
+        # With invstd = 1 the second sum is that of grad * (raw - mean).
+        centred = torch.stack([stats[0], *torch.ones_like(stats[1:])])
+        if raw.is_contiguous() and grad.is_contiguous():
+            rows = centred.repeat(1, n)
+            branch = Branch(raw.view(1, n * c, h, w), rows)
+            sums = reduce(grad.view(1, n * c, h, w), _OPEN, (branch,)).view(-1, n, c)
+        elif raw.device.type == "cpu":
+            pairs = zip(grad.split(1), raw.split(1), strict=True)
+            each = [reduce(g, _OPEN, (Branch(y, centred),)) for g, y in pairs]
+            sums = torch.stack(each, 1)
+        else:
+            return None
+        return sums[1] * stats[3] + sums[0] * (stats[0] * stats[3] + stats[4])
 
     def _projection(self, incoming: PendingGrad) -> None:
         index = self.last + 1

@@ -46,12 +46,18 @@ def materialise(plan: Plan, given: Act) -> Tensor:
     z = given.raw
     if given.stats is not None or given.act != "none":
         z, _ = plan.run("scale_shift_act", given.act)(z, given.known_stats, act=given.act)
-    return z if given.factor is None else scaled(z, given.factor)
+    if given.factor is None:
+        return z
+    return scaled(z, given.factor, overwrite=z is not given.raw)
 
 
-def scaled(z: Tensor, factor: Tensor) -> Tensor:
-    """factor * z, in the dtype and layout of z: torch's own product, as no kernel fuses one."""
-    return z * factor.to(z.dtype)
+def scaled(z: Tensor, factor: Tensor, overwrite: bool = False) -> Tensor:
+    """factor * z, in the dtype and layout of z: torch's own product, as no kernel fuses one.
+
+    With `overwrite` in the memory of z, which nobody else reads.
+    """
+    factor = factor.to(z.dtype)
+    return z.mul_(factor) if overwrite else z * factor
 
 
 def conv_backward(plan: Plan, conv_plan: ConvPlan) -> Callable[..., Any]:
