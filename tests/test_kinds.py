@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 import fastres
-from fastres.block import backward, compose, library
+from fastres.block import backward, compose, op
 from fastres.block.backward import _Backward
 from fastres.block.forward import _Forward
 from fastres.kernels import BACKENDS, Gated
@@ -41,13 +41,17 @@ F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float1
 #: Large enough for several ReLUs to open in one run and not in another.
 LARGE = (8, 20, 20)
 
+#: Over 60 draws of the smallest block's weights and input the largest error of a gradient was, in
+#: the median, 0.9 times torch's; of single draws some exceed twice torch's by luck.
+SMALL = (8, 9, 8)
+
 
 def check(
     kind: Kind, dtype: torch.dtype = F32, last: bool = True, memory: str = "auto",
     training: bool = True, grad: bool = True,
 ) -> None:  # fmt: skip
     stock, block = kind.pair(dtype, last, training)
-    x = kind.input(dtype, last, shape=LARGE if dtype.itemsize < 4 else (8, 7, 6))
+    x = kind.input(dtype, last, shape=LARGE if dtype.itemsize < 4 else SMALL)
     assert block.why_not(x) is None
     with fastres.use_memory(memory), torch.set_grad_enabled(grad):
         check_block(stock, block, x if grad else x.detach(), what=str(kind))
@@ -217,8 +221,10 @@ def test_opcheck(name: str, memory: str) -> None:
     _, block = kind(name).pair()
     with fastres.use_memory(memory), _Recorded() as recorded:
         block(kind(name).input(shape=(2, 4, 3))).square().sum().backward()
-    forwards = sum("forward" in func.name() for func, _ in recorded.calls)
-    assert forwards == (2 if "se" in name else 1) == len(recorded.calls) - forwards
+    forwards, backwards = [
+        sum(name in func.name() for func, _ in recorded.calls) for name in ("forward", "backward")
+    ]
+    assert forwards == (2 if "se" in name else 1) == backwards
     for func, args in recorded.calls:
         torch.library.opcheck(func, tree_map_only(Tensor, Tensor.detach, args))
 
@@ -528,7 +534,7 @@ FAULTS = [
     Planted("the mean's path forgotten", fused, "run_open",
             lambda f: lambda *a: (*(o := f(*a))[:2], o[2].detach()),
             ("se-basic", "eca-bottleneck-pooled")),
-    Planted("the mean's gradient not spread", library, "run_backward", _without_mean_path,
+    Planted("the mean's gradient not spread", op, "run_backward", _without_mean_path,
             ("se-basic",)),
     Planted("mask reused", fused, "draw", _once, ("wide-dropout", "drop-path", "se-drop-path")),
     Planted("shortcut from the wrong place", _Forward, "run", _other_source,
