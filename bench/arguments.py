@@ -35,6 +35,7 @@ OTHERS = {
     "report": "the page of a result file, drawn again",
     "readme": "README.md's tables, from the result files that it names",
     "convolutions": "Triton's fused convolutions, beside cuDNN's and separate passes",
+    "host": "what a block costs where there is nearly nothing to compute",
     "launches": "what a launch costs on the host",
     "resources": "what the GPU kernels take once compiled; writes docs/kernels.md",
 }

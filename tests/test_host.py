@@ -1,0 +1,59 @@
+"""How many Python functions a block enters per call: what its host time is made of, but exact."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+pytest.importorskip("fastres.bench", reason="fastres is not installed, or before it had a bench")
+pytest.importorskip("fastres._cpu", reason="counted on the kernels of the cpu backend")
+
+from fastres.bench.host import blocks, main, python_calls, thunks
+
+#: What a bottleneck enters on the CPU, torch's own functions included. Backward is the difference.
+LIMITS = {"forward": 185, "forward + backward": 560, "inference": 130}
+
+
+@pytest.fixture
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("_one_thread")
+@pytest.mark.parametrize("what", LIMITS)
+def test_a_block_enters_few_python_functions(what: str) -> None:
+    found = python_calls(thunks(blocks()["fastres"])[what])
+    assert found <= LIMITS[what]
+
+
+def test_what_was_found_out_is_found_out_once() -> None:
+    """The second call enters far fewer functions than the first, which matches and plans."""
+    run = thunks(blocks()["fastres"])["forward"]
+    later = python_calls(run)
+    torch.manual_seed(0)
+    fresh = blocks()["fastres"]
+    x = torch.randn(1, 16, 2, 2)
+    entered = 0
+
+    def count(frame: object, event: str, argument: object) -> None:
+        nonlocal entered
+        entered += event == "call"
+
+    sys.setprofile(count)
+    fresh(x)
+    sys.setprofile(None)
+    assert entered > 1.5 * later
+
+
+def test_the_command_prints_both(capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    monkeypatch.setattr("fastres.bench.host.ROUNDS", 1)
+    monkeypatch.setattr("fastres.bench.host.CALLS", 2)
+    assert main([]) == 0
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("eager", "fastres", "forward + backward", "inference"))
