@@ -51,8 +51,8 @@ def load_torchvision() -> ModuleType:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Of a test marked `grid(n)`, all but each nth set of parameters is `exhaustive`.
 
-    n is less than the length of the grid's innermost side, and shares no factor with it: what is
-    left has every value of every parameter.
+    Where n shares no factor with the length of the grid's innermost side, what is left walks
+    through its values.
     """
     seen: Counter[str] = Counter()
     for item in items:

@@ -493,6 +493,7 @@ def test_help_names_every_command_and_contender(capsys: pytest.CaptureFixture[st
         subjects.find("nothing-like-it:at all")
 
 
+@pytest.mark.exhaustive
 def test_the_suites_time_what_the_commands_time(tmp_path: Path) -> None:
     """`make bench-pytest`, on tiny sizes: groups of contenders, with what they moved and kept."""
     told = tmp_path / "found.json"

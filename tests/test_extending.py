@@ -597,6 +597,7 @@ def own_tests(installed: Path, *options: str, **variables: str) -> int:
     return int(re.findall(r"(\d+) passed", done.stdout)[0])
 
 
+@pytest.mark.exhaustive
 def test_its_own_tests_pass_in_the_interpreter(installed: Path) -> None:
     assert own_tests(installed, TRITON_INTERPRET="1") >= 24
 
@@ -605,6 +606,7 @@ def test_its_kernels_compile_without_spills(installed: Path) -> None:
     assert own_tests(installed, "-k", "spills") == 3
 
 
+@pytest.mark.grid(3)
 @pytest.mark.parametrize(
     "primitive", ["scale_shift_act", "bn_act_backward_reduce", "bn_act_backward_apply"]
 )

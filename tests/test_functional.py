@@ -33,6 +33,7 @@ MODES = ("speed", "balanced", "lean")
 # ---------------------------------------------------------------- numbers
 
 
+@pytest.mark.grid(2)
 @pytest.mark.parametrize("backend", BACKENDS_HERE)
 @pytest.mark.parametrize("case", BLOCK_CASES, ids=str)
 def test_block_is_the_stock_block(case: BlockCase, backend: str) -> None:

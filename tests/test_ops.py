@@ -40,6 +40,7 @@ def _block(
     return (x, None, tensors, spec.encode()), spec
 
 
+@pytest.mark.grid(5)
 @pytest.mark.parametrize("backend", BACKENDS_HERE)
 @pytest.mark.parametrize("last", [True, False], ids=["nhwc", "nchw"])
 @pytest.mark.parametrize("shape", [(2, 4, 5, 3), (3, 1, 2, 2), (3, 4, 1, 1)], ids=str)

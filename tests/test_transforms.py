@@ -84,6 +84,7 @@ COMBINATIONS = [
 ]
 
 
+@pytest.mark.grid(4)
 @pytest.mark.parametrize(("kind", "name", "compiled"), COMBINATIONS)
 def test_a_transform_gives_what_it_gives_of_torchs_own(kind: str, name: str, compiled: str) -> None:
     """A compiled gradient was exactly zero: the guards were skipped as the compiler traced."""

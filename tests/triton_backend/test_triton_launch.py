@@ -83,6 +83,7 @@ def test_every_candidate_tile_is_right(
 
 
 @pytest.mark.gpu
+@pytest.mark.grid(3)
 @pytest.mark.parametrize("tiling", [
     Tiling(2, 4, 3, 1), Tiling(16, 1, 2, 4), Tiling(32, 16, 1, 4), Tiling(64, 2, 64, 4),
 ], ids=str)  # fmt: skip
