@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import types
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -258,3 +260,30 @@ class TestConverted:
         monkeypatch.setattr(cls, "_forward_impl", doubled(cls._forward_impl))
         x = torch.randn(1, 3, 32, 32)
         torch.testing.assert_close(fused(x), twin(x))
+
+
+def test_a_forward_inside_a_layer_replaced_after_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was found in the first call does not outlive it."""
+    resnet = pytest.importorskip("transformers.models.resnet.modeling_resnet")
+    layer = resnet.ResNetBottleNeckLayer(16, 16).eval()
+    fastres.convert(layer)
+    x = torch.randn(2, 16, 5, 5)
+    before = layer(x)
+    monkeypatch.setattr(resnet.ResNetConvLayer, "forward", lambda self, x: self.convolution(x) * 0)
+    after = layer(x)
+    assert not torch.equal(before, after)
+    assert "ResNetConvLayer.forward" in layer.why_not()
+
+
+def test_computed_parameters_are_not_held_on_to() -> None:
+    block = fastres.Bottleneck(16, 4)
+    x = torch.randn(2, 16, 5, 5)
+    block(x)
+    factor = torch.ones((), requires_grad=True)
+    given = {name: p * factor for name, p in block.named_parameters()}
+    held = weakref.ref(given["conv1.weight"])
+    torch.func.functional_call(block, given, (x,)).sum().backward()
+    assert factor.grad is not None
+    del given
+    gc.collect()
+    assert held() is None

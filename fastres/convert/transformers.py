@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 from transformers.models.resnet import modeling_resnet as resnet
@@ -11,6 +11,11 @@ from fastres.nn.blocks import FusedModule
 from fastres.nn.genuine import Sequential, as_written
 from fastres.nn.match import Decline, Parts, Projection, Steps
 
+#: The classes inside a layer that are not called, and their forward.
+_INNER: dict[Any, Any] = {
+    cls: as_written(cls, "forward") for cls in (resnet.ResNetConvLayer, resnet.ResNetShortCut)
+}
+
 
 def _parts_of(layer: Any) -> Parts | Decline:
     chain = layer._modules["layer"]
@@ -18,9 +23,6 @@ def _parts_of(layer: Any) -> Parts | Decline:
     convs = tuple(chain._modules.values())
     if type(chain) is not Sequential or any([type(c) not in _CONV_LAYERS for c in convs]):
         return Decline(chain, "is not a Sequential of ResNetConvLayer")
-    for cls, own in _INNER.items():
-        if cls.forward is not own:
-            return Decline(None, f"{cls.__name__}.forward is not what it was written as", False)
     units = tuple([_unit_of(c) for c in convs])
     wrappers: tuple[nn.Module | None, ...] = (chain, *convs)
     if type(shortcut) is resnet.ResNetShortCut:
@@ -39,12 +41,16 @@ def _unit_of(layer: nn.Module | None) -> Steps:
 class FusedBasicLayer(FusedModule, resnet.ResNetBasicLayer):  # type: ignore[misc]
     """transformers' ResNetBasicLayer, fused."""
 
+    _inner: ClassVar[dict[Any, Any]] = _INNER
+
     def _parts(self) -> Parts | Decline:
         return _parts_of(self)
 
 
 class FusedBottleNeckLayer(FusedModule, resnet.ResNetBottleNeckLayer):  # type: ignore[misc]
     """transformers' ResNetBottleNeckLayer, fused."""
+
+    _inner: ClassVar[dict[Any, Any]] = _INNER
 
     def _parts(self) -> Parts | Decline:
         return _parts_of(self)
@@ -57,11 +63,6 @@ class FusedConvLayer(FusedModule, resnet.ResNetConvLayer):  # type: ignore[misc]
         unit = _unit_of(self)
         return Parts((unit._replace(act=None),), unit.act, "none")
 
-
-#: The classes inside a layer that are not called, and their forward.
-_INNER: dict[Any, Any] = {
-    cls: as_written(cls, "forward") for cls in (resnet.ResNetConvLayer, resnet.ResNetShortCut)
-}
 
 _CONV_LAYERS = (resnet.ResNetConvLayer, FusedConvLayer)
 

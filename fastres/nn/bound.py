@@ -92,7 +92,10 @@ def bound_of(module: nn.Module, parts: Parts | Decline | None = None) -> Bound |
     matched = match(parts)
     if isinstance(parts, Decline) or isinstance(matched, Decline):
         return None
-    bound = _bound[module] = Bound(module, parts, matched)
+    bound = Bound(module, parts, matched)
+    # Tensors that were computed, as torch.func.functional_call puts in, are not held on to.
+    if all([t is None or t.is_leaf for layer in matched.layers for t in layer.parameters]):
+        _bound[module] = bound
     return bound
 
 

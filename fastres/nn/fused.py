@@ -38,7 +38,7 @@ def run_fused(module: FusedParts, x: Tensor) -> Tensor | None:
     if torch.compiler.is_compiling() or not simple(x):
         matched = match(parts_now(module, cls))
         return None if isinstance(matched, Decline) else run_match(matched, x)
-    if getattr(cls._stock, cls._replaces, None) is not cls._stock_forward:
+    if why_not_written(cls) is not None:
         return None
     bound = bound_of(module) or bound_of(module, parts_now(module, cls))
     if bound is None:
@@ -158,11 +158,20 @@ def explained(block: nn.Module, decline: Decline) -> str:
     return f"{names[0]} {decline.text}" if names and names[0] else decline.text
 
 
-def parts_now(module: Any, fused: Any) -> Parts | Decline:
-    """What `module` would be made of as a `fused`, a subclass of FusedParts, or why it is not."""
+def why_not_written(fused: Any) -> str | None:
+    """Which method that a subclass of FusedParts stands for was replaced on its class, or None."""
     name = fused._replaces
     if fused._stock is not None and getattr(fused._stock, name) is not fused._stock_forward:
-        text = f"{fused._stock.__name__}.{name} is not what it was written as"
+        return f"{fused._stock.__name__}.{name} is not what it was written as"
+    for cls, own in fused._inner.items():
+        if cls.forward is not own:
+            return f"{cls.__name__}.forward is not what it was written as"
+    return None
+
+
+def parts_now(module: Any, fused: Any) -> Parts | Decline:
+    """What `module` would be made of as a `fused`, a subclass of FusedParts, or why it is not."""
+    if (text := why_not_written(fused)) is not None:
         return Decline(None, text, permanent=False)
     try:
         return fused._parts(module)
@@ -173,13 +182,15 @@ def parts_now(module: Any, fused: Any) -> Parts | Decline:
 class FusedParts(nn.Module):
     """A module that runs some of its children fused where it can.
 
-    A subclass says in `_parts` what they make up, and in `_replaces` the method that it overrides
-    of the stock class behind it.
+    A subclass says in `_parts` what they make up, in `_replaces` the method that it overrides of
+    the stock class behind it, and in `_inner` the classes of children that are looked into and not
+    called, with the forward that these were written with.
     """
 
     _replaces: ClassVar[str] = "forward"
     _stock: ClassVar[Any] = None
     _stock_forward: ClassVar[Any] = None
+    _inner: ClassVar[dict[Any, Any]] = {}
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
