@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 from typing import Any
 
 import pytest
@@ -108,6 +109,18 @@ def test_replaced_parts_of_a_layer(transformers: Any) -> None:
     reasons = [row.reason for row in fastres.explain(model).rows if not row.fused]
     # An activation in front of the addition is a step like any other.
     assert reasons == ["layer is not a Sequential of ResNetConvLayer"]
+
+
+def test_layers_are_called_by_keyword(transformers: Any) -> None:
+    """Tools that run a network layer by layer give arguments by the stock class's names."""
+    stock = small(transformers).eval()
+    model = copy.deepcopy(stock)
+    fastres.convert(model)
+    for path, channels in (("encoder.stages.0.layers.0", 8), ("embedder.embedder", 3)):
+        own, other = (net.resnet.get_submodule(path) for net in (stock, model))
+        (name,) = inspect.signature(own.forward).parameters
+        x = torch.randn(2, channels, 8, 8, dtype=torch.float64)
+        torch.testing.assert_close(other(**{name: x}), own(**{name: x}))
 
 
 def test_save_pretrained(transformers: Any, tmp_path: Any) -> None:

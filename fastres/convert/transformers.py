@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.models.resnet import modeling_resnet as resnet
 
 from fastres.nn.blocks import FusedModule
@@ -43,6 +43,10 @@ class FusedBasicLayer(FusedModule, resnet.ResNetBasicLayer):  # type: ignore[mis
 
     _inner: ClassVar[dict[Any, Any]] = _INNER
 
+    def forward(self, hidden_state: Tensor) -> Tensor:
+        """As the stock class's, whose argument may be given by this name."""
+        return super().forward(hidden_state)
+
     def _parts(self) -> Parts | Decline:
         return _parts_of(self)
 
@@ -52,12 +56,20 @@ class FusedBottleNeckLayer(FusedModule, resnet.ResNetBottleNeckLayer):  # type: 
 
     _inner: ClassVar[dict[Any, Any]] = _INNER
 
+    def forward(self, hidden_state: Tensor) -> Tensor:
+        """As the stock class's, whose argument may be given by this name."""
+        return super().forward(hidden_state)
+
     def _parts(self) -> Parts | Decline:
         return _parts_of(self)
 
 
 class FusedConvLayer(FusedModule, resnet.ResNetConvLayer):  # type: ignore[misc]
     """transformers' ResNetConvLayer outside the residual layers, fused."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """As the stock class's, whose argument may be given by this name."""
+        return super().forward(hidden_states)
 
     def _parts(self) -> Parts:
         unit = _unit_of(self)
