@@ -179,7 +179,7 @@ def _roles(ghost: nn.Module) -> dict[str, tuple[str, str]]:
     """Name of a convolution -> the fused block it is part of, and its role there."""
     by_weight = {id(m.weight): n for n, m in ghost.named_modules() if isinstance(m, nn.Conv2d)}
     found: dict[str, tuple[str, str]] = {}
-    for name, _, (block, layers) in _fused(ghost):
+    for name, _, (block, layers, *_) in _fused(ghost):
         last = "chain" if block.shortcut == "none" else "end"
         roles = ["inner"] * (len(block.units) - 1) + [last, "projection"]
         for layer, role in zip(layers, roles, strict=False):
