@@ -40,7 +40,7 @@ def test_random_numbers_are_torchs(name: str, device: str) -> None:
     assert_same(found[1], found[0])
 
 
-@pytest.mark.exhaustive
+@pytest.mark.grid(31)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("memory", ["speed", "balanced", "lean"])
 @pytest.mark.parametrize("kind", [*KINDS, *SPARSE], ids=str)
@@ -48,7 +48,7 @@ def test_all(kind: Kind, memory: str, training: bool, device: str) -> None:
     _check(kind, device, memory, training)
 
 
-@pytest.mark.exhaustive
+@pytest.mark.grid(7)
 @pytest.mark.parametrize("kind", RANDOM, ids=str)
 def test_all_random_ones(kind: Kind, device: str) -> None:
     test_random_numbers_are_torchs(kind.name, device)
