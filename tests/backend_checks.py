@@ -45,6 +45,15 @@ def check_cases(entry: Implementation, cases: Iterable[Case], device: str) -> in
     return ran
 
 
+def accepts(entry: Implementation, cases: Iterable[Case], device: str) -> bool:
+    """Whether an implementation accepts any call of any case; nothing runs."""
+    return any(
+        entry.why_not(call.request) is None
+        for case in cases
+        for call in calls(entry.primitive, case, entry.backend, device)
+    )
+
+
 def check_repeats(entries: Iterable[Implementation], device: str, repeats: int) -> None:
     """So many runs on the same input give the same bits."""
     case = next(c for c in CASES if c.shape == (2, 16, 6, 5) and c.dtype == torch.bfloat16)

@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
-from backend_checks import check_cases, check_repeats, needs_gpu
+from backend_checks import accepts, check_cases, check_repeats, needs_gpu
 from torch import Tensor
 
 from fastres.kernels import PRIMITIVES, Branch, Gate, Implementation, implementations
@@ -41,7 +41,9 @@ TILED = [
 def test_implementation_is_right_on_every_case(
     entry: Implementation, cases: list[Case], device: str
 ) -> None:
-    assert check_cases(entry, cases, device) > 0, "everything was declined"
+    # A portion may be declined as a whole, not the table.
+    ran = check_cases(entry, cases, device)
+    assert ran or accepts(entry, CASES, device), "everything was declined"
 
 
 def test_every_primitive_around_the_convolutions_has_one() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from backend_checks import check_cases, check_repeats
+from backend_checks import accepts, check_cases, check_repeats
 from torch import Tensor
 
 from fastres.kernels import PRIMITIVES, Conv, Implementation, implementations
@@ -25,7 +25,9 @@ PORTIONS = [CASES[i::5] for i in range(5)]
 def test_implementation_is_right_on_every_case(
     entry: Implementation, cases: tuple[Case, ...], device: str
 ) -> None:
-    assert check_cases(entry, cases, device) > 0, "everything was declined"
+    # A portion may be declined as a whole, not the table.
+    ran = check_cases(entry, cases, device)
+    assert ran or accepts(entry, CASES, device), "everything was declined"
 
 
 @pytest.mark.parametrize(
