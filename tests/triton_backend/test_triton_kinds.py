@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kinds import KINDS, RANDOM, SPARSE, Kind, kind
+from kinds import RANDOM, Kind, kind
 from module_parity import assert_same, step
 
 import fastres
@@ -38,15 +38,6 @@ def test_random_numbers_are_torchs(name: str, device: str) -> None:
         with fastres.use_backend("triton"), fastres.use_level("c"):
             found.append(step(module, kind(name).input(device=device, shape=SMALL)))
     assert_same(found[1], found[0])
-
-
-@pytest.mark.grid(101)
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("memory", ["speed", "balanced", "lean"])
-@pytest.mark.parametrize("level", ["b", "b'", "c'", "c"])
-@pytest.mark.parametrize("kind", [*KINDS, *SPARSE], ids=str)
-def test_all(kind: Kind, level: str, memory: str, training: bool, device: str) -> None:
-    _check(kind, device, level, memory, training)
 
 
 @pytest.mark.grid(7)
