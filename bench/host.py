@@ -57,9 +57,9 @@ def blocks() -> dict[str, nn.Module]:
     }
 
 
-def python_calls(run: Callable[[], object]) -> int:
-    """How many Python functions a call enters, once everything that is kept was found out."""
-    for _ in range(2):
+def python_calls(run: Callable[[], object], warm_up: int = 2) -> int:
+    """How many Python functions a call enters; after two, all that is kept was found out."""
+    for _ in range(warm_up):
         run()
     entered = 0
 

@@ -24,7 +24,6 @@ def _own_table(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """What a test registers is gone after it."""
     table = {key: list(entries) for key, entries in registry._TABLE.items()}
     monkeypatch.setattr(registry, "_TABLE", table)
-    monkeypatch.setattr(reference, "ACTIVATIONS", reference.ACTIVATIONS)
     known = dict(reference.ACTIVATIONS)
     yield
     reference.ACTIVATIONS.clear()

@@ -42,22 +42,21 @@ class Bound:
     def holds(self, module: nn.Module) -> bool:
         """Whether everything is still as it was when the match was made."""
         try:
-            for child, cls, attributes, identities in self._seen:
+            for child, cls, attributes, identities in ((module, *self._block), *self._seen):
                 own = child.__dict__
                 now = [*own["_parameters"].values(), *own["_buffers"].values()]
                 now += own["_modules"].values()
-                if (
-                    type(child) is not cls
-                    or own != attributes
-                    or [*map(id, now)] != identities
-                    or own["_forward_hooks"]
+                if type(child) is not cls or own != attributes or [*map(id, now)] != identities:
+                    return False
+                # The module's own hooks run around its forward, as ever.
+                if child is not module and (
+                    own["_forward_hooks"]
                     or own["_forward_pre_hooks"]
                     or own["_backward_hooks"]
                     or own["_backward_pre_hooks"]
                 ):
                     return False
-            cls, attributes, identities = self._block
-            return _same(module, cls, attributes, identities)
+            return True
         except Exception:  # An attribute that cannot be compared may have changed.
             return False
 
@@ -115,20 +114,6 @@ def simple(x: Tensor) -> bool:
 
 def _look(module: nn.Module) -> _Seen:
     return module, type(module), dict(module.__dict__), _identities(module.__dict__)
-
-
-def _same(module: nn.Module, cls: type, attributes: dict[str, Any], identities: list[int]) -> bool:
-    own = module.__dict__
-    return (
-        type(module) is cls
-        and own == attributes
-        and [
-            *map(id, own["_parameters"].values()),
-            *map(id, own["_buffers"].values()),
-            *map(id, own["_modules"].values()),
-        ]
-        == identities
-    )
 
 
 def _identities(attributes: dict[str, Any]) -> list[int]:
