@@ -17,6 +17,8 @@ from fastres.block.forward import plan_of
 from fastres.kernels import Conv, Request, reference, register, register_activation, registry
 
 BLOCK = Block((Unit(Conv(), Norm(1e-5)),), act="relu")
+#: One that the CPU's own convolutions leave to oneDNN.
+GROUPED = Block((Unit(Conv(groups=2), Norm(1e-5)),), act="relu")
 
 
 @pytest.fixture
@@ -34,11 +36,11 @@ def _own_table(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_a_switch_turned_after_a_first_call_is_seen() -> None:
     pytest.importorskip("fastres._cpu")
     x = torch.randn(2, 4, 3, 3).contiguous(memory_format=torch.channels_last)
-    weight = torch.randn(4, 4, 1, 1)
-    first = plan_of(BLOCK, x, [weight])
+    weight = torch.randn(4, 2, 1, 1)
+    first = plan_of(GROUPED, x, [weight])
     assert first.convs[0] is not None and first.convs[0].forward.backend == "cpu"
     with torch.backends.mkldnn.flags(enabled=False):
-        second = plan_of(BLOCK, x, [weight])
+        second = plan_of(GROUPED, x, [weight])
     assert second.convs[0] is not None and second.convs[0].forward.backend == "aten"
 
 

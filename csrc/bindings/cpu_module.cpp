@@ -1,9 +1,12 @@
 // fastres._cpu: the CPU kernels on raw addresses. Tensors are checked by the Python adapter; here
 // only what would be an undefined code or a null pointer dereference is refused.
+#include <array>
 #include <cstdlib>
+#include <cstring>
 #include <new>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include <pybind11/stl.h>
@@ -163,6 +166,169 @@ void act_backward_py(Address grad_out, int gate, Address gate_ptr, Address grad,
   require_gate_source(gate_code, gate_ptr, 0, 0, problem);
   active_table().act_backward(
       {at(grad_out), gate_code, checked_act(act), at(gate_ptr), at(grad), problem});
+}
+
+// ---- convolutions ----
+
+// n, h, w, c, k, kh, kw, stride, padding and dilation per axis.
+using ShapeCode = std::array<int64_t, 13>;
+
+ConvShape checked_conv(const ShapeCode& s) {
+  const ConvShape shape{s[0], s[1], s[2], s[3],  s[4],  s[5], s[6],
+                        s[7], s[8], s[9], s[10], s[11], s[12]};
+  for (int i = 0; i < 5; ++i) {
+    require_size("shape", s[size_t(i)]);
+  }
+  require(shape.kh > 0 && shape.kw > 0 && shape.sh > 0 && shape.sw > 0 && shape.dh > 0 &&
+              shape.dw > 0 && shape.ph >= 0 && shape.pw >= 0,
+          "kernel, stride and dilation must be positive, and padding must not be negative");
+  require(shape.h + 2 * shape.ph > shape.dh * (shape.kh - 1) &&
+              shape.w + 2 * shape.pw > shape.dw * (shape.kw - 1),
+          "the kernel must not be larger than the padded input");
+  return shape;
+}
+
+int checked_threads(int threads) {
+  require(threads >= 1, "threads must be at least 1, got " + std::to_string(threads));
+  return threads;
+}
+
+bool is_empty(const ConvShape& s) { return s.n * s.c * s.k * s.out_h() * s.out_w() == 0; }
+
+const float* floats(Address address) { return static_cast<const float*>(at(address)); }
+
+int64_t packed_size_py(const ShapeCode& shape, bool transposed) {
+  return active_table().packed_size(checked_conv(shape), transposed);
+}
+
+void pack_weight_py(Address weight, const std::array<int64_t, 4>& strides, bool transposed,
+                    Address packed, const ShapeCode& code, int threads) {
+  const ConvShape shape = checked_conv(code);
+  require_address("weight", weight);
+  require_address("packed", packed);
+  active_table().pack_weight({floats(weight), strides[0], strides[1], strides[2], strides[3],
+                              transposed, static_cast<float*>(at(packed)), shape,
+                              checked_threads(threads)});
+}
+
+// One value of each output channel, at another place in each, as one number.
+int64_t sample_weight_py(Address weight, const std::array<int64_t, 4>& shape,
+                         const std::array<int64_t, 4>& strides) {
+  require_address("weight", weight);
+  const int64_t places = shape[1] * shape[2] * shape[3];
+  uint64_t sum = 14695981039346656037u;  // FNV-1a
+  for (int64_t k = 0; k < shape[0] && places > 0; ++k) {
+    const int64_t place = k % places, tap = place / shape[1];
+    const int64_t offset = k * strides[0] + place % shape[1] * strides[1] +
+                           tap / shape[3] * strides[2] + tap % shape[3] * strides[3];
+    uint32_t bits;
+    memcpy(&bits, floats(weight) + offset, sizeof(bits));
+    sum = (sum ^ bits) * 1099511628211u;
+  }
+  return int64_t(sum);
+}
+
+ConvInput checked_input(Address x, Address scale, Address shift, int act) {
+  require_address("x", x);
+  require(!scale == !shift, "scale and shift must be given together");
+  return {floats(x), floats(scale), floats(shift), checked_act(act)};
+}
+
+void conv_forward_py(Address x, Address scale, Address shift, int act, Address packed, Address bias,
+                     Address y, Address state, Address out_scale, Address out_shift,
+                     Address residual, int out_act, const ShapeCode& code, int threads) {
+  const ConvShape shape = checked_conv(code);
+  require(!is_empty(shape), "shape must not be empty");
+  require_address("packed", packed);
+  require_address("y", y);
+  require(!out_scale == !out_shift, "out_scale and out_shift must be given together");
+  active_table().conv_forward({checked_input(x, scale, shift, act), floats(packed), floats(bias),
+                               static_cast<float*>(at(y)), static_cast<double*>(at(state)),
+                               floats(out_scale), floats(out_shift), floats(residual),
+                               checked_act(out_act), shape, checked_threads(threads)});
+}
+
+// How grad_y is formed: grad_out, gate, its activation and source, y, stats, sums, count.
+using GradientCode = std::tuple<Address, int, int, Address, Address, Address, Address, int64_t>;
+
+BackwardApplyArgs checked_gradient(const GradientCode& code, const ConvShape& s, int threads) {
+  const auto& [grad_out, gate, act, gate_ptr, y, stats, sums, count] = code;
+  const Problem problem{{s.n, s.k, s.out_h() * s.out_w(), Layout::kChannelsLast, DType::kFloat32},
+                        threads};
+  const Gate gate_code = checked_gate(gate);
+  require_size("count", count);
+  require_address("grad_out", grad_out);
+  if (stats) {
+    require_gate_source(gate_code, gate_ptr, y, stats, problem);
+    require(count == 0 || (y && sums), "y and sums must be given where count is not 0");
+  }
+  return {at(grad_out),
+          gate_code,
+          checked_act(act),
+          at(gate_ptr),
+          {at(y), nullptr},
+          {at(stats), nullptr},
+          static_cast<const double*>(at(sums)),
+          count,
+          {nullptr, nullptr},
+          nullptr,
+          problem};
+}
+
+// What a gate is told of: gate, its activation, its source.
+using GateCode = std::tuple<int, int, Address>;
+
+void conv_backward_data_py(const GradientCode& grad, Address packed, Address grad_x,
+                           bool accumulate, Address residual, const GateCode& residual_gate,
+                           Address sums, const GateCode& reduce_gate, Address y, Address stats,
+                           const ShapeCode& code, int threads) {
+  const ConvShape shape = checked_conv(code);
+  require(!is_empty(shape), "shape must not be empty");
+  require_address("packed", packed);
+  require_address("grad_x", grad_x);
+  const Problem problem{
+      {shape.n, shape.c, shape.h * shape.w, Layout::kChannelsLast, DType::kFloat32},
+      checked_threads(threads)};
+  ConvDataArgs args{checked_gradient(grad, shape, threads),
+                    floats(packed),
+                    static_cast<float*>(at(grad_x)),
+                    accumulate,
+                    {},
+                    {},
+                    shape,
+                    threads};
+  if (residual) {
+    const auto& [gate, act, source] = residual_gate;
+    require(checked_gate(gate) != Gate::kAffine, "gate must be 0, 1 or 3, got 2");
+    require_gate_source(Gate(gate), source, 0, 0, problem);
+    args.residual = {at(residual), Gate(gate), checked_act(act), at(source), nullptr, problem};
+  }
+  if (sums) {
+    const auto& [gate, act, source] = reduce_gate;
+    require_gate_source(checked_gate(gate), source, y, stats, problem);
+    require_address("y", y);
+    require_address("stats", stats);
+    args.reduce = {at(grad_x),
+                   Gate(gate),
+                   checked_act(act),
+                   at(source),
+                   {at(y), nullptr},
+                   {at(stats), nullptr},
+                   static_cast<double*>(at(sums)),
+                   false,
+                   problem};
+  }
+  active_table().conv_backward_data(args);
+}
+
+void conv_backward_weight_py(const GradientCode& grad, Address x, Address scale, Address shift,
+                             int act, Address grad_weight, const ShapeCode& code, int threads) {
+  const ConvShape shape = checked_conv(code);
+  require(!is_empty(shape), "shape must not be empty");
+  require_address("grad_weight", grad_weight);
+  active_table().conv_backward_weight({checked_gradient(grad, shape, checked_threads(threads)),
+                                       checked_input(x, scale, shift, act),
+                                       static_cast<float*>(at(grad_weight)), shape, threads});
 }
 
 void update_running_py(const std::vector<UpdateCode>& updates) {
@@ -347,6 +513,31 @@ void define_kernels(py::module_& m) {
         "running = (1 - momentum) * running + momentum * batch, and the counters, in order.");
 }
 
+void define_convolutions(py::module_& m) {
+  m.def("packed_size", &packed_size_py, py::arg("shape"), py::arg("transposed"),
+        "Floats of a packed weight.");
+  m.def("pack_weight", &pack_weight_py, Unlocked(), py::arg("weight"), py::arg("strides"),
+        py::arg("transposed"), py::arg("packed"), py::arg("shape"), py::arg("threads"),
+        "Reorders a weight [k, c, kh, kw] for a convolution, or for its data gradient.");
+  m.def("sample_weight", &sample_weight_py, py::arg("weight"), py::arg("shape"), py::arg("strides"),
+        "A number that changes when an output channel's sample does.");
+  m.def("conv_forward", &conv_forward_py, Unlocked(), py::arg("x"), py::arg("scale"),
+        py::arg("shift"), py::arg("act"), py::arg("packed"), py::arg("bias"), py::arg("y"),
+        py::arg("state"), py::arg("out_scale"), py::arg("out_shift"), py::arg("residual"),
+        py::arg("out_act"), py::arg("shape"), py::arg("threads"),
+        "y = conv(act(scale * x + shift)) + bias, and the state of y; or "
+        "y = out_act(out_scale * conv + out_shift [+ residual]).");
+  m.def("conv_backward_data", &conv_backward_data_py, Unlocked(), py::arg("grad"),
+        py::arg("packed"), py::arg("grad_x"), py::arg("accumulate"), py::arg("residual"),
+        py::arg("residual_gate"), py::arg("sums"), py::arg("reduce_gate"), py::arg("y"),
+        py::arg("stats"), py::arg("shape"), py::arg("threads"),
+        "grad_x (+)= the data gradient of a grad_y that is formed on the way, and sums [2, c] of "
+        "what passes the gate in front.");
+  m.def("conv_backward_weight", &conv_backward_weight_py, Unlocked(), py::arg("grad"), py::arg("x"),
+        py::arg("scale"), py::arg("shift"), py::arg("act"), py::arg("grad_weight"),
+        py::arg("shape"), py::arg("threads"), "grad_weight [k, kh, kw, c].");
+}
+
 void define_runtime(py::module_& m) {
   m.def(
       "isa", [] { return std::string(active_table().name); },
@@ -372,6 +563,7 @@ PYBIND11_MODULE(_cpu, m) {
   // would leave the child waiting for that thread.
   fastres::cpu::memory_stats();
   fastres::cpu::define_kernels(m);
+  fastres::cpu::define_convolutions(m);
   fastres::cpu::define_runtime(m);
   if (const char* isa = std::getenv("FASTRES_CPU_ISA")) {
     if (*isa) {

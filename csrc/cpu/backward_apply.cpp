@@ -69,20 +69,6 @@ struct ApplyGradient {
   }
 };
 
-template <class A>
-void fill_coefficients(const BackwardApplyArgs& a, int branch, A* out) {
-  const int64_t c = a.problem.c;
-  const A* stats = (const A*)a.stats[branch];
-  for (int64_t i = 0; i < c; ++i) {
-    const BackwardCoefficients k = backward_coefficients(
-        stats[kMean * c + i], stats[kInvstd * c + i], stats[kScale * c + i], a.sums ? a.sums[i] : 0,
-        a.sums ? a.sums[(1 + branch) * c + i] : 0, double(a.count));
-    out[i] = A(k.a);
-    out[c + i] = A(k.b);
-    out[2 * c + i] = A(k.c);
-  }
-}
-
 template <class T, bool kPerColumn, Gating kGate, bool kReadY, bool kDual>
 void run(const BackwardApplyArgs& a) {
   using A = Acc<T>;

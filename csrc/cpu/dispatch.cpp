@@ -19,15 +19,20 @@
 namespace fastres::cpu {
 namespace {
 
-#define FASTRES_TABLE(isa) \
-  {#isa,                   \
-   isa##_runs_here,        \
-   isa::channel_stats,     \
-   isa::scale_shift_act,   \
-   isa::backward_reduce,   \
-   isa::backward_apply,    \
-   isa::add_act,           \
-   isa::act_backward}
+#define FASTRES_TABLE(isa)  \
+  {#isa,                    \
+   isa##_runs_here,         \
+   isa::channel_stats,      \
+   isa::scale_shift_act,    \
+   isa::backward_reduce,    \
+   isa::backward_apply,     \
+   isa::add_act,            \
+   isa::act_backward,       \
+   isa::packed_size,        \
+   isa::pack_weight,        \
+   isa::conv_forward,       \
+   isa::conv_backward_data, \
+   isa::conv_backward_weight}
 
 bool baseline_runs_here() { return true; }
 const KernelTable kBaseline = FASTRES_TABLE(baseline);

@@ -92,6 +92,69 @@ struct FinalizeStatsArgs {
   DType dtype;
 };
 
+// A convolution [n, c, h, w] -> [n, k, out_h, out_w] with zero padding and without groups; what it
+// reads and writes is float32 and lies channels_last.
+struct ConvShape {
+  int64_t n, h, w, c;
+  int64_t k, kh, kw;
+  int64_t sh, sw, ph, pw, dh, dw;
+
+  int64_t out_h() const { return (h + 2 * ph - dh * (kh - 1) - 1) / sh + 1; }
+  int64_t out_w() const { return (w + 2 * pw - dw * (kw - 1) - 1) / sw + 1; }
+  int64_t taps() const { return kh * kw; }
+};
+
+// What stands in front of a convolution: act(scale * x + shift), or x itself where scale is null.
+struct ConvInput {
+  const float* x;
+  const float* scale;
+  const float* shift;
+  Activation act;
+};
+
+struct PackWeightArgs {
+  const float* weight;  // [k, c, kh, kw], any strides
+  int64_t stride_k, stride_c, stride_h, stride_w;
+  bool transposed;  // for the data gradient: the sum is over k
+  float* packed;
+  ConvShape shape;
+  int threads;
+};
+
+struct ConvForwardArgs {
+  ConvInput input;
+  const float* packed;
+  const float* bias;  // may be null
+  float* y;
+  double* state;  // [2, k] mean and sum of squared deviations of y, or null
+  // With a scale: y = act(scale * conv + shift [+ residual]).
+  const float* scale;
+  const float* shift;
+  const float* residual;
+  Activation act;
+  ConvShape shape;
+  int threads;
+};
+
+struct ConvDataArgs {
+  BackwardApplyArgs grad;  // how grad_y is formed, or grad_y itself where stats[0] is null
+  const float* packed;
+  float* grad_x;
+  bool accumulate;            // onto what stands in grad_x
+  ActBackwardArgs residual;   // else onto this gated gradient, where its grad_out is not null
+  BackwardReduceArgs reduce;  // sums of what grad_x passes on, where its sums are not null
+  ConvShape shape;
+  int threads;
+};
+
+struct ConvWeightArgs {
+  BackwardApplyArgs grad;
+  ConvInput input;
+  float* grad_weight;  // [k, kh, kw, c]
+  ConvShape shape;
+  int threads;
+};
+
 struct KernelTable {
   const char* name;
   bool (*supported)();
@@ -101,6 +164,11 @@ struct KernelTable {
   void (*backward_apply)(const BackwardApplyArgs&);
   void (*add_act)(const AddActArgs&);
   void (*act_backward)(const ActBackwardArgs&);
+  int64_t (*packed_size)(const ConvShape&, bool transposed);
+  void (*pack_weight)(const PackWeightArgs&);
+  void (*conv_forward)(const ConvForwardArgs&);
+  void (*conv_backward_data)(const ConvDataArgs&);
+  void (*conv_backward_weight)(const ConvWeightArgs&);
 };
 
 // Per channel and tiny: not worth an instruction set of its own.

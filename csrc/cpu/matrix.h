@@ -82,15 +82,16 @@ inline constexpr int kTermsPerFloatSum = 8;
 // In elements: 64 KB of floats, some microseconds of work, and small beside L2.
 inline constexpr int64_t kPrefetchAhead = 16 * 1024;
 
-// Terms of kRows rows added to the columns' sums, sums[k * stride + col]; the sums' rows are padded
-// to whole packs. Reading several rows side by side is too much for the hardware's prefetcher, so
-// the lines of the rows `ahead` elements further on are asked for, in the order of addresses.
+// Terms of kRows rows added to the columns' sums, sums[k * stride + col - columns.begin]; the sums'
+// rows are padded to whole packs. Reading several rows side by side is too much for the hardware's
+// prefetcher, so the lines of the rows `ahead` elements further on are asked for, in the order of
+// addresses.
 template <int kRows, class Op>
-FASTRES_INLINE void add_rows(const Op& op, int64_t row, int64_t cols, int64_t ahead, double* sums,
-                             int64_t stride) {
+FASTRES_INLINE void add_rows(const Op& op, int64_t row, Range columns, int64_t cols, int64_t ahead,
+                             double* sums, int64_t stride) {
   using A = typename Op::Arithmetic;
   const auto visit = [&](int64_t col, auto lanes) {
-    if constexpr (kRows == kTermsPerFloatSum) {
+    if (kRows == kTermsPerFloatSum && ahead) {
       op.prefetch(row * cols + col * kRows + ahead);
     }
     const auto params = op.params(col, lanes);
@@ -105,16 +106,16 @@ FASTRES_INLINE void add_rows(const Op& op, int64_t row, int64_t cols, int64_t ah
     }
     FASTRES_UNROLL
     for (int k = 0; k < Op::kSums; ++k) {
-      double* sum = sums + k * stride + col;
+      double* sum = sums + k * stride + col - columns.begin;
       store(sum, load(sum, Full{}) + widen(acc[k]), Full{});
     }
   };
-  int64_t col = 0;
-  for (; col + kPack <= cols; col += kPack) {
+  int64_t col = columns.begin;
+  for (; col + kPack <= columns.end; col += kPack) {
     visit(col, Full{});
   }
-  if (col < cols) {
-    visit(col, Part{int(cols - col)});
+  if (col < columns.end) {
+    visit(col, Part{int(columns.end - col)});
   }
 }
 
@@ -127,22 +128,22 @@ FASTRES_INLINE void prefetch_packs(const T* p) {
   }
 }
 
-// Columns' sums over a range of rows.
+// Sums of some of the columns over a range of rows; `cached` rows need not be asked for.
 template <class Op>
-FASTRES_INLINE void sum_columns(const Op& op, Range rows, int64_t cols, double* sums,
-                                int64_t stride) {
+FASTRES_INLINE void sum_columns(const Op& op, Range rows, Range columns, int64_t cols, double* sums,
+                                int64_t stride, bool cached = false) {
   for (int64_t i = 0; i < Op::kSums * stride; ++i) {
     sums[i] = 0;
   }
   constexpr int kRows = kTermsPerFloatSum;
   // Far enough ahead for memory to answer, in whole groups of rows.
-  const int64_t ahead = kRows * cols * ceil_div(kPrefetchAhead, kRows * cols);
+  const int64_t ahead = cached ? 0 : kRows * cols * ceil_div(kPrefetchAhead, kRows * cols);
   int64_t row = rows.begin;
   for (; row + kRows <= rows.end; row += kRows) {
-    add_rows<kRows>(op, row, cols, ahead, sums, stride);
+    add_rows<kRows>(op, row, columns, cols, ahead, sums, stride);
   }
   for (; row < rows.end; ++row) {
-    add_rows<1>(op, row, cols, ahead, sums, stride);
+    add_rows<1>(op, row, columns, cols, ahead, sums, stride);
   }
 }
 

@@ -10,5 +10,10 @@ void backward_reduce(const BackwardReduceArgs& args);
 void backward_apply(const BackwardApplyArgs& args);
 void add_act(const AddActArgs& args);
 void act_backward(const ActBackwardArgs& args);
+int64_t packed_size(const ConvShape& shape, bool transposed);
+void pack_weight(const PackWeightArgs& args);
+void conv_forward(const ConvForwardArgs& args);
+void conv_backward_data(const ConvDataArgs& args);
+void conv_backward_weight(const ConvWeightArgs& args);
 
 }  // namespace fastres::cpu::FASTRES_ISA

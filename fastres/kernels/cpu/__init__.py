@@ -1,4 +1,4 @@
-"""The `cpu` backend: vectorised C++ around oneDNN's convolutions."""
+"""The `cpu` backend: convolutions and what is around them in vectorised C++."""
 
 from __future__ import annotations
 
@@ -7,9 +7,6 @@ from fastres.kernels.cpu.module import why_not_built
 
 declare(Backend("cpu", ("cpu",), why_not=why_not_built, fallback=("aten",)))
 
-if why_not_built() is None:
-    from fastres.kernels.cpu import (  # noqa: F401  (register primitives)
-        convolution,
-        pointwise,
-        running,
-    )
+if why_not_built() is None:  # Each registers its primitives: our own convolutions come first.
+    from fastres.kernels.cpu import native  # noqa: F401, I001
+    from fastres.kernels.cpu import convolution, pointwise, running  # noqa: F401

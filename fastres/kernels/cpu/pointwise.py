@@ -41,7 +41,7 @@ def _sizes(t: Tensor) -> tuple[int, int, int, int, int, int]:
     return n, c, h * w, layout, DTYPE_CODES[t.dtype], torch.get_num_threads()
 
 
-def _coefficients(stats: Tensor | None) -> tuple[int, int]:
+def coefficients(stats: Tensor | None) -> tuple[int, int]:
     """Where the rows of scale and shift are; 0 for none."""
     if stats is None:
         return 0, 0
@@ -115,8 +115,8 @@ def scale_shift_act(
     out = empty_like(y) if out is None else out
     mask = new_mask(y) if want_mask else None
     _kernels.scale_shift_act(
-        y.data_ptr(), *_coefficients(stats),
-        0 if residual is None else residual.data_ptr(), *_coefficients(residual_stats),
+        y.data_ptr(), *coefficients(stats),
+        0 if residual is None else residual.data_ptr(), *coefficients(residual_stats),
         out.data_ptr(), 0 if mask is None else mask.data_ptr(), ACT_CODES[act], *_sizes(y),
     )  # fmt: skip
     return out, mask

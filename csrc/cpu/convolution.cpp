@@ -1,0 +1,157 @@
+// Convolutions and their data gradients.
+#include "cpu/block_stats.h"
+#include "cpu/convolve.h"
+#include "cpu/gradient_sums.h"
+#include "cpu/table.h"
+
+namespace fastres::cpu::FASTRES_ISA {
+namespace {
+
+// Rows of the output that a panel covers.
+FASTRES_INLINE double rows_of(const Sweep& s, const PanelCut& cut, int64_t panel) {
+  const int64_t end = at_most((panel + 1) * cut.lines, s.n * s.lines);
+  return double(rows_before(s, end) - rows_before(s, panel * cut.lines));
+}
+
+const auto kNothing = [](auto&&...) {};
+
+// A pass over what a panel's products left, for an activation that the tile does not know.
+void activate(float* y, const ConvForwardArgs& a, Range rows, Range columns) {
+  const AnyActivation<float> act = any_activation<float>(a.act);
+  for (int64_t row = rows.begin; row < rows.end; ++row) {
+    float* p = y + row * a.shape.k;
+    int64_t col = columns.begin;
+    for (; col + kPack <= columns.end; col += kPack) {
+      store(p + col, act.value(load(p + col, Full{})), Full{});
+    }
+    if (col < columns.end) {
+      const Part rest{int(columns.end - col)};
+      store(p + col, act.value(load(p + col, rest)), rest);
+    }
+  }
+}
+
+// A convolution, and the state of its output.
+void run_with_stats(const Sweep& s, const SweepArgs& args, const ConvForwardArgs& a) {
+  const PanelCut cut(s);
+  const int64_t k = s.out_c;
+  const Scratch<double> partial(cut.panels * 2 * k);
+  const ChannelStatsArgs stats{
+      a.y,
+      a.state,
+      0,
+      {{s.n * s.out_h * s.out_w, k, 1, Layout::kChannelsLast, DType::kFloat32}, a.threads}};
+  run_sweep(
+      s, args, kNothing,
+      [&](int64_t panel, Range rows, Range columns) {
+        const BlockScratch<float> scratch(columns.end - columns.begin);
+        block_stats(a.y, k, rows, columns, scratch, partial.data() + panel * 2 * k, true);
+      },
+      [&](Worker worker, const PanelCut& cut) {
+        merge_channels(stats, partial.data(), cut.panels, worker.share(k, 8),
+                       [&](int64_t panel) { return rows_of(s, cut, panel); });
+      });
+}
+
+}  // namespace
+
+void conv_forward(const ConvForwardArgs& a) {
+  const Sweep s = forward_sweep(a.shape);
+  const bool known = a.act == Activation::kNone || a.act == Activation::kRelu;
+  with_input(a.input, a.shape.c, [&](const auto& source) {
+    const SweepArgs args{source,     a.input.scale ? nullptr : a.input.x,
+                         a.packed,   a.y,
+                         a.residual, false,
+                         a.bias,     a.scale,
+                         a.shift,    a.act == Activation::kRelu,
+                         a.threads};
+    if (a.state) {
+      run_with_stats(s, args, a);
+    } else if (known) {
+      run_sweep(s, args, kNothing, kNothing, kNothing);
+    } else {
+      run_sweep(
+          s, args, kNothing,
+          [&](int64_t, Range rows, Range columns) { activate(a.y, a, rows, columns); }, kNothing);
+    }
+  });
+}
+
+namespace {
+
+// The gated gradient of the residual, where the products are to be added to it.
+void form_residual(const ActBackwardArgs& a, float* to, int64_t cols, Range rows, Range columns) {
+  with_gating(a.gate, a.act, [&](auto gate) {
+    constexpr Gating kGate = decltype(gate)::value;
+    if constexpr (kGate != Gating::kReluOfY) {
+      const auto gradient = gated_gradient<float, true, kGate>(a);
+      const auto visit = [&](int64_t row, int64_t col, auto lanes) {
+        const auto params = gradient.params(col, lanes);
+        const Pack<float> g = gradient.get(row, col, params, lanes, broadcast(0.0f));
+        store(to + row * cols + col, g, lanes);
+      };
+      for (int64_t row = rows.begin; row < rows.end; ++row) {
+        int64_t col = columns.begin;
+        for (; col + kPack <= columns.end; col += kPack) {
+          visit(row, col, Full{});
+        }
+        if (col < columns.end) {
+          visit(row, col, Part{int(columns.end - col)});
+        }
+      }
+    }
+  });
+}
+
+template <class Before>
+void run_with_sums(const Sweep& s, const SweepArgs& args, const BackwardReduceArgs& a,
+                   const Before& before) {
+  const PanelCut cut(s);
+  const int64_t c = s.out_c;
+  with_gating(a.gate, a.act, [&](auto gate) {
+    const auto op = gradient_sums<float, true, decltype(gate)::value, 1>(a);
+    using Op = std::remove_const_t<decltype(op)>;
+    const Scratch<double> partial(cut.panels * Op::kSums * c);
+    run_sweep(
+        s, args, before,
+        [&](int64_t panel, Range rows, Range columns) {
+          const int64_t width = columns.end - columns.begin, stride = round_up(width, kPack);
+          const Scratch<double> sums(Op::kSums * stride);
+          sum_columns(op, rows, columns, c, sums.data(), stride, true);
+          for (int k = 0; k < Op::kSums; ++k) {
+            memcpy(partial.data() + (panel * Op::kSums + k) * c + columns.begin,
+                   sums.data() + k * stride, sizeof(double) * size_t(width));
+          }
+        },
+        [&](Worker worker, const PanelCut& cut) {
+          join_sums<float, Op::kSums>(a, partial.data(), cut.panels, worker.share(c, 8));
+        });
+  });
+}
+
+}  // namespace
+
+void conv_backward_data(const ConvDataArgs& a) {
+  const Sweep s = data_gradient_sweep(a.shape);
+  const bool residual = a.residual.grad_out != nullptr;
+  with_gradient(a.grad, [&](const auto& source) {
+    const SweepArgs args{source,   a.grad.stats[0] ? nullptr : (const float*)a.grad.grad_out,
+                         a.packed, a.grad_x,
+                         nullptr,  a.accumulate || residual,
+                         nullptr,  nullptr,
+                         nullptr,  false,
+                         a.threads};
+    const auto before = [&](Range rows, Range columns) {
+      if (residual) {
+        form_residual(a.residual, a.grad_x, s.out_c, rows, columns);
+      }
+    };
+    if (a.reduce.sums) {
+      run_with_sums(s, args, a.reduce, before);
+    } else {
+      run_sweep(s, args, before, kNothing, kNothing);
+    }
+  });
+}
+
+}  // namespace fastres::cpu::FASTRES_ISA

@@ -1,0 +1,159 @@
+// A register tile of a matrix product, the core of every convolution here.
+//
+// Up to kTileRows rows of one operand are read element by element and broadcast; kTileColumns
+// columns of the other are read as whole vectors; the sums stay in registers over the whole of k.
+#pragma once
+
+#include "cpu/simd.h"
+
+namespace fastres::cpu::FASTRES_ISA {
+
+inline constexpr int kVectorLanes = kVectorBytes / int(sizeof(float));
+#if defined(__AVX512F__)
+// 24 sums, 4 vectors of the columns and one broadcast value: 29 of 32 registers.
+inline constexpr int kTileRows = 6, kTileVectors = 4;
+#else
+// 12 sums, 2 vectors and one value: 15 of 16 registers.
+inline constexpr int kTileRows = 6, kTileVectors = 2;
+#endif
+inline constexpr int kTileColumns = kTileVectors * kVectorLanes;
+
+// A stretch of k: `length` steps from a row's own address plus `a`, and from `b`.
+struct Stretch {
+  int64_t a;
+  const float* b;
+  int64_t length;
+};
+
+// What becomes of the sums of a tile.
+struct TileEnd {
+  bool accumulate;     // they start with what stands in c
+  const float* bias;   // else with this per column, or zero where it is null
+  const float* scale;  // per column: scale * sum + shift, or null
+  const float* shift;
+  bool relu;  // after that, and after the residual
+};
+
+struct Tile {
+  const float* a[kTileRows];
+  float* c[kTileRows];
+  const float* residual[kTileRows];  // added where `has_residual`
+  bool has_residual;
+  int rows;     // of c that are written
+  int columns;  // likewise
+};
+
+FASTRES_INLINE VectorF load_vector(const float* p) { return *(const MemoryF*)p; }
+FASTRES_INLINE void store_vector(float* p, VectorF v) { *(MemoryF*)p = v; }
+
+// sums[i][j] += a[i][k] * b[k][j] over the stretches. Steps of a row are kStep elements apart, rows
+// of b `ldb` elements.
+template <int kRows, int kVectors, int kStep>
+FASTRES_INLINE void multiply(const float* const* a, const Stretch* stretches, int64_t count,
+                             int64_t ldb, VectorF (&sums)[kRows][kVectors]) {
+  for (int64_t s = 0; s < count; ++s) {
+    const float* row[kRows];
+    FASTRES_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      row[i] = a[i] + stretches[s].a;
+    }
+    const float* b = stretches[s].b;
+    const int64_t length = stretches[s].length;
+    for (int64_t k = 0; k < length; ++k, b += ldb) {
+      VectorF column[kVectors];
+      FASTRES_UNROLL
+      for (int j = 0; j < kVectors; ++j) {
+        column[j] = load_vector(b + j * kVectorLanes);
+      }
+      FASTRES_UNROLL
+      for (int i = 0; i < kRows; ++i) {
+        const VectorF value = row[i][k * kStep] - VectorF{};
+        FASTRES_UNROLL
+        for (int j = 0; j < kVectors; ++j) {
+          sums[i][j] = fma_vector(value, column[j], sums[i][j]);
+        }
+      }
+    }
+  }
+}
+
+template <int kRows, int kVectors, int kStep>
+__attribute__((noinline)) void run_tile(const Tile& tile, const Stretch* stretches, int64_t count,
+                                        int64_t ldb, const TileEnd& end) {
+  VectorF sums[kRows][kVectors];
+  FASTRES_UNROLL
+  for (int i = 0; i < kRows; ++i) {
+    FASTRES_UNROLL
+    for (int j = 0; j < kVectors; ++j) {
+      sums[i][j] = VectorF{};
+    }
+  }
+  multiply<kRows, kVectors, kStep>(tile.a, stretches, count, ldb, sums);
+  // A last vector that is not whole goes through a row of our own.
+  float whole[kTileColumns];
+  const bool part = tile.columns < kVectors * kVectorLanes;
+  const auto at = [&](const float* p, int j) -> VectorF {
+    if (!part) {
+      return load_vector(p + j * kVectorLanes);
+    }
+    VectorF v{};
+    for (int lane = 0; lane < kVectorLanes && j * kVectorLanes + lane < tile.columns; ++lane) {
+      v[lane] = p[j * kVectorLanes + lane];
+    }
+    return v;
+  };
+  FASTRES_UNROLL
+  for (int i = 0; i < kRows; ++i) {
+    if (i >= tile.rows) {
+      break;
+    }
+    FASTRES_UNROLL
+    for (int j = 0; j < kVectors; ++j) {
+      VectorF v = sums[i][j];
+      if (end.accumulate) {
+        v = v + at(tile.c[i], j);
+      } else if (end.bias) {
+        v = v + at(end.bias, j);
+      }
+      if (end.scale) {
+        v = fma_vector(v, at(end.scale, j), at(end.shift, j));
+      }
+      if (tile.has_residual) {
+        v = v + at(tile.residual[i], j);
+      }
+      if (end.relu) {
+        v = relu_vector(v);
+      }
+      store_vector(part ? whole + j * kVectorLanes : tile.c[i] + j * kVectorLanes, v);
+    }
+    if (part) {
+      memcpy(tile.c[i], whole, sizeof(float) * size_t(tile.columns));
+    }
+  }
+}
+
+using RunTile = void (*)(const Tile&, const Stretch*, int64_t, int64_t, const TileEnd&);
+
+// The instance for so many rows and columns. With fewer columns than a whole tile there is one for
+// all rows: those that do not exist must have addresses that can be read.
+template <int kStep>
+FASTRES_INLINE RunTile tile_for(int rows, int columns) {
+  static constexpr RunTile kByRows[] = {
+      run_tile<1, kTileVectors, kStep>, run_tile<2, kTileVectors, kStep>,
+      run_tile<3, kTileVectors, kStep>, run_tile<4, kTileVectors, kStep>,
+      run_tile<5, kTileVectors, kStep>, run_tile<6, kTileVectors, kStep>};
+  const int vectors = (columns + kVectorLanes - 1) / kVectorLanes;
+  if (vectors == kTileVectors) {
+    return kByRows[rows - 1];
+  }
+  static constexpr RunTile kByVectors[] = {
+      run_tile<kTileRows, 1, kStep>,
+#if defined(__AVX512F__)
+      run_tile<kTileRows, 2, kStep>,
+      run_tile<kTileRows, 3, kStep>,
+#endif
+  };
+  return kByVectors[vectors - 1];
+}
+
+}  // namespace fastres::cpu::FASTRES_ISA

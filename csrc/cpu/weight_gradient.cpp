@@ -1,0 +1,200 @@
+// grad_weight[k, tap, c] = sum over pixels of grad_y[pixel, k] * input[pixel + tap, c].
+//
+// The sum runs over pixels: a tile's rows are output channels, its columns input channels. A panel
+// of pixels is formed once: the gradient in blocks of 16 channels, the input as a band of as many
+// as a tile has columns.
+#include "cpu/convolve.h"
+#include "cpu/table.h"
+
+namespace fastres::cpu::FASTRES_ISA {
+namespace {
+
+// Output channels that lie side by side: a cache line of them.
+constexpr int64_t kRowBlock = 16;
+constexpr int kRowsOfTiles[] = {6, 5, 5};
+// Pixels of a panel: a band of 64 channels is 128 KB.
+constexpr int64_t kPanelPixels = 448;
+// Partial results over groups of panels take this much at most.
+constexpr int64_t kPartialFloats = 512 * 1024;
+constexpr int64_t kMostGroups = 16;
+
+// Columns of the result that one tile has: where they begin in a band and in a row of the result.
+struct Segment {
+  int64_t band, out, width;
+};
+
+struct WeightJob {
+  const ConvShape& shape;
+  Sweep sweep;
+  const Source &input, &grad;
+  float* result;
+  int64_t row_floats;  // of one output channel
+  int64_t lines, panels, groups;
+
+  WeightJob(const ConvShape& s, const Source& input, const Source& grad, float* result)
+      : shape(s), sweep(forward_sweep(s)), input(input), grad(grad), result(result) {
+    row_floats = s.taps() * s.c;
+    const int64_t total = sweep.n * sweep.lines;
+    lines = at_least(1, kPanelPixels / at_least(1, sweep.out_w));
+    lines = at_least(1, ceil_div(total, at_least(1, ceil_div(total, lines))));
+    panels = ceil_div(total, lines);
+    groups = at_most(kMostGroups, kPartialFloats / at_least(1, s.k * row_floats));
+    groups = at_least(1, at_most(groups, panels));
+  }
+
+  int64_t channels() const { return at_most(shape.c, kTileColumns); }
+  int64_t size() const { return shape.k * row_floats; }
+  Range panels_of(int64_t group) const {
+    return {panels * group / groups, panels * (group + 1) / groups};
+  }
+};
+
+class WeightWorker {
+ public:
+  explicit WeightWorker(const WeightJob& job)
+      : job_(job),
+        band_(job.sweep, job.lines, job.channels()),
+        gradient_(round_up(job.shape.k, kRowBlock) * job.lines * job.sweep.out_w) {}
+
+  // Rows [begin, end) of the result over the panels of a group.
+  void run(Range panels, Range rows, float* out) {
+    const Sweep& s = job_.sweep;
+    for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+      const Range lines{panel * job_.lines, at_most((panel + 1) * job_.lines, s.n * s.lines)};
+      form_gradient(lines, rows);
+      for (int64_t c = 0; c < s.in_c; c += kTileColumns) {
+        const Range columns{c, at_most(c + kTileColumns, s.in_c)};
+        band_.form(job_.input, lines, columns);
+        for (const Segment& segment : segments(columns)) {
+          multiply(lines, rows, segment, panel > panels.begin, out);
+        }
+      }
+    }
+  }
+
+ private:
+  void form_gradient(Range lines, Range rows) {
+    const int64_t width = job_.sweep.out_w;
+    pixels_ = (lines.end - lines.begin) * width;
+    float* to = gradient_.data();
+    for (int64_t k = rows.begin; k < rows.end; k += kRowBlock, to += pixels_ * kRowBlock) {
+      const Range channels{k, at_most(k + kRowBlock, rows.end)};
+      job_.grad.form({lines.begin * width, lines.end * width}, channels, to, kRowBlock, true);
+    }
+  }
+
+  // Taps of one line that lie together are one segment where they fit a tile.
+  std::vector<Segment> segments(Range columns) const {
+    const Sweep& s = job_.sweep;
+    const ConvShape& shape = job_.shape;
+    const int64_t c = job_.channels(), width = columns.end - columns.begin;
+    const bool joined = shape.dw == 1 && shape.kw * shape.c <= kTileColumns;
+    std::vector<Segment> found;
+    const auto& taps = s.phases[0].taps;
+    for (size_t t = 0; t < taps.size(); t += joined ? size_t(shape.kw) : 1) {
+      const int64_t at = (taps[t].dh - s.low_h) * band_.pitch() + (taps[t].dw - s.low_w) * c;
+      found.push_back(
+          {at, taps[t].index * shape.c + columns.begin, joined ? shape.kw * shape.c : width});
+    }
+    return found;
+  }
+
+  void multiply(Range lines, Range rows, const Segment& segment, bool accumulate, float* out) {
+    const Sweep& s = job_.sweep;
+    stretches_.clear();
+    if (s.in_w == 1 && s.in_step_h == 1 && s.n == 1) {  // lines of one pixel, which lie together
+      stretches_.push_back({0, band_.line(lines.begin) + segment.band, lines.end - lines.begin});
+    } else {
+      for (int64_t line = lines.begin; line < lines.end; ++line) {
+        const float* b = band_.line(line) + segment.band;
+        stretches_.push_back({(line - lines.begin) * s.out_w * kRowBlock, b, s.out_w});
+      }
+    }
+    const TileEnd end{accumulate, nullptr, nullptr, nullptr, false};
+    const int64_t step = s.in_step_w * job_.channels();
+    Tile tile{};
+    tile.columns = int(segment.width);
+    for (int64_t k = rows.begin; k < rows.end; k += kRowBlock) {
+      int64_t row = k;
+      for (int height : kRowsOfTiles) {
+        if (row >= rows.end) {
+          break;
+        }
+        tile.rows = int(at_most(height, rows.end - row));
+        const float* a = gradient_.data() + (k - rows.begin) * pixels_ + (row - k);
+        for (int i = 0; i < kTileRows; ++i) {
+          const int64_t at = at_most(i, tile.rows - 1);
+          tile.a[i] = a + at;
+          tile.c[i] = out + (row + at) * job_.row_floats + segment.out;
+        }
+        tile_for<kRowBlock>(tile.rows, tile.columns)(tile, stretches_.data(),
+                                                     int64_t(stretches_.size()), step, end);
+        row += height;
+      }
+    }
+  }
+
+  const WeightJob& job_;
+  Band band_;
+  Scratch<float> gradient_;
+  int64_t pixels_ = 0;
+  std::vector<Stretch> stretches_;
+};
+
+// The groups' results added up, in their order.
+void add_groups(const float* partial, int64_t groups, int64_t size, Range part, float* result) {
+  const auto visit = [&](int64_t i, auto lanes) {
+    Pack<float> sum = load(partial + i, lanes);
+    for (int64_t group = 1; group < groups; ++group) {
+      sum = sum + load(partial + group * size + i, lanes);
+    }
+    store(result + i, sum, lanes);
+  };
+  int64_t i = part.begin;
+  for (; i + kPack <= part.end; i += kPack) {
+    visit(i, Full{});
+  }
+  if (i < part.end) {
+    visit(i, Part{int(part.end - i)});
+  }
+}
+
+// Groups of panels, each with a part of the output channels.
+void run(const WeightJob& job, int threads) {
+  const int64_t blocks = ceil_div(job.shape.k, kRowBlock);
+  const Scratch<float> partial(job.groups > 1 ? job.groups * job.size() : 0);
+  const int64_t work = job.sweep.n * job.sweep.lines * job.sweep.out_w * job.shape.k * job.shape.c;
+  parallel(threads, work, [&](Worker worker) {
+    WeightWorker own(job);
+    int64_t splits = 1;
+    while (splits < blocks && job.groups * splits % worker.team != 0 &&
+           job.groups * splits < 16 * worker.team) {
+      ++splits;
+    }
+    const Range tasks = worker.share(job.groups * splits);
+    for (int64_t task = tasks.begin; task < tasks.end; ++task) {
+      const int64_t group = task / splits, split = task % splits;
+      const Range rows{blocks * split / splits * kRowBlock,
+                       at_most(blocks * (split + 1) / splits * kRowBlock, job.shape.k)};
+      float* out = job.groups > 1 ? partial.data() + group * job.size() : job.result;
+      own.run(job.panels_of(group), rows, out);
+    }
+    if (job.groups == 1) {
+      return;
+    }
+    worker.wait_for_all();
+    add_groups(partial.data(), job.groups, job.size(), worker.share(job.size(), kPack), job.result);
+  });
+}
+
+}  // namespace
+
+void conv_backward_weight(const ConvWeightArgs& a) {
+  with_input(a.input, a.shape.c, [&](const Source& input) {
+    with_gradient(a.grad, [&](const Source& grad) {
+      run(WeightJob(a.shape, input, grad, a.grad_weight), a.threads);
+    });
+  });
+}
+
+}  // namespace fastres::cpu::FASTRES_ISA

@@ -1,0 +1,299 @@
+"""The CPU's own convolutions: odd shapes, every instruction set, any number of threads, NaN, and
+weights that change behind a packed copy.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastres.kernels import Branch, Conv, Gate, Gated, PendingGrad, Prologue, reference
+from fastres.kernels.cpu import module
+
+if module.why_not_built() is not None:
+    pytest.skip("fastres._cpu was not built", allow_module_level=True)
+
+from fastres.kernels.cpu import native
+
+_cpu = module.module()
+
+
+class Shape(NamedTuple):
+    """[n, c, h, w] to k channels, by a kernel of one size."""
+
+    n: int
+    c: int
+    h: int
+    w: int
+    k: int
+    kernel: int
+    stride: tuple[int, int] = (1, 1)
+    padding: int = 0
+    dilation: int = 1
+
+    @property
+    def conv(self) -> Conv:
+        return Conv(self.stride, (self.padding,) * 2, (self.dilation,) * 2, 1)
+
+    def tensors(self, draw=torch.randn) -> tuple[Tensor, Tensor, Tensor]:
+        """x, weight and a gradient of the output."""
+        x = channels_last(draw(self.n, self.c, self.h, self.w))
+        weight = draw(self.k, self.c, self.kernel, self.kernel)
+        size = self.conv.output_size((self.h, self.w), weight.shape[2:])
+        return x, weight, channels_last(draw(self.n, self.k, *size))
+
+
+#: Tails of rows, vectors and blocks; several panels and images in one; strides with and without
+#: taps in each phase; padding beyond the image; pixels that no tap reads; a sum in several depths.
+SHAPES = [
+    Shape(1, 1, 1, 1, 1, 1),
+    Shape(5, 64, 1, 1, 100, 1),
+    Shape(3, 5, 5, 9, 7, 3, padding=1),
+    Shape(2, 64, 9, 7, 130, 3, (2, 2), 1),
+    Shape(2, 3, 17, 15, 64, 7, (2, 2), 3),
+    Shape(1, 130, 7, 7, 70, 3, (1, 1), 2, 2),
+    Shape(2, 40, 5, 6, 17, 1, (2, 2)),
+    Shape(2, 17, 10, 6, 19, 1, (3, 1), 2),
+    Shape(1, 8, 3, 3, 8, 3, (3, 3), 1),
+    Shape(2, 20, 6, 6, 33, 2, (2, 3), 1),
+    Shape(2, 70, 9, 9, 65, 3, (2, 2), 1, 2),
+    Shape(2, 1100, 6, 5, 40, 1),
+    Shape(2, 300, 5, 5, 20, 3, padding=1),
+    Shape(2, 4, 4, 4, 6, 5, (1, 1), 4),
+    Shape(8, 16, 16, 16, 24, 1),
+    Shape(3, 16, 30, 31, 24, 3, padding=1),
+]
+
+
+def channels_last(t: Tensor) -> Tensor:
+    return t.contiguous(memory_format=torch.channels_last)
+
+
+@pytest.fixture(params=_cpu.isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = _cpu.isa()
+    _cpu.set_isa(request.param)
+    yield request.param
+    _cpu.set_isa(before)
+
+
+def on_threads(run) -> list[list[Tensor]]:
+    """What `run` gives on one, two and three threads."""
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(run())
+    finally:
+        torch.set_num_threads(before)
+    return results
+
+
+def stats_of(channels: int) -> Tensor:
+    """Statistics as if of some batch: [mean, var, invstd, scale, shift]."""
+    return torch.stack(
+        [torch.randn(channels), *torch.rand(2, channels) + 0.5, *torch.randn(2, channels)]
+    )
+
+
+def integers(*shape: int) -> Tensor:
+    """Small integers: their sums are exact in float32."""
+    return torch.randint(-3, 4, shape).float()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_small_integers_are_exact_whatever_the_threads(isa: str, shape: Shape) -> None:
+    x, weight, grad = shape.tensors(integers)
+    conv, bias = shape.conv, integers(shape.k)
+    start = channels_last(integers(*x.shape))
+
+    def run() -> list[Tensor]:
+        y, state = native.conv_forward(x, weight, bias, conv, want_state=True)
+        grad_x = native.conv_backward_data(grad, weight, x, conv)
+        added = native.conv_backward_data(grad, weight, x, conv, accumulate=start)
+        grad_weight = native.conv_backward_weight(grad, x, channels_last(weight), conv)
+        assert state is not None
+        return [y, state, grad_x, added, grad_weight]
+
+    first, *others = on_threads(run)
+    for other in others:
+        assert all(map(torch.equal, first, other))
+    y, state, grad_x, added, grad_weight = first
+    stride, padding, dilation, _ = conv
+    expected = F.conv2d(x.double(), weight.double(), bias.double(), stride, padding, dilation)
+    assert torch.equal(y.double(), expected)
+    mean = expected.mean((0, 2, 3))
+    torch.testing.assert_close(state[0], mean, rtol=0, atol=1e-4)
+    m2 = (expected - mean.view(1, -1, 1, 1)).square().sum((0, 2, 3))
+    torch.testing.assert_close(state[1], m2, rtol=1e-5, atol=1e-4)
+    arguments = (stride, padding, dilation)
+    wanted = torch.nn.grad.conv2d_input(x.shape, weight.double(), grad.double(), *arguments)
+    assert torch.equal(grad_x.double(), wanted)
+    assert torch.equal(added.double(), wanted + start)
+    wanted = torch.nn.grad.conv2d_weight(x.double(), weight.shape, grad.double(), *arguments)
+    assert torch.equal(grad_weight.double(), wanted)
+
+
+@pytest.mark.parametrize("act", ["none", "relu", "silu"])
+@pytest.mark.parametrize("shape", SHAPES[2:6], ids=str)
+def test_whole_unit_equals_the_reference(isa: str, shape: Shape, act: str) -> None:
+    """Prologue, gradient formed on the way, gated residual, sums for the norm in front."""
+    x, weight, grad_out = shape.tensors()
+    conv, before, behind = shape.conv, stats_of(shape.c), stats_of(shape.k)
+    prologue = Prologue(before, act)
+    y, _ = native.conv_forward(x, weight, None, conv, prologue=prologue)
+    branch = Branch(y, behind)
+    gate = Gate("affine", act=act) if act != "none" else Gate("none")
+    sums = torch.randn(3, shape.k, dtype=torch.float64)
+    residual = Gated(
+        channels_last(torch.randn(x.shape)), Gate("out", channels_last(torch.randn(x.shape)))
+    )
+    count = y.numel() // shape.k
+    front = Gate("affine", act=act) if act != "none" else Gate("none")
+    first, *others = on_threads(
+        lambda: list(
+            native.conv_backward(
+                PendingGrad(grad_out, gate, branch, sums, count), x, weight, conv,
+                prologue=prologue, want_x=True, want_weight=True, accumulate=residual,
+                reduce=(front, Branch(x, before)),
+            )
+        )
+    )  # fmt: skip
+    for other in others:
+        assert torch.equal(first[0], other[0]) and torch.equal(first[1], other[1])
+        assert torch.equal(first[2][:2], other[2][:2])
+    grad_x, grad_weight, own = first
+
+    def wide(t: Tensor) -> Tensor:
+        return t.double()
+
+    def branch_of(y: Tensor, stats: Tensor) -> Branch:
+        return Branch(wide(y), wide(stats))
+
+    acc = {"acc": torch.float64, "channels_last": True}
+    (grad_y,), _ = reference.bn_act_backward_apply(
+        wide(grad_out), gate, (branch_of(y, behind),), sums, count, want_grads=(True,), **acc
+    )
+    z, _ = reference.scale_shift_act(wide(x), wide(before), act=act, **acc)
+    g = reference.act_backward(
+        wide(residual.grad_out), residual.gate._replace(tensor=wide(residual.gate.tensor)), **acc
+    )
+    stride, padding, dilation, _ = conv
+    expected = (
+        torch.nn.grad.conv2d_input(x.shape, wide(weight), grad_y, stride, padding, dilation) + g
+    )
+    torch.testing.assert_close(
+        wide(grad_x), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max())
+    )
+    expected = torch.nn.grad.conv2d_weight(z, weight.shape, grad_y, stride, padding, dilation)
+    torch.testing.assert_close(
+        wide(grad_weight), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max())
+    )
+    expected = reference.bn_act_backward_reduce(wide(grad_x), front, (branch_of(x, before),), **acc)
+    scale = float(expected[:2].abs().max())
+    torch.testing.assert_close(wide(own[:2]), expected[:2], rtol=1e-5, atol=1e-5 * scale)
+
+
+def test_statistics_hold_far_from_zero(isa: str) -> None:
+    """A mean of 1e4 with a standard deviation of 1, and an outlier where a shift is taken."""
+    x = channels_last(torch.randn(4, 8, 20, 20, dtype=torch.float64) + 1e4).float()
+    x[0, :, 0, 0] = -3e4
+    weight = torch.eye(8).view(8, 8, 1, 1)
+    _, state = native.conv_forward(x, weight, None, Conv(), want_state=True)
+    wide = x.double()
+    mean = wide.mean((0, 2, 3))
+    m2 = (wide - mean.view(1, -1, 1, 1)).square().sum((0, 2, 3))
+    torch.testing.assert_close(state[0], mean, rtol=1e-7, atol=0)
+    torch.testing.assert_close(state[1], m2, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("act", ["none", "relu", "hardswish"])
+def test_nan_reaches_what_it_reaches_in_torch(isa: str, act: str) -> None:
+    x, weight, _ = SHAPES[3].tensors()
+    x[1, 3, 4, 4] = float("nan")
+    stats, residual = stats_of(130), None
+    y = native.conv_bn_act(x, weight, None, SHAPES[3].conv, stats, residual=residual, act=act)
+    expected = reference.conv_bn_act(
+        x, weight, None, SHAPES[3].conv, stats, act=act, acc=torch.float64
+    )
+    assert torch.equal(y.isnan(), expected.isnan()) and y.isnan().any()
+
+
+def test_nothing_to_convolve() -> None:
+    size = (0, 4, 3, 3)
+    x, weight = channels_last(torch.randn(size)), torch.randn(5, 4, 1, 1)
+    y, state = native.conv_forward(x, weight, None, Conv(), want_state=True)
+    assert y.shape == (size[0], 5, *size[2:]) and torch.equal(state, torch.zeros_like(state))
+    assert native.conv_backward_weight(y, x, weight, Conv()).count_nonzero() == 0
+
+
+# ---------------------------------------------------------------- packed weights
+
+
+def infer(x: Tensor, weight: Tensor) -> Tensor:
+    with torch.no_grad():
+        stats = torch.ones(5, weight.shape[0])
+        return native.conv_bn_act(x, weight, None, Conv(), stats)
+
+
+def by_torch(x: Tensor, weight: Tensor) -> Tensor:
+    return F.conv2d(x.double(), weight.detach().double()).float() + 1
+
+
+def negate(weight: Tensor) -> None:
+    with torch.no_grad():
+        weight.neg_()
+
+
+def negate_behind_the_counter(weight: Tensor) -> None:
+    weight.data.neg_()
+
+
+def negate_one_channel(weight: Tensor) -> None:
+    weight.data[3].neg_()
+
+
+def exchange_memory(weight: Tensor) -> None:
+    weight.data = -weight.data
+
+
+def change_layout(weight: Tensor) -> None:
+    weight.data = weight.data.flip(0).contiguous().transpose(0, 1).contiguous().transpose(0, 1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [negate, negate_behind_the_counter, negate_one_channel, exchange_memory, change_layout],
+    ids=lambda f: f.__name__,
+)
+def test_a_changed_weight_is_packed_anew(change) -> None:
+    x, weight = channels_last(torch.randn(2, 8, 5, 5)), torch.nn.Parameter(torch.randn(9, 8, 1, 1))
+    torch.testing.assert_close(infer(x, weight), by_torch(x, weight))
+    packed = native._kept[id(weight)].packed
+    infer(x, weight)
+    assert native._kept[id(weight)].packed is packed  # kept while nothing changes
+    change(weight)
+    torch.testing.assert_close(infer(x, weight), by_torch(x, weight))
+
+
+def test_a_packed_weight_goes_with_its_parameter() -> None:
+    x, weight = channels_last(torch.randn(2, 8, 5, 5)), torch.nn.Parameter(torch.randn(9, 8, 1, 1))
+    infer(x, weight)
+    key = id(weight)
+    assert key in native._kept
+    del weight
+    gc.collect()
+    assert key not in native._kept
+
+
+def test_weights_of_inference_mode_have_no_counter_and_are_not_kept() -> None:
+    with torch.inference_mode():
+        x, weight = channels_last(torch.randn(2, 8, 5, 5)), torch.randn(9, 8, 1, 1)
+        torch.testing.assert_close(infer(x, weight), by_torch(x, weight))
+        assert id(weight) not in native._kept
