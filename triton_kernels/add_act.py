@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import GATE_MASK, to_storage
-from .walk import NUMBERS, elements, load_values, start, store_bits, unpack_bits
+from .tiling import NUMBERS, elements, load_values, start, store_bits, unpack_bits
 
 
 @triton.jit(do_not_specialize=NUMBERS)

@@ -17,7 +17,7 @@ from .arithmetic import (
     to_storage,
     total,
 )
-from .walk import NUMBERS, channel_of, elements, load_values, start, unpack_bits
+from .tiling import NUMBERS, channel_of, elements, load_values, start, unpack_bits
 
 
 def sum_shape(partials: int) -> dict[str, int]:

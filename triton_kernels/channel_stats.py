@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import INVSTD, MEAN, SCALE, SHIFT, total
-from .walk import NUMBERS, elements, load_values, start
+from .tiling import NUMBERS, elements, load_values, start
 
 #: Partials that one program merges, how many at a time, and for how many channels.
 MERGE = {"GROUP": 512, "ROWS": 128, "CHANNELS": 16}

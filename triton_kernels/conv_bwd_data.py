@@ -1,6 +1,6 @@
 """Gradient of a convolution's input, with grad_y formed on the way in and more on the way out.
 
-With a stride, an input pixel meets only every STRIDE-th tap; pixels are walked in STRIDE_H*STRIDE_W
+With a stride, an input pixel meets only every STRIDE-th tap; pixels fall into STRIDE_H*STRIDE_W
 classes, each a dense problem with its own taps, so that no product with a zero is computed.
 """
 
@@ -30,7 +30,7 @@ from .conv import (
     split_pixel,
     within,
 )
-from .walk import load_values
+from .tiling import load_values
 
 
 @triton.jit

@@ -6,7 +6,7 @@ import triton.language as tl
 from .arithmetic import SCALE, SHIFT, affine, dot, to_storage
 from .channel_stats import spread, store_partial
 from .conv import NUMBERS, block_of, inside, normalised, offsets, pixels_of, split_pixel, within
-from .walk import load_values
+from .tiling import load_values
 
 
 @triton.jit(do_not_specialize=NUMBERS)

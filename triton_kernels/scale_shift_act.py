@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import SCALE, SHIFT, affine, to_storage
-from .walk import NUMBERS, channel_of, elements, load_values, start, store_bits
+from .tiling import NUMBERS, channel_of, elements, load_values, start, store_bits
 
 
 @triton.jit(do_not_specialize=NUMBERS)

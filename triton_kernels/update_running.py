@@ -13,6 +13,7 @@ HAS_MEAN = tl.constexpr(1)
 HAS_VAR = tl.constexpr(2)
 HAS_COUNTER = tl.constexpr(4)
 CUMULATIVE = tl.constexpr(8)
+BITS = (HAS_MEAN, HAS_VAR, HAS_COUNTER, CUMULATIVE)
 
 #: Numbers that align no access: one binary serves all their values.
 NUMBERS = tuple(

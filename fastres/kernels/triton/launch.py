@@ -17,7 +17,6 @@ from hashlib import sha256
 from importlib import import_module
 from inspect import getsource
 from pkgutil import iter_modules
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -44,23 +43,12 @@ def options_of(max_registers: int | None) -> dict[str, Any]:
     return {"enable_fp_fusion": True, **capped}
 
 
-def _module(name: str) -> ModuleType:
-    """A file of `fastres.triton_kernels`, or any module by its full name; this imports Triton."""
-    return import_module(name if "." in name else f"fastres.triton_kernels.{name}")
-
-
-@lru_cache(maxsize=256)
-def kernel_of(module: str, name: str) -> Any:
-    """A kernel, or a function about launch shapes, of a file of kernels."""
-    return getattr(_module(module), name)
-
-
 @lru_cache(maxsize=256)
 def source_hash(module: str) -> str:
-    """Identifies the text of a file of kernels and of all that it may share with others."""
+    """Identifies the text of a module of kernels, and of all modules of fastres' own."""
     package = import_module("fastres.triton_kernels")
-    names = [info.name for info in iter_modules(package.__path__)]
-    files = {_module(name) for name in (module, *names)}
+    names = [info.name for info in iter_modules(package.__path__, f"{package.__name__}.")]
+    files = {import_module(name) for name in (module, *names)}
     text = "".join(sorted(getsource(file) for file in files))
     return sha256(text.encode()).hexdigest()[:16]
 
@@ -183,8 +171,8 @@ def launch(
     """
     if 0 in grid:
         return
-    given = next(t for t in tensors if t is not None)
-    first = given.matrix if isinstance(given, Described) else given
+    argument = next(t for t in tensors if t is not None)
+    first = argument.matrix if isinstance(argument, Described) else argument
     if (recorded := _recording.launches) is not None:
         dtypes, values = tuple(map(_type_of, tensors)), tuple(constants.items())
         shape = (num_warps, num_stages, max_registers)
@@ -252,7 +240,7 @@ def tuned(
 
     Args:
         name: of the kernel.
-        module: the file of kernels it stands in, as for `kernel_of`.
+        module: the full name of the one it stands in.
         sizes: what the choice depends on, apart from device and source.
         candidates: launch shapes, the heuristic's first.
         run: computes into fresh memory with one candidate, so that tuning changes nothing.
