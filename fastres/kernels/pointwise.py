@@ -7,7 +7,7 @@ same everywhere and stand here. A backend gives its launches.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,12 +18,44 @@ from fastres.kernels.registry import WhyNot, register
 from fastres.kernels.types import Branch, Gate
 
 
-class Launches(Protocol):
-    """One launch per primitive, over activations that have elements.
+class Normalisation(NamedTuple):
+    """out = act(scale*y + shift [+ residual, plain or scaled]), and its mask where it is wanted.
 
-    A launch writes to `out`, `mask`, `stats`, `grads` and `grad_residual`, of which those that are
-    not wanted are None. The autotuner repeats a launch, but not where it works `in_place`, with an
-    output that is an input too.
+    Without `stats` y is taken as it is. `in_place`: out may be y.
+    """
+
+    y: Tensor
+    stats: Tensor | None
+    residual: Tensor | None
+    residual_stats: Tensor | None
+    act: str
+    out: Tensor
+    mask: Tensor | None
+    in_place: bool = False
+
+
+class Gradients(NamedTuple):
+    """grad_y of the wanted branches in `grads`, and the gated gradient in `residual`.
+
+    `sums` are None with running statistics, and else taken over `values` per channel. Without
+    branches the gate is a mask's bits or the activation's output. `in_place`: an output may be
+    grad_out.
+    """
+
+    grad_out: Tensor
+    gate: Gate
+    branches: Sequence[Branch] = ()
+    sums: Tensor | None = None
+    values: int = 0
+    grads: tuple[Tensor | None, Tensor | None] = (None, None)
+    residual: Tensor | None = None
+    in_place: bool = False
+
+
+class Launches(Protocol):
+    """A backend's launches, over activations that have elements.
+
+    The autotuner repeats a launch, but not one that works in place.
     """
 
     def channel_stats(self, y: Tensor, state: Tensor | None, prior_count: int) -> Tensor:
@@ -34,44 +66,16 @@ class Launches(Protocol):
     ) -> None:
         """`stats` from `inputs`: dense state, running mean and variance, weight and bias, [C]."""
 
-    def scale_shift_act(
-        self,
-        y: Tensor,
-        stats: Tensor,
-        residual: Tensor | None,
-        residual_stats: Tensor | None,
-        act: str,
-        out: Tensor,
-        mask: Tensor | None,
-        in_place: bool,
-    ) -> None:
-        """act(scale*y + shift [+ residual, plain or scaled])."""
+    def scale_shift_act(self, call: Normalisation) -> None:
+        """One pass."""
 
     def bn_act_backward_reduce(
         self, grad_out: Tensor, gate: Gate, branches: Sequence[Branch], sums: Tensor | None
     ) -> Tensor:
         """The sums float32 [3, C], added to `sums` where they are given."""
 
-    def bn_act_backward_apply(
-        self,
-        grad_out: Tensor,
-        gate: Gate,
-        branches: Sequence[Branch],
-        sums: Tensor | None,
-        count: int,
-        grads: tuple[Tensor | None, Tensor | None],
-        grad_residual: Tensor | None,
-        in_place: bool,
-    ) -> None:
-        """grad_y per branch and the gated gradient; `sums` are None with running statistics."""
-
-    def add_act(
-        self, x: Tensor, residual: Tensor, act: str, out: Tensor, mask: Tensor | None
-    ) -> None:
-        """act(x + residual)."""
-
-    def act_backward(self, grad_out: Tensor, gate: Gate, out: Tensor, in_place: bool) -> None:
-        """The gated gradient, by a mask's bits or the activation's output."""
+    def bn_act_backward_apply(self, call: Gradients) -> None:
+        """One pass for both branches and the residual."""
 
 
 class Pointwise:
@@ -114,7 +118,7 @@ class Pointwise:
     def scale_shift_act(
         self,
         y: Tensor,
-        stats: Tensor,
+        stats: Tensor | None,
         *,
         residual: Tensor | None = None,
         residual_stats: Tensor | None = None,
@@ -123,12 +127,11 @@ class Pointwise:
         out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """act(scale*y + shift [+ residual, plain or scaled]); `out` may be y."""
-        result = torch.empty_like(y) if out is None else out
+        result, in_place = torch.empty_like(y) if out is None else out, out is not None
         mask = new_mask(y) if want_mask else None
         if y.numel():
-            self._launches.scale_shift_act(
-                y, stats, residual, residual_stats, act, result, mask, out is not None
-            )
+            call = Normalisation(y, stats, residual, residual_stats, act, result, mask, in_place)
+            self._launches.scale_shift_act(call)
         return result, mask
 
     def bn_act_backward_reduce(
@@ -166,20 +169,17 @@ class Pointwise:
         residual = torch.empty_like(grad_out) if want_residual else None
         if grad_out.numel():
             first, second = (*grads, None)[:2]
-            self._launches.bn_act_backward_apply(
+            self._launches.bn_act_backward_apply(Gradients(
                 grad_out, gate, branches, sums if count else None, count, (first, second),
                 residual, out is not None,
-            )  # fmt: skip
+            ))  # fmt: skip
         return grads, residual
 
     def add_act(
         self, x: Tensor, residual: Tensor, *, act: str = "relu", want_mask: bool = False
     ) -> tuple[Tensor, Tensor | None]:
         """act(x + residual), and its mask."""
-        out, mask = torch.empty_like(x), new_mask(x) if want_mask else None
-        if x.numel():
-            self._launches.add_act(x, residual, act, out, mask)
-        return out, mask
+        return self.scale_shift_act(x, None, residual=residual, act=act, want_mask=want_mask)
 
     def act_backward(self, grad_out: Tensor, gate: Gate, *, out: Tensor | None = None) -> Tensor:
         """The gated gradient, into `out` where it is given."""
@@ -189,5 +189,6 @@ class Pointwise:
         if gate_code(gate) == 0:
             return result.copy_(grad_out)
         if grad_out.numel():
-            self._launches.act_backward(grad_out, gate, result, out is not None)
+            call = Gradients(grad_out, gate, residual=result, in_place=out is not None)
+            self._launches.bn_act_backward_apply(call)
         return result

@@ -18,7 +18,7 @@ from fastres.kernels.common import (
 )
 from fastres.kernels.cuda.module import module, where, why_not
 from fastres.kernels.cuda.tiling import Shape, Tiling, choose, partials
-from fastres.kernels.pointwise import Pointwise
+from fastres.kernels.pointwise import Gradients, Normalisation, Pointwise
 from fastres.kernels.types import Branch, Gate
 
 
@@ -42,18 +42,9 @@ class Launches:
             state, count, *others, eps, stats.data_ptr(), channels, where(stats)
         )
 
-    def scale_shift_act(
-        self,
-        y: Tensor,
-        stats: Tensor | None,
-        residual: Tensor | None,
-        residual_stats: Tensor | None,
-        act: str,
-        out: Tensor,
-        mask: Tensor | None,
-        in_place: bool,
-    ) -> None:
-        """One pass; without `stats` y is taken as it is."""
+    def scale_shift_act(self, call: Normalisation) -> None:
+        """One pass."""
+        y, stats, residual, residual_stats, act, out, mask, in_place = call
         shape = Shape.of(y)
 
         def run(tiling: Tiling) -> None:
@@ -84,40 +75,21 @@ class Launches:
         flags, name = (gate.kind, gate.applied, rows), "bn_act_backward_reduce"
         return run(choose(name, shape, device, flags, run, sums=True, pipelines=True))
 
-    def bn_act_backward_apply(
-        self,
-        grad_out: Tensor,
-        gate: Gate,
-        branches: Sequence[Branch],
-        sums: Tensor | None,
-        count: int,
-        grads: tuple[Tensor | None, Tensor | None],
-        grad_residual: Tensor | None,
-        in_place: bool,
-    ) -> None:
+    def bn_act_backward_apply(self, call: Gradients) -> None:
         """One pass for both branches and the residual."""
+        grad_out, gate, branches, sums, count, grads, residual, in_place = call
         gate, shape = as_relu(gate), Shape.of(grad_out)
 
         def run(tiling: Tiling) -> None:
             module().bn_act_backward_apply(
                 *backward_inputs(grad_out, gate, branches), address(sums), count,
-                *map(address, (*grads, grad_residual)), shape, tiling, where(grad_out),
+                *map(address, (*grads, residual)), shape, tiling, where(grad_out),
             )  # fmt: skip
 
-        absent = [t is None for t in (sums, *grads, grad_residual)]
+        absent = [t is None for t in (sums, *grads, residual)]
         flags: tuple[str | bool, ...] = (gate.kind, gate.applied, *absent)
         repeatable, name = None if in_place else run, "bn_act_backward_apply"
         run(choose(name, shape, grad_out.device, flags, repeatable, pipelines=True))
-
-    def add_act(
-        self, x: Tensor, residual: Tensor, act: str, out: Tensor, mask: Tensor | None
-    ) -> None:
-        """The pass of a normalisation that has no statistics."""
-        self.scale_shift_act(x, None, residual, None, act, out, mask, False)
-
-    def act_backward(self, grad_out: Tensor, gate: Gate, out: Tensor, in_place: bool) -> None:
-        """The pass of a batch norm's backward that has no branches."""
-        self.bn_act_backward_apply(grad_out, gate, (), None, 0, (None, None), out, in_place)
 
 
 def batch_stats(y: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:

@@ -23,6 +23,7 @@ from fastres.kernels.cuda.batch_norm import (
 )
 from fastres.kernels.cuda.module import binary, cache_bytes, module, where, why_not
 from fastres.kernels.cuda.tiling import Shape, Tiling, channel_block_tilings, partials
+from fastres.kernels.pointwise import Gradients, Normalisation
 from fastres.kernels.registry import register
 from fastres.kernels.tuned import tuned
 from fastres.kernels.types import Branch, Gate
@@ -97,9 +98,8 @@ def bn_act_forward(
         if not isinstance(variant, Tiling):
             stats = batch_stats(y, weight, bias, eps)
             if y.numel():
-                launches.scale_shift_act(
-                    y, stats, residual, residual_stats, act, out, mask, in_place=False
-                )
+                call = Normalisation(y, stats, residual, residual_stats, act, out, mask)
+                launches.scale_shift_act(call)
             return stats
         stats = floats(5, y.shape[1], device=y.device)
         parts = partials(shape, variant, 2, torch.float64, y.device)
@@ -143,10 +143,9 @@ def bn_act_backward(
         if not isinstance(variant, Tiling):
             sums = bn_act_backward_reduce(grad_out, gate, branches)
             if grad_out.numel():
-                launches.bn_act_backward_apply(
-                    grad_out, gate, branches, sums if count else None, count, both, residual,
-                    in_place=False,
-                )  # fmt: skip
+                used = sums if count else None
+                call = Gradients(grad_out, gate, branches, used, count, both, residual)
+                launches.bn_act_backward_apply(call)
             return sums
         sums = floats(3, grad_out.shape[1], device=grad_out.device)
         parts = partials(shape, variant, 1 + len(branches), torch.float32, grad_out.device)

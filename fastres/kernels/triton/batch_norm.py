@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastres.kernels.common import branch_tensors, floats
-from fastres.kernels.pointwise import Pointwise
+from fastres.kernels.pointwise import Gradients, Normalisation, Pointwise
 from fastres.kernels.triton.activation import gate_flags, output_flags
 from fastres.kernels.triton.launch import launch
 from fastres.kernels.triton.support import Matrix, why_not
@@ -66,28 +66,19 @@ class Launches:
         kernel = channel_stats.finalize_stats_fwd_kernel
         launch(kernel, grid, (*inputs, stats), sizes, constants)
 
-    def scale_shift_act(
-        self,
-        y: Tensor,
-        stats: Tensor,
-        residual: Tensor | None,
-        residual_stats: Tensor | None,
-        act: str,
-        out: Tensor,
-        mask: Tensor | None,
-        in_place: bool,
-    ) -> None:
-        """One pass."""
-        from fastres.triton_kernels import scale_shift_act
+    def scale_shift_act(self, call: Normalisation) -> None:
+        """One pass; without `stats` by a kernel of its own."""
+        from fastres.triton_kernels import add_act, scale_shift_act
 
-        flags = {
-            **output_flags(act, mask is not None),
-            "HAS_RESIDUAL": residual is not None,
-            "HAS_RESIDUAL_STATS": residual_stats is not None,
-            "HAS_MASK": mask is not None,
-        }
-        tensors = (y, stats, residual, residual_stats, out, mask)
-        kernel = scale_shift_act.scale_shift_act_fwd_kernel
+        y, stats, residual, residual_stats, act, out, mask, in_place = call
+        kernel, flags = add_act.add_act_fwd_kernel, output_flags(act, mask is not None)
+        tensors: tuple[Tensor | None, ...] = (y, residual, out, mask)
+        if stats is not None:
+            kernel = scale_shift_act.scale_shift_act_fwd_kernel
+            tensors = (y, stats, residual, residual_stats, out, mask)
+            flags["HAS_RESIDUAL"] = residual is not None
+            flags["HAS_RESIDUAL_STATS"] = residual_stats is not None
+        flags["HAS_MASK"] = mask is not None
         launch_elementwise(kernel, Matrix.of(y), tensors, flags, in_place=in_place)
 
     def bn_act_backward_reduce(
@@ -110,50 +101,27 @@ class Launches:
 
         return sum_partials(run(choose_tiling(kernel, m, inputs, flags, run, SEVERAL)))
 
-    def bn_act_backward_apply(
-        self,
-        grad_out: Tensor,
-        gate: Gate,
-        branches: Sequence[Branch],
-        sums: Tensor | None,
-        count: int,
-        grads: tuple[Tensor | None, Tensor | None],
-        grad_residual: Tensor | None,
-        in_place: bool,
-    ) -> None:
-        """One pass for both branches and the residual."""
-        from fastres.triton_kernels import bn_act
+    def bn_act_backward_apply(self, call: Gradients) -> None:
+        """One pass for both branches and the residual; without branches by a kernel of its own."""
+        from fastres.triton_kernels import add_act, bn_act
 
-        flags = {
-            **gate_flags(gate),
+        grad_out, gate, branches, sums, count, grads, residual, in_place = call
+        m, flags = Matrix.of(grad_out), gate_flags(gate)
+        if not branches:
+            tensors = (grad_out, gate.tensor, residual)
+            launch_elementwise(add_act.act_bwd_kernel, m, tensors, flags, in_place=in_place)
+            return
+        inputs = (grad_out, gate.tensor, *branch_tensors(branches), sums)
+        flags |= {
             "HAS_SUMS": sums is not None,
             "HAS_FIRST": grads[0] is not None,
             "HAS_SECOND": grads[1] is not None,
-            "HAS_RESIDUAL": grad_residual is not None,
+            "HAS_RESIDUAL": residual is not None,
         }
-        inputs = (grad_out, gate.tensor, *branch_tensors(branches), sums)
         launch_elementwise(
-            bn_act.bn_act_apply_bwd_kernel, Matrix.of(grad_out), (*inputs, *grads, grad_residual),
-            flags, (1 / max(count, 1),), in_place=in_place, widest=SEVERAL,
+            bn_act.bn_act_apply_bwd_kernel, m, (*inputs, *grads, residual), flags,
+            (1 / max(count, 1),), in_place=in_place, widest=SEVERAL,
         )  # fmt: skip
-
-    def add_act(
-        self, x: Tensor, residual: Tensor, act: str, out: Tensor, mask: Tensor | None
-    ) -> None:
-        """One pass."""
-        from fastres.triton_kernels import add_act
-
-        wanted = mask is not None
-        flags = {**output_flags(act, wanted), "HAS_MASK": wanted}
-        tensors = (x, residual, out, mask)
-        launch_elementwise(add_act.add_act_fwd_kernel, Matrix.of(x), tensors, flags)
-
-    def act_backward(self, grad_out: Tensor, gate: Gate, out: Tensor, in_place: bool) -> None:
-        """One pass."""
-        from fastres.triton_kernels import add_act
-
-        tensors, flags, m = (grad_out, gate.tensor, out), gate_flags(gate), Matrix.of(grad_out)
-        launch_elementwise(add_act.act_bwd_kernel, m, tensors, flags, in_place=in_place)
 
 
 def merge_stats(partials: Tensor, counts: Tensor) -> Tensor:

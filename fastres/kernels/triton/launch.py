@@ -184,16 +184,9 @@ def launch(
     # Triton launches on the current device.
     with torch.cuda.device_of(first):
         _launch_bound(
-            kernel,
-            grid,
-            tensors,
-            sizes,
-            constants,
-            num_warps,
-            num_stages,
-            max_registers,
+            kernel, grid, tensors, sizes, constants, num_warps, num_stages, max_registers,
             first.device,
-        )
+        )  # fmt: skip
 
 
 def _launch_bound(
