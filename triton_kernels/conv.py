@@ -121,25 +121,11 @@ def open_bits(p_mask, row, first, m_row, channels, LANES: tl.constexpr, WHOLE: t
 
 @triton.jit
 def load_gradient(
-    p_grad,
-    p_gate,
-    p_y,
-    p_stats,
-    p_sums,
-    row,
-    shift,
-    first,
-    m_row,
-    m_channel,
-    channels,
-    inverse_count,
-    LANES: tl.constexpr,
-    PENDING: tl.constexpr,
-    GATE: tl.constexpr,
-    DERIVATIVE: tl.constexpr,
-    HAS_SUMS: tl.constexpr,
-    WHOLE: tl.constexpr,
-):
+    p_grad, p_gate, p_y, p_stats, p_sums,
+    row, shift, first, m_row, m_channel, channels, inverse_count,
+    LANES: tl.constexpr, PENDING: tl.constexpr, GATE: tl.constexpr, DERIVATIVE: tl.constexpr,
+    HAS_SUMS: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
     """A tile [pixels, LANES channels] of grad_y: as it lies, or formed from what is pending on it.
 
     Its pixels are row + shift, its channels start at `first`, which is WHOLE bytes of a mask; both

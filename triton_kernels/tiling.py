@@ -61,15 +61,9 @@ def elements(
 
 @triton.jit
 def channel_of(
-    row,
-    byte,
-    rows,
-    cols,
-    channels,
-    CHANNELS_LAST: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_BYTES: tl.constexpr,
-):
+    row, byte, rows, cols, channels,
+    CHANNELS_LAST: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_BYTES: tl.constexpr,
+):  # fmt: skip
     """Channel of each element and whether it exists: [1, B, 8] or [R, 1, 1]."""
     if CHANNELS_LAST:
         byte = byte + tl.arange(0, BLOCK_BYTES).to(tl.int64)
