@@ -6,17 +6,17 @@ from typing import Any
 
 from fastres.kernels.common import GATE_CODES, gate_code
 from fastres.kernels.reference import ACTIVATIONS
+from fastres.kernels.triton.launch import kernels
 from fastres.kernels.types import Gate, Prologue
 
 
 def functions_of(act: str) -> Any:
     """`value`, `derivative` and `operand` of an activation; this imports Triton."""
-    from fastres.triton_kernels import activations
-
-    if act in activations.FUNCTIONS:
-        return activations.FUNCTIONS[act]
+    built_in: dict[str, Any] = kernels().activations.FUNCTIONS
+    if act in built_in:
+        return built_in[act]
     value, derivative = ACTIVATIONS[act].kernels["triton"]
-    return activations.Functions(value, derivative, value)
+    return kernels().activations.Functions(value, derivative, value)
 
 
 def output_flags(act: str, want_mask: bool) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastres.kernels.common import branch_tensors, floats
 from fastres.kernels.pointwise import Gradients, Normalisation, Pointwise
 from fastres.kernels.triton.activation import gate_flags, output_flags
-from fastres.kernels.triton.launch import launch
+from fastres.kernels.triton.launch import kernels, launch
 from fastres.kernels.triton.support import Matrix, why_not
 from fastres.kernels.triton.tiling import (
     SEVERAL,
@@ -30,9 +30,7 @@ class Launches:
 
     def channel_stats(self, y: Tensor, state: Tensor | None, prior_count: int) -> Tensor:
         """(mean, M2) out of partial results, of which `state` is the last."""
-        from fastres.triton_kernels import channel_stats
-
-        kernel, m = channel_stats.channel_stats_fwd_kernel, Matrix.of(y)
+        kernel, m = kernels().channel_stats.channel_stats_fwd_kernel, Matrix.of(y)
 
         def run(tiling: object) -> tuple[Tensor, Tensor]:
             extra = state is not None and prior_count > 0
@@ -52,8 +50,6 @@ class Launches:
         self, inputs: Sequence[Tensor | None], count: int, eps: float, stats: Tensor
     ) -> None:
         """`stats`, in float64."""
-        from fastres.triton_kernels import channel_stats
-
         state, _, _, weight, bias = inputs
         constants = {
             "HAS_STATE": state is not None,
@@ -63,18 +59,16 @@ class Launches:
         }
         channels = stats.shape[1]
         grid, sizes = (-(-channels // _FINALIZE_BLOCK),), (channels, count, eps)
-        kernel = channel_stats.finalize_stats_fwd_kernel
+        kernel = kernels().channel_stats.finalize_stats_fwd_kernel
         launch(kernel, grid, (*inputs, stats), sizes, constants)
 
     def scale_shift_act(self, call: Normalisation) -> None:
         """One pass; without `stats` by a kernel of its own."""
-        from fastres.triton_kernels import add_act, scale_shift_act
-
         y, stats, residual, residual_stats, act, out, mask, in_place = call
-        kernel, flags = add_act.add_act_fwd_kernel, output_flags(act, mask is not None)
+        kernel, flags = kernels().add_act.add_act_fwd_kernel, output_flags(act, mask is not None)
         tensors: tuple[Tensor | None, ...] = (y, residual, out, mask)
         if stats is not None:
-            kernel = scale_shift_act.scale_shift_act_fwd_kernel
+            kernel = kernels().scale_shift_act.scale_shift_act_fwd_kernel
             tensors = (y, stats, residual, residual_stats, out, mask)
             flags["HAS_RESIDUAL"] = residual is not None
             flags["HAS_RESIDUAL_STATS"] = residual_stats is not None
@@ -85,9 +79,7 @@ class Launches:
         self, grad_out: Tensor, gate: Gate, branches: Sequence[Branch], sums: Tensor | None
     ) -> Tensor:
         """The sum of partial results, of which `sums` are the last."""
-        from fastres.triton_kernels import bn_act
-
-        kernel, m = bn_act.bn_act_reduce_bwd_kernel, Matrix.of(grad_out)
+        kernel, m = kernels().bn_act.bn_act_reduce_bwd_kernel, Matrix.of(grad_out)
         inputs = (grad_out, gate.tensor, *branch_tensors(branches))
         flags = {**gate_flags(gate), "HAS_SECOND": len(branches) > 1}
 
@@ -103,13 +95,12 @@ class Launches:
 
     def bn_act_backward_apply(self, call: Gradients) -> None:
         """One pass for both branches and the residual; without branches by a kernel of its own."""
-        from fastres.triton_kernels import add_act, bn_act
-
         grad_out, gate, branches, sums, count, grads, residual, in_place = call
         m, flags = Matrix.of(grad_out), gate_flags(gate)
         if not branches:
             tensors = (grad_out, gate.tensor, residual)
-            launch_elementwise(add_act.act_bwd_kernel, m, tensors, flags, in_place=in_place)
+            kernel = kernels().add_act.act_bwd_kernel
+            launch_elementwise(kernel, m, tensors, flags, in_place=in_place)
             return
         inputs = (grad_out, gate.tensor, *branch_tensors(branches), sums)
         flags |= {
@@ -119,16 +110,14 @@ class Launches:
             "HAS_RESIDUAL": residual is not None,
         }
         launch_elementwise(
-            bn_act.bn_act_apply_bwd_kernel, m, (*inputs, *grads, residual), flags,
+            kernels().bn_act.bn_act_apply_bwd_kernel, m, (*inputs, *grads, residual), flags,
             (1 / max(count, 1),), in_place=in_place, widest=SEVERAL,
         )  # fmt: skip
 
 
 def merge_stats(partials: Tensor, counts: Tensor) -> Tensor:
     """(mean, M2) [2, C] out of partials [P, 3, C] and their counts [P], in a fixed order."""
-    from fastres.triton_kernels import channel_stats
-
-    constants: dict[str, int] = channel_stats.MERGE
+    constants: dict[str, int] = kernels().channel_stats.MERGE
     channels, device = partials.shape[2], partials.device
     while True:
         groups = -(-len(partials) // constants["GROUP"])
@@ -137,7 +126,7 @@ def merge_stats(partials: Tensor, counts: Tensor) -> Tensor:
         merged_counts = floats(groups, device=device)
         grid = (groups * -(-channels // constants["CHANNELS"]),)
         tensors, sizes = (partials, counts, merged, merged_counts), (len(partials), channels)
-        kernel = channel_stats.merge_stats_kernel
+        kernel = kernels().channel_stats.merge_stats_kernel
         launch(kernel, grid, tensors, sizes, {"LAST": last, **constants})
         if last:
             return merged[0]
@@ -146,17 +135,15 @@ def merge_stats(partials: Tensor, counts: Tensor) -> Tensor:
 
 def sum_partials(partials: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Sum over the first dimension of a dense tensor, in a fixed order."""
-    from fastres.triton_kernels import bn_act
-
     width, device = partials[0].numel(), partials.device
     while True:
-        constants = bn_act.sum_shape(len(partials))
+        constants = kernels().bn_act.sum_shape(len(partials))
         groups = -(-len(partials) // constants["GROUP"])
         last = groups == 1
         stored = dtype if last else torch.float32
         merged = torch.empty(groups, *partials.shape[1:], dtype=stored, device=device)
         grid = (groups * -(-width // constants["COLUMNS"]),)
-        kernel, sizes = bn_act.sum_partials_kernel, (len(partials), width)
+        kernel, sizes = kernels().bn_act.sum_partials_kernel, (len(partials), width)
         launch(kernel, grid, (partials, merged), sizes, constants)
         if last:
             return merged[0]

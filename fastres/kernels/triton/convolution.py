@@ -10,7 +10,7 @@ from fastres.kernels.common import floats, precision_of, zeros
 from fastres.kernels.registry import register
 from fastres.kernels.triton.activation import functions_of, prologue_flags
 from fastres.kernels.triton.batch_norm import merge_stats
-from fastres.kernels.triton.launch import MAX_REGISTERS, Described, launch
+from fastres.kernels.triton.launch import MAX_REGISTERS, Described, kernels, launch
 from fastres.kernels.triton.products import (
     Problem,
     channels_innermost,
@@ -35,9 +35,7 @@ class _Epilogue(NamedTuple):
 def _forward(
     x: Tensor, weight: Tensor, conv: Conv, prologue: Prologue | None, epilogue: _Epilogue
 ) -> tuple[Tensor, Tensor | None]:
-    from fastres.triton_kernels import conv_fwd
-
-    kernel = conv_fwd.conv_fwd_kernel
+    kernel = kernels().conv_fwd.conv_fwd_kernel
     p, weight = Problem.of(x, weight, conv), channels_innermost(weight)
     x_stats = None if prologue is None else prologue.stats
     flags = {
@@ -105,14 +103,12 @@ def _launch_described(
     counts: Tensor | None,
 ) -> None:
     """The 1x1 convolution on a persistent grid: as many programs as the device holds at a time."""
-    from fastres.triton_kernels import conv1x1_fwd
-
     (k, c), pixels, device = weight.shape[:2], y.numel() // y.shape[1], device_of(x)
     programs = -(-pixels // tile.m) * -(-k // tile.n)
     at_a_time = max(1, device.shared_bytes // tile.shared_bytes(x.element_size()))
     names = ("HAS_PROLOGUE", "ACT_X", "HAS_STATE", "PRECISION")
     launch(
-        conv1x1_fwd.conv1x1_fwd_kernel,
+        kernels().conv1x1_fwd.conv1x1_fwd_kernel,
         (min(programs, device.processors * min(2, at_a_time)),),
         (
             Described(_matrix(x), (tile.m, tile.k)), x_stats,

@@ -11,7 +11,7 @@ from fastres.kernels.common import floats, precision_of
 from fastres.kernels.registry import Request, register
 from fastres.kernels.triton.activation import gate_flags, prologue_flags
 from fastres.kernels.triton.batch_norm import act_backward, bn_act_backward_apply, sum_partials
-from fastres.kernels.triton.launch import launch
+from fastres.kernels.triton.launch import kernels, launch
 from fastres.kernels.triton.products import (
     Problem,
     channels_innermost,
@@ -64,9 +64,7 @@ def data_gradient(
     reduce: tuple[Gate, Branch] | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Gradient of the input and, on demand, the sums of the batch norm below it."""
-    from fastres.triton_kernels import conv_bwd_data
-
-    kernel = conv_bwd_data.conv_bwd_data_kernel
+    kernel = kernels().conv_bwd_data.conv_bwd_data_kernel
     p, weight = Problem.of(like, weight, conv), channels_innermost(weight)
     residual, residual_gate, kind = _residual(accumulate)
     gate, below = reduce or (Gate("none"), Branch(None, None))  # type: ignore[arg-type]
@@ -122,9 +120,7 @@ def weight_gradient(
     incoming: Incoming, x: Tensor, weight: Tensor, conv: Conv, prologue: Prologue | None
 ) -> Tensor:
     """Gradient of the weight, its parts summed in order."""
-    from fastres.triton_kernels import conv_bwd_weight
-
-    kernel, p = conv_bwd_weight.conv_bwd_weight_kernel, Problem.of(x, weight, conv)
+    kernel, p = kernels().conv_bwd_weight.conv_bwd_weight_kernel, Problem.of(x, weight, conv)
     x_stats = None if prologue is None else prologue.stats
     flags = {**incoming.flags, **prologue_flags(prologue), "PRECISION": precision_of(x.dtype)}
     group_in, group_out = p.channels // conv.groups, p.out_channels // conv.groups

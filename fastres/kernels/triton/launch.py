@@ -12,10 +12,10 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from functools import lru_cache
+from functools import cache, lru_cache
 from hashlib import sha256
 from importlib import import_module
-from inspect import getsource
+from inspect import getsource, ismodule
 from pkgutil import iter_modules
 from typing import Any, NamedTuple
 
@@ -43,13 +43,20 @@ def options_of(max_registers: int | None) -> dict[str, Any]:
     return {"enable_fp_fusion": True, **capped}
 
 
+@cache
+def kernels() -> Any:
+    """`fastres.triton_kernels` with all of its modules; the first call imports Triton."""
+    package = import_module("fastres.triton_kernels")
+    for info in iter_modules(package.__path__, f"{package.__name__}."):
+        import_module(info.name)
+    return package
+
+
 @lru_cache(maxsize=256)
 def source_hash(module: str) -> str:
     """Identifies the text of a module of kernels, and of all modules of fastres' own."""
-    package = import_module("fastres.triton_kernels")
-    names = [info.name for info in iter_modules(package.__path__, f"{package.__name__}.")]
-    files = {import_module(name) for name in (module, *names)}
-    text = "".join(sorted(getsource(file) for file in files))
+    modules = {import_module(module), *filter(ismodule, vars(kernels()).values())}
+    text = "".join(sorted(getsource(m) for m in modules))
     return sha256(text.encode()).hexdigest()[:16]
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastres.kernels.registry import Request
-from fastres.kernels.triton.launch import in_words, tuned
+from fastres.kernels.triton.launch import in_words, kernels, tuned
 from fastres.kernels.triton.support import device_of, why_not
 from fastres.kernels.types import Conv, dense
 
@@ -96,9 +96,7 @@ def _geometry(kernel: tuple[int, int], conv: Conv) -> dict[str, int]:
 @lru_cache(maxsize=1024)
 def _tiles(described: bool, specialised: bool, *problem: int | bool) -> list[Any]:
     """Candidates; by tensor descriptors, and with specialised warps, after the plain ones."""
-    from fastres.triton_kernels import conv
-
-    plain = conv.tiles(*problem)
+    plain = kernels().conv.tiles(*problem)
     copied = [tile._replace(descriptors=True) for tile in plain] if described else []
     if specialised:
         copied += [tile._replace(specialised=True) for tile in copied]

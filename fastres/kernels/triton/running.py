@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastres.kernels.registry import Request, register
 from fastres.kernels.running import RUNNING_DTYPES, rows_of
-from fastres.kernels.triton.launch import launch
+from fastres.kernels.triton.launch import kernels, launch
 from fastres.kernels.triton.support import why_not
 from fastres.kernels.types import RunningUpdate
 
@@ -30,16 +30,14 @@ def _why_not(request: Request) -> str | None:
 @register("update_running", "triton", why_not=_why_not)
 def update_running(updates: Sequence[RunningUpdate]) -> None:
     """As many of them per launch as the kernel takes; arithmetic in float64."""
-    from fastres.triton_kernels import update_running as kernels
-
     rows_of(updates)  # checks them, and tells autograd
-    for first in range(0, len(updates), kernels.MOST):
-        _launch(updates[first : first + kernels.MOST])
+    most = kernels().update_running.MOST
+    for first in range(0, len(updates), most):
+        _launch(updates[first : first + most])
 
 
 def _launch(updates: Sequence[RunningUpdate]) -> None:
-    from fastres.triton_kernels import update_running as kernels
-
+    module = kernels().update_running
     tensors: list[Tensor | None] = []
     numbers: list[int] = []
     has: list[int] = []
@@ -51,8 +49,8 @@ def _launch(updates: Sequence[RunningUpdate]) -> None:
         strides = [1 if t is None else t.stride(0) for t in (mean, var)]
         numbers += [channels, *strides, count, _bits(0.0 if momentum is None else momentum)]
         parts = (mean is not None, var is not None, counter is not None, momentum is None)
-        has.append(sum(bit.value * part for bit, part in zip(kernels.BITS, parts, strict=True)))
-    absent = kernels.MOST - len(updates)
+        has.append(sum(bit.value * part for bit, part in zip(module.BITS, parts, strict=True)))
+    absent = module.MOST - len(updates)
     tensors += [None] * (4 * absent)
     numbers += [0] * (5 * absent)
     has += [0] * absent
@@ -61,7 +59,7 @@ def _launch(updates: Sequence[RunningUpdate]) -> None:
     alone = any(u.counter is not None and u.momentum is None for u in updates)
     grid, steps = (1, blocks) if alone else (blocks, 1)
     constants = {**{f"HAS{i}": h for i, h in enumerate(has)}, "BLOCK": BLOCK}
-    launch(kernels.update_running_kernel, (grid,), tensors, (*numbers, steps), constants)
+    launch(module.update_running_kernel, (grid,), tensors, (*numbers, steps), constants)
 
 
 @lru_cache(maxsize=256)

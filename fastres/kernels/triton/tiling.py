@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastres.kernels.triton.launch import in_words, launch, tuned
+from fastres.kernels.triton.launch import in_words, kernels, launch, tuned
 from fastres.kernels.triton.support import Matrix, device_of
 
 #: Most elements of a tile where a kernel holds several values of each in registers.
@@ -17,10 +17,8 @@ SEVERAL = 2048
 
 @lru_cache(maxsize=1024)
 def _tilings(m: Matrix, processors: int, widest: int) -> list[Any]:
-    from fastres.triton_kernels import tiling
-
-    candidates: list[Any] = tiling.tilings(m.rows, m.row_bytes, m.channels_last, processors, widest)
-    return candidates
+    tilings: Callable[..., list[Any]] = kernels().tiling.tilings
+    return tilings(m.rows, m.row_bytes, m.channels_last, processors, widest)
 
 
 def launch_elementwise(
