@@ -4,29 +4,16 @@ import triton
 import triton.language as tl
 
 from .arithmetic import GATE_MASK, to_storage
-from .walk import NUMBERS, elements, load_values, start, store_bits, unpack_bits
+from .tiling import NUMBERS, elements, load_values, start, store_bits, unpack_bits
 
 
 @triton.jit(do_not_specialize=NUMBERS)
 def add_act_fwd_kernel(
-    p_x,
-    p_residual,
-    p_out,
-    p_mask,
-    rows,
-    cols,
-    row_bytes,
-    channels,
-    chunk,
-    chunks,
-    steps,
-    ACT: tl.constexpr,
-    DERIVATIVE: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_BYTES: tl.constexpr,
-):
+    p_x, p_residual, p_out, p_mask,
+    rows, cols, row_bytes, channels, chunk, chunks, steps,
+    ACT: tl.constexpr, DERIVATIVE: tl.constexpr, HAS_MASK: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_BYTES: tl.constexpr,
+):  # fmt: skip
     row, byte, _ = start(rows, row_bytes, chunk, CHANNELS_LAST, BLOCK_ROWS, BLOCK_BYTES)
     for _step in range(steps):
         o_element, m_element, o_byte, m_byte = elements(
@@ -47,22 +34,11 @@ def add_act_fwd_kernel(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def act_bwd_kernel(
-    p_grad_out,
-    p_gate,
-    p_grad,
-    rows,
-    cols,
-    row_bytes,
-    channels,
-    chunk,
-    chunks,
-    steps,
-    GATE: tl.constexpr,
-    DERIVATIVE: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_BYTES: tl.constexpr,
-):
+    p_grad_out, p_gate, p_grad,
+    rows, cols, row_bytes, channels, chunk, chunks, steps,
+    GATE: tl.constexpr, DERIVATIVE: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_BYTES: tl.constexpr,
+):  # fmt: skip
     row, byte, _ = start(rows, row_bytes, chunk, CHANNELS_LAST, BLOCK_ROWS, BLOCK_BYTES)
     for _step in range(steps):
         o_element, m_element, o_byte, m_byte = elements(

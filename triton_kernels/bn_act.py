@@ -17,7 +17,7 @@ from .arithmetic import (
     to_storage,
     total,
 )
-from .walk import NUMBERS, channel_of, elements, load_values, start, unpack_bits
+from .tiling import NUMBERS, channel_of, elements, load_values, start, unpack_bits
 
 
 def sum_shape(partials: int) -> dict[str, int]:
@@ -28,19 +28,10 @@ def sum_shape(partials: int) -> dict[str, int]:
 
 @triton.jit
 def _gated(
-    p_gate,
-    b_g,
-    b_y,
-    b_scale,
-    b_shift,
-    o_element,
-    m_element,
-    o_byte,
-    m_byte,
-    dtype: tl.constexpr,
-    GATE: tl.constexpr,
-    DERIVATIVE: tl.constexpr,
-):
+    p_gate, b_g, b_y, b_scale, b_shift,
+    o_element, m_element, o_byte, m_byte,
+    dtype: tl.constexpr, GATE: tl.constexpr, DERIVATIVE: tl.constexpr,
+):  # fmt: skip
     if GATE == GATE_NONE:
         return b_g
     elif GATE == GATE_AFFINE:
@@ -53,27 +44,11 @@ def _gated(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def bn_act_reduce_bwd_kernel(
-    p_grad_out,
-    p_gate,
-    p_y1,
-    p_stats1,
-    p_y2,
-    p_stats2,
-    p_partials,
-    rows,
-    cols,
-    row_bytes,
-    channels,
-    chunk,
-    chunks,
-    steps,
-    GATE: tl.constexpr,
-    DERIVATIVE: tl.constexpr,
-    HAS_SECOND: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_BYTES: tl.constexpr,
-):
+    p_grad_out, p_gate, p_y1, p_stats1, p_y2, p_stats2, p_partials,
+    rows, cols, row_bytes, channels, chunk, chunks, steps,
+    GATE: tl.constexpr, DERIVATIVE: tl.constexpr, HAS_SECOND: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_BYTES: tl.constexpr,
+):  # fmt: skip
     """Per chunk [3, C]: sum_g, and per branch sum(g*(y - mean))*invstd."""
     row, byte, index = start(rows, row_bytes, chunk, CHANNELS_LAST, BLOCK_ROWS, BLOCK_BYTES)
     o_row = row + tl.arange(0, BLOCK_ROWS).to(tl.int64)[:, None]
@@ -96,19 +71,9 @@ def bn_act_reduce_bwd_kernel(
         b_g = load_values(p_grad_out, o_element, m_element)
         b_y = load_values(p_y1, o_element, m_element)
         b_g = _gated(
-            p_gate,
-            b_g,
-            b_y,
-            b_scale1,
-            b_shift1,
-            o_element,
-            m_element,
-            o_byte,
-            m_byte,
-            p_grad_out.dtype.element_ty,
-            GATE,
-            DERIVATIVE,
-        )
+            p_gate, b_g, b_y, b_scale1, b_shift1, o_element, m_element, o_byte, m_byte,
+            p_grad_out.dtype.element_ty, GATE, DERIVATIVE,
+        )  # fmt: skip
         b_sum += b_g
         b_sum1 += tl.where(m_element, b_g * (b_y - b_mean1), 0.0)
         if HAS_SECOND:
@@ -166,34 +131,12 @@ def sum_partials_kernel(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def bn_act_apply_bwd_kernel(
-    p_grad_out,
-    p_gate,
-    p_y1,
-    p_stats1,
-    p_y2,
-    p_stats2,
-    p_sums,
-    p_grad1,
-    p_grad2,
-    p_grad_residual,
-    rows,
-    cols,
-    row_bytes,
-    channels,
-    chunk,
-    chunks,
-    steps,
-    inverse_count,
-    GATE: tl.constexpr,
-    DERIVATIVE: tl.constexpr,
-    HAS_SUMS: tl.constexpr,
-    HAS_FIRST: tl.constexpr,
-    HAS_SECOND: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_BYTES: tl.constexpr,
-):
+    p_grad_out, p_gate, p_y1, p_stats1, p_y2, p_stats2, p_sums, p_grad1, p_grad2, p_grad_residual,
+    rows, cols, row_bytes, channels, chunk, chunks, steps, inverse_count,
+    GATE: tl.constexpr, DERIVATIVE: tl.constexpr, HAS_SUMS: tl.constexpr, HAS_FIRST: tl.constexpr,
+    HAS_SECOND: tl.constexpr, HAS_RESIDUAL: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_BYTES: tl.constexpr,
+):  # fmt: skip
     """grad_y of each wanted branch, and the gated gradient itself, in one pass."""
     row, byte, _ = start(rows, row_bytes, chunk, CHANNELS_LAST, BLOCK_ROWS, BLOCK_BYTES)
     channel, m_channel = channel_of(
@@ -217,19 +160,9 @@ def bn_act_apply_bwd_kernel(
             b_y = load_values(p_y1, o_element, m_element)
         dtype: tl.constexpr = p_grad_out.dtype.element_ty
         b_g = _gated(
-            p_gate,
-            b_g,
-            b_y,
-            b_scale1,
-            b_shift1,
-            o_element,
-            m_element,
-            o_byte,
-            m_byte,
-            dtype,
-            GATE,
-            DERIVATIVE,
-        )
+            p_gate, b_g, b_y, b_scale1, b_shift1, o_element, m_element, o_byte, m_byte, dtype,
+            GATE, DERIVATIVE,
+        )  # fmt: skip
         if HAS_FIRST:
             b_grad = b_g * b_scale1
             if HAS_SUMS:
@@ -251,15 +184,11 @@ def bn_act_apply_bwd_kernel(
 
 @triton.jit
 def load_bn(
-    p_stats,
-    p_sums,
+    p_stats, p_sums,
     ROW: tl.constexpr,
-    channel,
-    m_channel,
-    channels,
-    inverse_count,
+    channel, m_channel, channels, inverse_count,
     HAS_SUMS: tl.constexpr,
-):
+):  # fmt: skip
     """(scale, mean, slope, mean of g) of channels; `ROW` is the branch's row of the sums."""
     b_scale = load_values(p_stats + SCALE * channels, channel, m_channel)
     b_mean, b_slope, b_mean_g = b_scale, b_scale, b_scale

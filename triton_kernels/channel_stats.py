@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .arithmetic import INVSTD, MEAN, SCALE, SHIFT, total
-from .walk import NUMBERS, elements, load_values, start
+from .tiling import NUMBERS, elements, load_values, start
 
 #: Partials that one program merges, how many at a time, and for how many channels.
 MERGE = {"GROUP": 512, "ROWS": 128, "CHANNELS": 16}
@@ -56,20 +56,10 @@ def store_partial(p_partials, o_partial, base, mean, m2, channels, mask):
 
 @triton.jit(do_not_specialize=NUMBERS)
 def channel_stats_fwd_kernel(
-    p_y,
-    p_partials,
-    p_counts,
-    rows,
-    cols,
-    row_bytes,
-    channels,
-    chunk,
-    chunks,
-    steps,
-    CHANNELS_LAST: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_BYTES: tl.constexpr,
-):
+    p_y, p_partials, p_counts,
+    rows, cols, row_bytes, channels, chunk, chunks, steps,
+    CHANNELS_LAST: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_BYTES: tl.constexpr,
+):  # fmt: skip
     row, byte, index = start(rows, row_bytes, chunk, CHANNELS_LAST, BLOCK_ROWS, BLOCK_BYTES)
     o_row = row + tl.arange(0, BLOCK_ROWS).to(tl.int64)[:, None]
     o_col = byte * 8 + tl.arange(0, BLOCK_BYTES * 8).to(tl.int64)[None, :]
@@ -120,17 +110,10 @@ def _visits(first, size, STRIDE: tl.constexpr, steps):
 
 @triton.jit(do_not_specialize=NUMBERS)
 def merge_stats_kernel(
-    p_partials,
-    p_counts,
-    p_merged,
-    p_merged_counts,
-    partials,
-    channels,
-    LAST: tl.constexpr,
-    GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-):
+    p_partials, p_counts, p_merged, p_merged_counts,
+    partials, channels,
+    LAST: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
     """Merge `GROUP` partials [3, C] into one, in their order; LAST leaves (mean, M2)."""
     group = tl.program_id(0).to(tl.int64) // tl.cdiv(channels, CHANNELS)
     block = tl.program_id(0).to(tl.int64) % tl.cdiv(channels, CHANNELS)
@@ -168,20 +151,11 @@ def merge_stats_kernel(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def finalize_stats_fwd_kernel(
-    p_state,
-    p_mean,
-    p_var,
-    p_weight,
-    p_bias,
-    p_stats,
-    channels,
-    count,
-    eps,
-    HAS_STATE: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
+    p_state, p_mean, p_var, p_weight, p_bias, p_stats,
+    channels, count, eps,
+    HAS_STATE: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     """(mean, var, invstd, scale, shift) of each channel, computed in float64."""
     channel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m = channel < channels

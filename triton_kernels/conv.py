@@ -1,7 +1,7 @@
 """What the convolution kernels share: pixels, taps, prologues, and launch shapes.
 
 A convolution is an implicit matrix product over channels_last tensors: rows are pixels, columns
-channels, and the filter's taps are walked in the same loop as the channels that are summed over.
+channels, and one loop iterates over the filter's taps and the channels that are summed over.
 Groups lie side by side in the columns. The derivations stand in README.md.
 """
 
@@ -21,7 +21,7 @@ from .arithmetic import (
     to_storage,
 )
 from .bn_act import load_bn
-from .walk import load_values
+from .tiling import load_values
 
 #: Numbers that align no access: one binary serves all their values, 1 among them.
 NUMBERS = ("images", "height", "width", "out_height", "out_width", "pixels", "steps")
@@ -121,25 +121,11 @@ def open_bits(p_mask, row, first, m_row, channels, LANES: tl.constexpr, WHOLE: t
 
 @triton.jit
 def load_gradient(
-    p_grad,
-    p_gate,
-    p_y,
-    p_stats,
-    p_sums,
-    row,
-    shift,
-    first,
-    m_row,
-    m_channel,
-    channels,
-    inverse_count,
-    LANES: tl.constexpr,
-    PENDING: tl.constexpr,
-    GATE: tl.constexpr,
-    DERIVATIVE: tl.constexpr,
-    HAS_SUMS: tl.constexpr,
-    WHOLE: tl.constexpr,
-):
+    p_grad, p_gate, p_y, p_stats, p_sums,
+    row, shift, first, m_row, m_channel, channels, inverse_count,
+    LANES: tl.constexpr, PENDING: tl.constexpr, GATE: tl.constexpr, DERIVATIVE: tl.constexpr,
+    HAS_SUMS: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
     """A tile [pixels, LANES channels] of grad_y: as it lies, or formed from what is pending on it.
 
     Its pixels are row + shift, its channels start at `first`, which is WHOLE bytes of a mask; both
@@ -273,16 +259,16 @@ def tiles(
     limits = (_padded(rows), columns_most, min(_padded(depth), widest))
     narrowed = [_narrowed(tile, limits) for tile in _TILES]
     fitting = dict.fromkeys(t for t in narrowed if t.shared_bytes(itemsize) <= shared)
-    found = [t for t in fitting if alone or t.results <= _BESIDE_OTHERS] or [*fitting]
+    candidates = [t for t in fitting if alone or t.results <= _BESIDE_OTHERS] or [*fitting]
     if warpgroups:
-        found = [t for t in found if t.m >= _WARPGROUP_ROWS] or found
-    smallest = min(found, key=lambda tile: tile.m * tile.n)
+        candidates = [t for t in candidates if t.m >= _WARPGROUP_ROWS] or candidates
+    smallest = min(candidates, key=lambda tile: tile.m * tile.n)
 
     def fills(tile: Tile) -> bool:
         return triton.cdiv(rows, tile.m) * triton.cdiv(columns, tile.n) >= processors
 
-    best = next(filter(fills, found), smallest)
-    return [best, *(t for t in found if t != best)]
+    best = next(filter(fills, candidates), smallest)
+    return [best, *(t for t in candidates if t != best)]
 
 
 def _padded(size: int) -> int:

@@ -15,24 +15,12 @@ from .conv import NUMBERS, normalised
 
 @triton.jit(do_not_specialize=NUMBERS)
 def conv1x1_fwd_kernel(
-    d_x,
-    p_x_stats,
-    d_weight,
-    d_y,
-    p_partials,
-    p_counts,
-    pixels,
-    in_channels,
-    out_channels,
-    HAS_PROLOGUE: tl.constexpr,
-    ACT_X: tl.constexpr,
-    HAS_STATE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    WARP_SPECIALIZE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    d_x, p_x_stats, d_weight, d_y, p_partials, p_counts,
+    pixels, in_channels, out_channels,
+    HAS_PROLOGUE: tl.constexpr, ACT_X: tl.constexpr, HAS_STATE: tl.constexpr,
+    PRECISION: tl.constexpr, WARP_SPECIALIZE: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """y [pixels, K] = P(x) [pixels, C] @ weight^T [C, K], and the statistics of each tile."""
     blocks = tl.cdiv(out_channels, BLOCK_N)
     tiles = tl.cdiv(pixels, BLOCK_M) * blocks

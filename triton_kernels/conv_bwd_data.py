@@ -1,6 +1,6 @@
 """Gradient of a convolution's input, with grad_y formed on the way in and more on the way out.
 
-With a stride, an input pixel meets only every STRIDE-th tap; pixels are walked in STRIDE_H*STRIDE_W
+With a stride, an input pixel meets only every STRIDE-th tap; pixels fall into STRIDE_H*STRIDE_W
 classes, each a dense problem with its own taps, so that no product with a zero is computed.
 """
 
@@ -30,7 +30,7 @@ from .conv import (
     split_pixel,
     within,
 )
-from .walk import load_values
+from .tiling import load_values
 
 
 @triton.jit
@@ -47,17 +47,10 @@ def _taps_of(class_index, TAPS: tl.constexpr, STRIDE: tl.constexpr, PAD: tl.cons
 @triton.jit
 def _add_residual(
     acc,
-    p_residual,
-    p_residual_gate,
-    pixel,
-    first,
-    m_pixel,
-    o_x,
-    m_x,
-    in_channels,
-    RESIDUAL: tl.constexpr,
-    WHOLE: tl.constexpr,
-):
+    p_residual, p_residual_gate,
+    pixel, first, m_pixel, o_x, m_x, in_channels,
+    RESIDUAL: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
     """acc + the residual's gradient: 1 as it lies, 2 gated by a mask's bits."""
     if RESIDUAL > 0:
         b_residual = load_values(p_residual, o_x, m_x)
@@ -71,20 +64,10 @@ def _add_residual(
 
 @triton.jit
 def _store_sums(
-    p_partials,
-    p_below,
-    p_below_stats,
-    b_g,
-    tile,
-    c,
-    m_c,
-    o_x,
-    m_x,
-    in_channels,
-    BELOW_GATE: tl.constexpr,
-    BELOW_DERIVATIVE: tl.constexpr,
-    dtype: tl.constexpr,
-):
+    p_partials, p_below, p_below_stats, b_g,
+    tile, c, m_c, o_x, m_x, in_channels,
+    BELOW_GATE: tl.constexpr, BELOW_DERIVATIVE: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
     """sum_g and sum_gx of the batch norm below, for this tile of its gradient."""
     b_y = load_values(p_below, o_x, m_x)
     b_mean = load_values(p_below_stats + MEAN * in_channels, c, m_c)
@@ -105,50 +88,17 @@ def _store_sums(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def conv_bwd_data_kernel(
-    p_grad,
-    p_gate,
-    p_y,
-    p_stats,
-    p_sums,
-    p_weight,
-    p_residual,
-    p_residual_gate,
-    p_below,
-    p_below_stats,
-    p_grad_x,
-    p_partials,
-    images,
-    height,
-    width,
-    out_height,
-    out_width,
-    in_channels,
-    out_channels,
-    inverse_count,
-    TAPS_H: tl.constexpr,
-    TAPS_W: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    PAD_H: tl.constexpr,
-    PAD_W: tl.constexpr,
-    DILATION_H: tl.constexpr,
-    DILATION_W: tl.constexpr,
-    GROUPS: tl.constexpr,
-    PENDING: tl.constexpr,
-    GATE: tl.constexpr,
-    DERIVATIVE: tl.constexpr,
-    HAS_SUMS: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    HAS_BELOW: tl.constexpr,
-    BELOW_GATE: tl.constexpr,
-    BELOW_DERIVATIVE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
-    TAIL_K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    p_grad, p_gate, p_y, p_stats, p_sums, p_weight, p_residual, p_residual_gate, p_below,
+    p_below_stats, p_grad_x, p_partials,
+    images, height, width, out_height, out_width, in_channels, out_channels, inverse_count,
+    TAPS_H: tl.constexpr, TAPS_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr, PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
+    GROUPS: tl.constexpr, PENDING: tl.constexpr, GATE: tl.constexpr, DERIVATIVE: tl.constexpr,
+    HAS_SUMS: tl.constexpr, RESIDUAL: tl.constexpr, HAS_BELOW: tl.constexpr,
+    BELOW_GATE: tl.constexpr, BELOW_DERIVATIVE: tl.constexpr, PRECISION: tl.constexpr,
+    WIDE: tl.constexpr, TAIL_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-):
+):  # fmt: skip
     """grad_x [pixels, C] = grad_y [pixels, taps*K] @ weight [taps*K, C], plus the residual's.
 
     A dilation comes with a stride of 1 only. p_partials [tiles, 3, C] takes the sums of the batch
@@ -190,25 +140,11 @@ def conv_bwd_data_kernel(
             at_row, at_col = out_row - tap_h * DILATION_H, out_col - tap_w * DILATION_W
             m_out &= inside(at_row, out_height) & inside(at_col, out_width)
         b_grad = load_gradient(
-            p_grad,
-            p_gate,
-            p_y,
-            p_stats,
-            p_sums,
-            origin,
-            -(tap_h * DILATION_H * out_width + tap_w * DILATION_W),
-            group * group_out + first,
-            m_out,
-            m_k,
-            out_channels,
-            inverse_count,
-            BLOCK_K,
-            PENDING,
-            GATE,
-            DERIVATIVE,
-            HAS_SUMS,
+            p_grad, p_gate, p_y, p_stats, p_sums, origin,
+            -(tap_h * DILATION_H * out_width + tap_w * DILATION_W), group * group_out + first,
+            m_out, m_k, out_channels, inverse_count, BLOCK_K, PENDING, GATE, DERIVATIVE, HAS_SUMS,
             GROUPS == 1,
-        )
+        )  # fmt: skip
         tap = (first_h + tap_h * STRIDE_H) * TAPS_W + first_w + tap_w * STRIDE_W
         moved = ((group * group_out + first).to(tl.int64) * taps + tap) * group_in
         moved += first_c
@@ -224,34 +160,14 @@ def conv_bwd_data_kernel(
     o_x = pixel.to(tl.int64)[:, None] * in_channels + c[None, :]
     m_x = m_pixel[:, None] & m_c[None, :]
     acc = _add_residual(
-        acc,
-        p_residual,
-        p_residual_gate,
-        pixel,
-        first_c,
-        m_pixel,
-        o_x,
-        m_x,
-        in_channels,
-        RESIDUAL,
-        GROUPS == 1,
-    )
+        acc, p_residual, p_residual_gate, pixel, first_c, m_pixel, o_x, m_x, in_channels,
+        RESIDUAL, GROUPS == 1,
+    )  # fmt: skip
     dtype: tl.constexpr = p_grad_x.dtype.element_ty
     b_grad_x = to_storage(acc, dtype)
     tl.store(p_grad_x + o_x, b_grad_x, mask=m_x)
     if HAS_BELOW:
         _store_sums(
-            p_partials,
-            p_below,
-            p_below_stats,
-            b_grad_x.to(tl.float32),
-            tile,
-            c,
-            m_c,
-            o_x,
-            m_x,
-            in_channels,
-            BELOW_GATE,
-            BELOW_DERIVATIVE,
-            dtype,
-        )
+            p_partials, p_below, p_below_stats, b_grad_x.to(tl.float32), tile, c, m_c, o_x, m_x,
+            in_channels, BELOW_GATE, BELOW_DERIVATIVE, dtype,
+        )  # fmt: skip

@@ -22,44 +22,15 @@ from .conv import (
 
 @triton.jit(do_not_specialize=NUMBERS)
 def conv_bwd_weight_kernel(
-    p_grad,
-    p_gate,
-    p_y,
-    p_stats,
-    p_sums,
-    p_x,
-    p_x_stats,
-    p_parts,
-    images,
-    height,
-    width,
-    out_height,
-    out_width,
-    in_channels,
-    out_channels,
-    inverse_count,
-    steps,
-    TAPS_H: tl.constexpr,
-    TAPS_W: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    PAD_H: tl.constexpr,
-    PAD_W: tl.constexpr,
-    DILATION_H: tl.constexpr,
-    DILATION_W: tl.constexpr,
-    GROUPS: tl.constexpr,
-    PENDING: tl.constexpr,
-    GATE: tl.constexpr,
-    DERIVATIVE: tl.constexpr,
-    HAS_SUMS: tl.constexpr,
-    HAS_PROLOGUE: tl.constexpr,
-    ACT_X: tl.constexpr,
-    PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    p_grad, p_gate, p_y, p_stats, p_sums, p_x, p_x_stats, p_parts,
+    images, height, width, out_height, out_width, in_channels, out_channels, inverse_count, steps,
+    TAPS_H: tl.constexpr, TAPS_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr, PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
+    GROUPS: tl.constexpr, PENDING: tl.constexpr, GATE: tl.constexpr, DERIVATIVE: tl.constexpr,
+    HAS_SUMS: tl.constexpr, HAS_PROLOGUE: tl.constexpr, ACT_X: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-):
+):  # fmt: skip
     """parts [splits, K, taps, C/groups]: grad_y^T [K, pixels] @ P(x) [pixels, C] of each tap.
 
     A split takes `steps` times BLOCK_K pixels.
@@ -85,25 +56,10 @@ def conv_bwd_weight_kernel(
         first = block_of(split * steps + step, BLOCK_K, WIDE)
         m_pixel = first + lane < pixels
         b_grad = load_gradient(
-            p_grad,
-            p_gate,
-            p_y,
-            p_stats,
-            p_sums,
-            lane,
-            first,
-            group * group_out + k_block * BLOCK_M,
-            m_pixel,
-            m_k,
-            out_channels,
-            inverse_count,
-            BLOCK_M,
-            PENDING,
-            GATE,
-            DERIVATIVE,
-            HAS_SUMS,
-            GROUPS == 1,
-        )
+            p_grad, p_gate, p_y, p_stats, p_sums, lane, first,
+            group * group_out + k_block * BLOCK_M, m_pixel, m_k, out_channels, inverse_count,
+            BLOCK_M, PENDING, GATE, DERIVATIVE, HAS_SUMS, GROUPS == 1,
+        )  # fmt: skip
         m_x, moved = m_pixel, group * group_in + c_block * BLOCK_N
         if flat:
             o_x = offsets(lane, BLOCK_N, in_channels)

@@ -6,50 +6,20 @@ import triton.language as tl
 from .arithmetic import SCALE, SHIFT, affine, dot, to_storage
 from .channel_stats import spread, store_partial
 from .conv import NUMBERS, block_of, inside, normalised, offsets, pixels_of, split_pixel, within
-from .walk import load_values
+from .tiling import load_values
 
 
 @triton.jit(do_not_specialize=NUMBERS)
 def conv_fwd_kernel(
-    p_x,
-    p_x_stats,
-    p_weight,
-    p_bias,
-    p_stats,
-    p_residual,
-    p_y,
-    p_partials,
-    p_counts,
-    images,
-    height,
-    width,
-    out_height,
-    out_width,
-    in_channels,
-    out_channels,
-    TAPS_H: tl.constexpr,
-    TAPS_W: tl.constexpr,
-    STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr,
-    PAD_H: tl.constexpr,
-    PAD_W: tl.constexpr,
-    DILATION_H: tl.constexpr,
-    DILATION_W: tl.constexpr,
-    GROUPS: tl.constexpr,
-    HAS_PROLOGUE: tl.constexpr,
-    ACT_X: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_AFFINE: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    ACT: tl.constexpr,
-    HAS_STATE: tl.constexpr,
-    PRECISION: tl.constexpr,
-    WIDE: tl.constexpr,
-    TAIL_K: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+    p_x, p_x_stats, p_weight, p_bias, p_stats, p_residual, p_y, p_partials, p_counts,
+    images, height, width, out_height, out_width, in_channels, out_channels,
+    TAPS_H: tl.constexpr, TAPS_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr,
+    PAD_H: tl.constexpr, PAD_W: tl.constexpr, DILATION_H: tl.constexpr, DILATION_W: tl.constexpr,
+    GROUPS: tl.constexpr, HAS_PROLOGUE: tl.constexpr, ACT_X: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_AFFINE: tl.constexpr, HAS_RESIDUAL: tl.constexpr, ACT: tl.constexpr,
+    HAS_STATE: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, TAIL_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
     """y [pixels, K] = P(x) [pixels, taps*C] @ weight [taps*C, K], then bias, affine, residual, act.
 
     HAS_STATE leaves the statistics of the stored tile in p_partials [tiles, 3, K], its pixels in

@@ -4,33 +4,17 @@ import triton
 import triton.language as tl
 
 from .arithmetic import SCALE, SHIFT, affine, to_storage
-from .walk import NUMBERS, channel_of, elements, load_values, start, store_bits
+from .tiling import NUMBERS, channel_of, elements, load_values, start, store_bits
 
 
 @triton.jit(do_not_specialize=NUMBERS)
 def scale_shift_act_fwd_kernel(
-    p_y,
-    p_stats,
-    p_residual,
-    p_residual_stats,
-    p_out,
-    p_mask,
-    rows,
-    cols,
-    row_bytes,
-    channels,
-    chunk,
-    chunks,
-    steps,
-    ACT: tl.constexpr,
-    DERIVATIVE: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr,
-    HAS_RESIDUAL_STATS: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_BYTES: tl.constexpr,
-):
+    p_y, p_stats, p_residual, p_residual_stats, p_out, p_mask,
+    rows, cols, row_bytes, channels, chunk, chunks, steps,
+    ACT: tl.constexpr, DERIVATIVE: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    HAS_RESIDUAL_STATS: tl.constexpr, HAS_MASK: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_BYTES: tl.constexpr,
+):  # fmt: skip
     row, byte, _ = start(rows, row_bytes, chunk, CHANNELS_LAST, BLOCK_ROWS, BLOCK_BYTES)
     channel, m_channel = channel_of(
         row, byte, rows, cols, channels, CHANNELS_LAST, BLOCK_ROWS, BLOCK_BYTES

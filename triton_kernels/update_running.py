@@ -13,6 +13,7 @@ HAS_MEAN = tl.constexpr(1)
 HAS_VAR = tl.constexpr(2)
 HAS_COUNTER = tl.constexpr(4)
 CUMULATIVE = tl.constexpr(8)
+BITS = (HAS_MEAN, HAS_VAR, HAS_COUNTER, CUMULATIVE)
 
 #: Numbers that align no access: one binary serves all their values.
 NUMBERS = tuple(
@@ -36,19 +37,10 @@ def _blend(p_running, o_running, m, b_batch, factor):
 
 @triton.jit
 def _update(
-    p_stats,
-    p_mean,
-    p_var,
-    p_counter,
-    channels,
-    mean_stride,
-    var_stride,
-    count,
-    momentum,
-    steps,
-    HAS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    p_stats, p_mean, p_var, p_counter,
+    channels, mean_stride, var_stride, count, momentum, steps,
+    HAS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """One update. `momentum` is the bits of a float64: Triton would pass a float32.
 
     The counter belongs to the first program. A cumulative average has one program alone, whose
@@ -81,49 +73,14 @@ def _update(
 
 @triton.jit(do_not_specialize=NUMBERS)
 def update_running_kernel(
-    p_stats0,
-    p_mean0,
-    p_var0,
-    p_counter0,
-    p_stats1,
-    p_mean1,
-    p_var1,
-    p_counter1,
-    p_stats2,
-    p_mean2,
-    p_var2,
-    p_counter2,
-    p_stats3,
-    p_mean3,
-    p_var3,
-    p_counter3,
-    channels0,
-    mean_stride0,
-    var_stride0,
-    count0,
-    momentum0,
-    channels1,
-    mean_stride1,
-    var_stride1,
-    count1,
-    momentum1,
-    channels2,
-    mean_stride2,
-    var_stride2,
-    count2,
-    momentum2,
-    channels3,
-    mean_stride3,
-    var_stride3,
-    count3,
-    momentum3,
-    steps,
-    HAS0: tl.constexpr,
-    HAS1: tl.constexpr,
-    HAS2: tl.constexpr,
-    HAS3: tl.constexpr,
+    p_stats0, p_mean0, p_var0, p_counter0, p_stats1, p_mean1, p_var1, p_counter1, p_stats2,
+    p_mean2, p_var2, p_counter2, p_stats3, p_mean3, p_var3, p_counter3,
+    channels0, mean_stride0, var_stride0, count0, momentum0, channels1, mean_stride1, var_stride1,
+    count1, momentum1, channels2, mean_stride2, var_stride2, count2, momentum2, channels3,
+    mean_stride3, var_stride3, count3, momentum3, steps,
+    HAS0: tl.constexpr, HAS1: tl.constexpr, HAS2: tl.constexpr, HAS3: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
     """The updates in their order; of those behind the last one HAS is 0."""
     _update(
         p_stats0, p_mean0, p_var0, p_counter0, channels0, mean_stride0, var_stride0,

@@ -5,7 +5,7 @@ It runs on every device torch runs on, fuses nothing, and is what the others fal
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -100,6 +100,23 @@ def _fold(weight: Tensor, bias: Tensor | None, stats: Tensor) -> tuple[Tensor, T
     return weight * scale.view(-1, 1, 1, 1), shift
 
 
+def convolution_one_pass(
+    scale_shift_act: Callable[..., Any],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    conv: Conv,
+    stats: Tensor,
+    *,
+    residual: Tensor | None = None,
+    act: str = "none",
+) -> Tensor:
+    """`conv_bn_act` as torch's convolution, and `scale_shift_act` in place behind it."""
+    y, _ = conv_forward(x, weight, bias, conv)
+    out: Tensor = scale_shift_act(y, stats, residual=residual, act=act, out=y)[0]
+    return out
+
+
 @register("conv_bn_act", "aten", name="folded")
 def conv_bn_act(
     x: Tensor,
@@ -117,8 +134,9 @@ def conv_bn_act(
     torch's own result where the mean is large against the standard deviation.
     """
     if weight.dtype != stats.dtype:
-        y, _ = conv_forward(x, weight, bias, conv)
-        return formula_scale_shift_act(y, stats, residual=residual, act=act)[0]
+        return convolution_one_pass(
+            formula_scale_shift_act, x, weight, bias, conv, stats, residual=residual, act=act
+        )
     y, _ = conv_forward(x, *_fold(weight, bias, stats), conv)
     if residual is not None:
         y = y.add_(residual)

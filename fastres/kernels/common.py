@@ -66,15 +66,6 @@ def zeros(*shape: int, device: torch.device) -> Tensor:
     return floats(*shape, device=device).zero_()
 
 
-def new_grads(grad_out: Tensor, wanted: Sequence[bool], out: Tensor | None) -> list[Tensor | None]:
-    """Memory for the gradients that are wanted: the first one in `out`, where that is given."""
-    into: list[Tensor | None] = [out, *([None] * len(wanted))]
-    return [
-        (torch.empty_like(grad_out) if given is None else given) if want else None
-        for want, given in zip(wanted, into, strict=False)
-    ]
-
-
 def address(t: Tensor | None) -> int:
     """Where a tensor's first element is; 0 for none."""
     return 0 if t is None else t.data_ptr()

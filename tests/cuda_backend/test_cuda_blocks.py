@@ -20,7 +20,7 @@ from fastres.block import Block, backward, compose, make_plan
 from fastres.block.backward import _Backward
 from fastres.block.plan import Context, Plan
 from fastres.kernels import Gated
-from fastres.kernels.cuda import slab
+from fastres.kernels.cuda import channel_block
 from fastres.testing import BLOCK_CASES, BlockCase, FunctionalBlock, check_block
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("_poison")]
@@ -49,11 +49,11 @@ def test_block_in_inference_is_the_stock_block(case: BlockCase, device: str) -> 
 
 
 @pytest.mark.parametrize("case", BLOCK_CASES[::3], ids=str)
-def test_block_in_slabs_is_the_stock_block(case: BlockCase, device: str, monkeypatch) -> None:
-    possible = slab.ways
-    # Slabs come after the passes: the last way is the narrowest of them.
-    monkeypatch.setattr(slab, "ways", lambda *args: possible(*args)[-1:])
-    _check(case, device, "slabs")
+def test_in_channel_blocks_it_is_the_stock_block(case: BlockCase, device: str, monkeypatch) -> None:
+    possible = channel_block.variants
+    # Channel blocks come after the passes: the last variant is the narrowest of them.
+    monkeypatch.setattr(channel_block, "variants", lambda *args: possible(*args)[-1:])
+    _check(case, device, "channel blocks")
 
 
 # ---------------------------------------------------------------- who does what
@@ -73,7 +73,7 @@ def test_plan(device: str) -> None:
     plan = _plan(device)
     assert plan.level == "b"
     assert {entry.backend for entry in plan.pointwise.values()} == {"cuda"}
-    assert plan.whole("bn_act_forward", "relu") is slab.bn_act_forward
+    assert plan.whole("bn_act_forward", "relu") is channel_block.bn_act_forward
     data = [str(conv.data) for conv in plan.convs if conv is not None]
     assert data == ["cuda:addmm", "aten:convolution_backward", "cuda:addmm"]
     assert all(conv is not None and conv.forward.backend == "aten" for conv in plan.convs)
@@ -87,7 +87,7 @@ def test_batch_norm_is_one_call_each_way(device: str, monkeypatch) -> None:
     calls: list[str] = []
 
     def counted(name: str) -> Any:
-        real = getattr(slab, name)
+        real = getattr(channel_block, name)
 
         def run(*args: Any, **kwargs: Any) -> Any:
             calls.append(name + (", residual" if kwargs.get("want_residual") else ""))

@@ -13,7 +13,8 @@ from backend_checks import accepts, check_cases, check_repeats, needs_gpu
 from torch import Tensor
 
 from fastres.kernels import PRIMITIVES, Branch, Gate, Implementation, implementations
-from fastres.kernels.cuda import batch_norm, slab, tiling
+from fastres.kernels.cuda import batch_norm, channel_block, tiling
+from fastres.kernels.cuda.channel_block import PASSES, variants
 from fastres.testing import CASES, Case
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("_poison")]
@@ -57,7 +58,7 @@ def test_every_primitive_around_the_convolutions_has_one() -> None:
 
 #: (threads, width, rows of a chunk): blocks of each size, narrow and wide, many chunks and one.
 SHAPES_OF_BLOCKS = [(64, 8, 3), (64, 64, 1), (128, 2, 40), (256, 1, 300), (256, 256, 10**6)]
-#: The same with packs on their way through shared memory: fewer rows than stages, and more.
+#: The same with a pipeline through shared memory: fewer rows than stages, and more.
 SHAPES_OF_BLOCKS += [(64, 1, 40, 4), (64, 64, 3, 4), (256, 4, 10**6, 4)]
 
 
@@ -72,15 +73,15 @@ def test_blocks_of_any_shape(
     assert check_cases(entry, VARIED[:: 1 if device == "cuda" else 3], device) > 0
 
 
-#: Where there is no ring for a mask, its words being shared by rows: 40 channels; else 64.
-RINGS = [(64, "none"), (64, "affine"), (64, "mask"), (64, "out"), (40, "mask"), (40, "out")]
+#: There is no pipeline for a mask whose words are shared by rows: 40 channels; else 64.
+PIPELINES = [(64, "none"), (64, "affine"), (64, "mask"), (64, "out"), (40, "mask"), (40, "out")]
 
 
 @pytest.mark.grid(5)
 @pytest.mark.parametrize("branches", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-@pytest.mark.parametrize(("channels", "kind"), RINGS)
-def test_rings_change_no_bit(
+@pytest.mark.parametrize(("channels", "kind"), PIPELINES)
+def test_pipelines_change_no_bit(
     channels: int, kind: str, dtype: torch.dtype, branches: int, device: str, monkeypatch
 ) -> None:
     """Whether a thread has no, few or many rows, with and without what may be written."""
@@ -106,8 +107,8 @@ def test_rings_change_no_bit(
         return found
 
     for way in [(256, 8, 105), (256, 2, 17), (64, 4, 50), (128, 1, 300)]:
-        plain, ring = run(tiling.Tiling(*way)), run(tiling.Tiling(*way, tiling.RING_STAGES))
-        assert all(a is b is None or a.equal(b) for a, b in zip(plain, ring, strict=True))
+        plain, staged = (run(tiling.Tiling(*way, n)) for n in (0, tiling.PIPELINE_STAGES))
+        assert all(a is b is None or a.equal(b) for a, b in zip(plain, staged, strict=True))
 
 
 @pytest.mark.parametrize("device_size", [1, 7, 132])
@@ -126,76 +127,84 @@ def test_candidates_are_ones_that_the_kernels_take(make: Callable, device_size: 
             assert one.width & (one.width - 1) == 0
             assert 1 <= one.width <= one.threads
             assert one.chunk_rows >= 1
-        rings = tiling.with_rings(tiling.Shape(*shape), found)[len(found) :]
-        assert {one.stages for one in rings} == ({4} if shape[3] == 0 and shape[4] else set())
+        staged = tiling.with_pipelines(tiling.Shape(*shape), found)[len(found) :]
+        assert {one.stages for one in staged} == ({4} if shape[3] == 0 and shape[4] else set())
 
 
-def _slabs(direction: str, t: Tensor, second: bool) -> list[tiling.Tiling]:
-    """Every width, with all the blocks there may be and with one, where slabs are possible."""
+def _channel_blocks(direction: str, t: Tensor, second: bool) -> list[tiling.Tiling]:
+    """Every width, with all the thread blocks there may be and with one, where that is possible."""
     shape = tiling.Shape.of(t)
-    blocks = slab._resident(direction, shape.dtype, second, t.device)
-    return [way for n in (blocks, 1) for way in tiling.slab_tilings(shape, n, 1 << 40)]
+    blocks = channel_block._resident(direction, shape.dtype, second, t.device)
+    return [way for n in (blocks, 1) for way in tiling.channel_block_tilings(shape, n, 1 << 40)]
 
 
 @pytest.mark.grid(5)
 @pytest.mark.parametrize("position", range(6))
 @pytest.mark.parametrize("entry", NORMS, ids=lambda e: e.primitive)
-def test_slabs_are_right(entry: Implementation, position: int, device: str, monkeypatch) -> None:
+def test_channel_blocks_are_right(
+    entry: Implementation, position: int, device: str, monkeypatch
+) -> None:
     ran = []
 
-    possible = slab.ways
-
-    def forced(direction: str, tensors: list, second: bool) -> tuple[slab.Way, ...]:
-        found = _slabs(direction, tensors[0], second)
-        if possible(direction, tensors, second) == (slab.PASSES,):
-            return (slab.PASSES,)
+    def forced(direction: str, tensors: list, second: bool) -> tuple[channel_block.Variant, ...]:
+        found = _channel_blocks(direction, tensors[0], second)
+        if variants(direction, tensors, second) == (PASSES,):
+            return (PASSES,)
         ran.append(direction)
         return (found[position % len(found)],)
 
-    monkeypatch.setattr(slab, "ways", forced)
+    monkeypatch.setattr(channel_block, "variants", forced)
     cases = [case for case in CASES if case.dtype != torch.float64 and case.channels_last]
     assert check_cases(entry, cases[position::6] if device == "cpu" else cases, device) > 0
-    assert ran, "no case was run in slabs"
+    assert ran, "no case was run in channel blocks"
 
 
-def test_slabs_give_what_passes_give(device: str) -> None:
+def test_channel_blocks_give_what_passes_give(device: str, monkeypatch) -> None:
     """The same partial sums joined in another order: equal but for the last bits."""
     y = torch.randn(4, 40, 9, 9, device=device).to(memory_format=torch.channels_last)
-    one = slab.bn_act_forward(y, None, None, 1e-5, act="relu", want_mask=True)
-    for way in _slabs("forward", y, False):
-        end = {"residual": None, "residual_stats": None, "act": "relu", "want_mask": True}
-        found = slab.forward_in_slabs(y, None, None, 1e-5, way, **end)
+    one = channel_block.bn_act_forward(y, None, None, 1e-5, act="relu", want_mask=True)
+    for way in _channel_blocks("forward", y, False):
+        monkeypatch.setattr(channel_block, "variants", lambda *_, way=way: (way,))
+        found = channel_block.bn_act_forward(y, None, None, 1e-5, act="relu", want_mask=True)
         torch.testing.assert_close(found.stats, one.stats, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(found.out, one.out, rtol=1e-6, atol=1e-6)
 
 
-def test_large_slabs_give_what_passes_give(device: str) -> None:
+def test_large_channel_blocks_give_what_passes_give(device: str) -> None:
     """As many blocks as the device holds, over thousands of rows each."""
     needs_gpu(device)
     y = torch.randn(64, 256, 56, 56, device=device, dtype=torch.bfloat16)
     y = y.to(memory_format=torch.channels_last)
-    end = {"residual": None, "residual_stats": None, "act": "relu", "want_mask": True}
-    with mock.patch.object(slab, "ways", return_value=(slab.PASSES,)):
-        one = slab.bn_act_forward(y, None, None, 1e-5, act="relu", want_mask=True)
-        gate = Gate("mask", one.mask, "relu")
-        given = (y.neg(), gate, (Branch(y, one.stats),), y.numel() // 256)
-        back = slab.bn_act_backward(*given, want_residual=True)
+
+    def forward(variant: channel_block.Variant) -> channel_block.Forward:
+        with mock.patch.object(channel_block, "variants", return_value=(variant,)):
+            return channel_block.bn_act_forward(y, None, None, 1e-5, act="relu", want_mask=True)
+
+    one = forward(PASSES)
+    gate = Gate("mask", one.mask, "relu")
+    branches, count = (Branch(y, one.stats),), y.numel() // 256
+
+    def backward(variant: channel_block.Variant) -> channel_block.Backward:
+        with mock.patch.object(channel_block, "variants", return_value=(variant,)):
+            return channel_block.bn_act_backward(y.neg(), gate, branches, count, want_residual=True)
+
+    back = backward(PASSES)
     close = partial(torch.testing.assert_close, rtol=2**-7, atol=2**-7)  # a bit of bfloat16
-    for way in _slabs("forward", y, False):
-        found = slab.forward_in_slabs(y, None, None, 1e-5, way, **end)
+    for way in _channel_blocks("forward", y, False):
+        found = forward(way)
         torch.testing.assert_close(found.stats, one.stats, rtol=1e-5, atol=1e-6)
         close(found.out, one.out)
-    for way in _slabs("backward", y, False):
-        found = slab.backward_in_slabs(*given, way, True)
+    for way in _channel_blocks("backward", y, False):
+        found = backward(way)
         torch.testing.assert_close(found.sums[:2], back.sums[:2], rtol=1e-4, atol=1e-1)
         close(found.grads[0], back.grads[0])
         assert torch.equal(found.residual, back.residual)
 
 
-def test_slabs_fit_the_cache() -> None:
+def test_channel_blocks_fit_the_cache() -> None:
     """ResNet-50's at batch 256 in 16 bits, and one that does not fit however narrow it is."""
     shape = tiling.Shape(256, 1024, 196, 0, 1)
-    assert [way.width for way in tiling.slab_tilings(shape, 264, (50 << 20) // 2)] == [
+    assert [way.width for way in tiling.channel_block_tilings(shape, 264, (50 << 20) // 2)] == [
         32,
         16,
         8,
@@ -203,19 +212,22 @@ def test_slabs_fit_the_cache() -> None:
         2,
     ]
     shape = tiling.Shape(256, 256, 3136, 0, 1)
-    assert [way.width for way in tiling.slab_tilings(shape, 264, (50 << 20) // 2)] == [4, 2]
-    assert tiling.slab_tilings(shape, 264, (50 << 20) // 6) == ()
-    for way in tiling.slab_tilings(tiling.Shape(8, 64, 49, 0, 1), 4, 1 << 30):
+    assert [way.width for way in tiling.channel_block_tilings(shape, 264, (50 << 20) // 2)] == [
+        4,
+        2,
+    ]
+    assert tiling.channel_block_tilings(shape, 264, (50 << 20) // 6) == ()
+    for way in tiling.channel_block_tilings(tiling.Shape(8, 64, 49, 0, 1), 4, 1 << 30):
         assert -(-8 * 49 // way.chunk_rows) <= 4
 
 
-def test_no_slabs_where_something_is_misaligned(device: str) -> None:
+def test_no_channel_blocks_where_something_is_misaligned(device: str) -> None:
     """A choice that was measured on aligned tensors must not meet others."""
     y = torch.randn(2, 16, 4, 4, device=device).to(memory_format=torch.channels_last)
-    assert len(slab.ways("forward", (y, None), False)) > 1
-    assert slab.ways("forward", (y, _offset(y, 1)[0]), False) == (slab.PASSES,)
-    one = slab.bn_act_forward(y, None, None, 1e-5, residual=y, act="relu")
-    moved = slab.bn_act_forward(y, None, None, 1e-5, residual=_offset(y, 1)[0], act="relu")
+    assert len(variants("forward", (y, None), False)) > 1
+    assert variants("forward", (y, _offset(y, 1)[0]), False) == (PASSES,)
+    one = channel_block.bn_act_forward(y, None, None, 1e-5, residual=y, act="relu")
+    moved = channel_block.bn_act_forward(y, None, None, 1e-5, residual=_offset(y, 1)[0], act="relu")
     assert torch.equal(one.out, moved.out)
 
 
@@ -284,9 +296,9 @@ def test_what_the_kernels_write_is_float32_whatever_the_default(
     y = torch.randn(2, 16, 5, 5, device=device)
     try:
         torch.set_default_dtype(default)
-        stats, out, _ = slab.bn_act_forward(y, None, None, 1e-5, act="relu")
+        stats, out, _ = channel_block.bn_act_forward(y, None, None, 1e-5, act="relu")
         state = batch_norm.channel_stats(y)
-        sums, _, _ = slab.bn_act_backward(y, Gate("out", out), (Branch(y, stats),), 50)
+        sums, _, _ = channel_block.bn_act_backward(y, Gate("out", out), (Branch(y, stats),), 50)
     finally:
         torch.set_default_dtype(torch.float32)
     assert {t.dtype for t in (stats, state, sums)} == {torch.float32}

@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("triton")
 
 from fastres.triton_kernels import conv
-from fastres.triton_kernels.walk import Tiling, tilings
+from fastres.triton_kernels.tiling import Tiling, tilings
 
 from fastres.kernels import common, implementations
 from fastres.kernels.triton import (
@@ -20,7 +20,7 @@ from fastres.kernels.triton import (
     launch,
     products,
     support,
-    walk,
+    tiling,
 )
 from fastres.kernels.triton.support import Device, Matrix
 from fastres.testing import CASES, check_implementation
@@ -40,15 +40,15 @@ def test_programs_cover_the_matrix_and_fill_the_device(
     if not channels_last:
         rows, cols = cols, rows
     row_bytes = -(-cols // 8)
-    for tiling in tilings(rows, row_bytes, channels_last, 132):
-        chunk = tiling.chunk(channels_last)
-        chunks = tiling.chunks(rows, row_bytes, channels_last)
+    for shape in tilings(rows, row_bytes, channels_last, 132):
+        chunk = shape.chunk(channels_last)
+        chunks = shape.chunks(rows, row_bytes, channels_last)
         assert (chunks - 1) * chunk < (rows if channels_last else row_bytes) <= chunks * chunk
-        (programs,) = tiling.grid(rows, row_bytes, channels_last)
+        (programs,) = shape.grid(rows, row_bytes, channels_last)
         # Enough programs for the device wherever there is work for them: one per channel is 25
         # times too few for a short and wide input.
-        work = rows * row_bytes * 8 / (tiling.block_rows * tiling.block_bytes * 8)
-        assert programs >= min(132 * 2, work / 4), tiling
+        work = rows * row_bytes * 8 / (shape.block_rows * shape.block_bytes * 8)
+        assert programs >= min(132 * 2, work / 4), shape
 
 
 @pytest.mark.parametrize("shared", [99 << 10, 163 << 10, 227 << 10])
@@ -84,13 +84,13 @@ def test_every_candidate_tile_is_right(
 
 @pytest.mark.gpu
 @pytest.mark.grid(3)
-@pytest.mark.parametrize("tiling", [
+@pytest.mark.parametrize("shape", [
     Tiling(2, 4, 3, 1), Tiling(16, 1, 2, 4), Tiling(32, 16, 1, 4), Tiling(64, 2, 64, 4),
 ], ids=str)  # fmt: skip
 def test_every_kind_of_tiling_is_right(
-    tiling: Tiling, device: str, monkeypatch: pytest.MonkeyPatch
+    shape: Tiling, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(walk, "_tilings", lambda *_: [tiling])
+    monkeypatch.setattr(tiling, "_tilings", lambda *_: [shape])
     for case in (c for c in CASES if c.name.startswith("normal-2x3x5x7-f32")):
         for primitive in ("channel_stats", "scale_shift_act", "bn_act_backward_reduce",
                           "bn_act_backward_apply", "add_act", "act_backward"):  # fmt: skip

@@ -10,6 +10,6 @@ declare(
     Backend("cuda", DEVICES, why_not=why_not_here, fallback=("aten",), levels=("b",), source=binary)
 )
 
-from fastres.kernels.cuda import batch_norm, convolution, residual, running, slab  # noqa: E402
+from fastres.kernels.cuda import batch_norm, channel_block, convolution, running  # noqa: E402
 
-__all__ = ["batch_norm", "convolution", "residual", "running", "slab"]
+__all__ = ["batch_norm", "channel_block", "convolution", "running"]

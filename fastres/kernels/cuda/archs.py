@@ -16,10 +16,10 @@ def covering(archs: str, capability: tuple[int, int]) -> str | None:
         archs: as `FASTRES_CUDA_ARCHS`, "80;90a;100+PTX".
         capability: (major, minor), as `torch.cuda.get_device_capability`.
     """
-    found = [
+    usable = [
         m for m in map(re.compile(r"(\d+)(\d)([af]?)(\+PTX)?").fullmatch, archs.split(";")) if m
     ]
-    newest = sorted(found, key=lambda m: (int(m[1]), int(m[2]), m[3]), reverse=True)
+    newest = sorted(usable, key=lambda m: (int(m[1]), int(m[2]), m[3]), reverse=True)
     for match in newest:
         if _runs(match, capability):
             return f"sm_{match[1]}{match[2]}{match[3]}"

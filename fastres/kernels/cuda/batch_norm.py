@@ -15,41 +15,94 @@ from fastres.kernels.common import (
     floats,
     gate_act_code,
     gate_code,
-    new_grads,
-    new_mask,
-    zeros,
 )
 from fastres.kernels.cuda.module import module, where, why_not
 from fastres.kernels.cuda.tiling import Shape, Tiling, choose, partials
-from fastres.kernels.registry import register
+from fastres.kernels.pointwise import Gradients, Normalisation, Pointwise
 from fastres.kernels.types import Branch, Gate
 
 
-@register("channel_stats", "cuda", why_not=why_not)
-def channel_stats(y: Tensor, state: Tensor | None = None, prior_count: int = 0) -> Tensor:
-    """(mean, M2) per channel, float32 [2, C]; merged with `state` where it is given."""
-    channels = y.shape[1]
-    if y.numel() == 0:
-        return zeros(2, channels, device=y.device) if state is None else state.clone()
-    found = floats(2, channels, device=y.device)
-    _statistics(y, (address(state), prior_count, found.data_ptr(), 0, 0, 0.0, 0))
-    return found
+class Launches:
+    """Launches of the kernels of `csrc/cuda`."""
+
+    def channel_stats(self, y: Tensor, state: Tensor | None, prior_count: int) -> Tensor:
+        """(mean, M2), merged with `state` by the launch that joins the partial results."""
+        merged = floats(2, y.shape[1], device=y.device)
+        _statistics(y, (address(state), prior_count, merged.data_ptr(), 0, 0, 0.0, 0))
+        return merged
+
+    def finalize_stats(
+        self, inputs: Sequence[Tensor | None], count: int, eps: float, stats: Tensor
+    ) -> None:
+        """`stats`, in float64 from what is stored in float32."""
+        dense = [as_float(t) for t in inputs]
+        state, *others = map(address, dense)
+        channels = stats.shape[1]
+        module().finalize_stats(
+            state, count, *others, eps, stats.data_ptr(), channels, where(stats)
+        )
+
+    def scale_shift_act(self, call: Normalisation) -> None:
+        """One pass."""
+        y, stats, residual, residual_stats, act, out, mask, in_place = call
+        shape = Shape.of(y)
+
+        def run(tiling: Tiling) -> None:
+            module().scale_shift_act(
+                y.data_ptr(), address(stats), address(residual), address(residual_stats),
+                out.data_ptr(), address(mask), ACT_CODES[act], shape, tiling, where(y),
+            )  # fmt: skip
+
+        flags = (stats is None, residual is None, residual_stats is None, act, mask is not None)
+        run(choose("scale_shift_act", shape, y.device, flags, None if in_place else run))
+
+    def bn_act_backward_reduce(
+        self, grad_out: Tensor, gate: Gate, branches: Sequence[Branch], sums: Tensor | None
+    ) -> Tensor:
+        """The sums, to which the launch that joins the partial results adds `sums`."""
+        gate, shape, device = as_relu(gate), Shape.of(grad_out), grad_out.device
+        rows = 1 + len(branches)
+
+        def run(tiling: Tiling) -> Tensor:
+            total = floats(3, shape.c, device=device)
+            parts = partials(shape, tiling, rows, torch.float32, device)
+            module().bn_act_backward_reduce(
+                *backward_inputs(grad_out, gate, branches), parts.data_ptr(), address(sums),
+                total.data_ptr(), shape, tiling, where(grad_out),
+            )  # fmt: skip
+            return total
+
+        flags, name = (gate.kind, gate.applied, rows), "bn_act_backward_reduce"
+        return run(choose(name, shape, device, flags, run, sums=True, pipelines=True))
+
+    def bn_act_backward_apply(self, call: Gradients) -> None:
+        """One pass for both branches and the residual."""
+        grad_out, gate, branches, sums, count, grads, residual, in_place = call
+        gate, shape = as_relu(gate), Shape.of(grad_out)
+
+        def run(tiling: Tiling) -> None:
+            module().bn_act_backward_apply(
+                *backward_inputs(grad_out, gate, branches), address(sums), count,
+                *map(address, (*grads, residual)), shape, tiling, where(grad_out),
+            )  # fmt: skip
+
+        absent = [t is None for t in (sums, *grads, residual)]
+        flags: tuple[str | bool, ...] = (gate.kind, gate.applied, *absent)
+        repeatable, name = None if in_place else run, "bn_act_backward_apply"
+        run(choose(name, shape, grad_out.device, flags, repeatable, pipelines=True))
 
 
 def batch_stats(y: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """`stats` float32 [5, C] of y as a batch; weight and bias dense, in float32."""
-    channels = y.shape[1]
     if y.numel() == 0:
-        state = channel_stats(y)
-        return finalize_stats(state, 0, None, weight, bias, eps, acc=torch.float32)
-    stats = floats(5, channels, device=y.device)
+        return finalize_stats(channel_stats(y), 0, None, weight, bias, eps, acc=torch.float32)
+    stats = floats(5, y.shape[1], device=y.device)
     _statistics(y, (0, 0, 0, address(weight), address(bias), eps, stats.data_ptr()))
     return stats
 
 
 def _statistics(y: Tensor, wanted: tuple[float, ...]) -> None:
     """Launch the reduction; `wanted` says what to join, and what to make of it."""
-
     shape = Shape.of(y)
 
     def run(tiling: Tiling) -> None:
@@ -59,141 +112,20 @@ def _statistics(y: Tensor, wanted: tuple[float, ...]) -> None:
     run(choose("channel_stats", shape, y.device, (), run, sums=True))
 
 
-@register("finalize_stats", "cuda", why_not=why_not)
-def finalize_stats(
-    state: Tensor | None,
-    count: int,
-    running: tuple[Tensor, Tensor] | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    *,
-    acc: torch.dtype,
-) -> Tensor:
-    """`stats` float32 [5, C], computed in float64."""
-    mean, var = running or (None, None)
-    given = [dense_float(t) for t in (state, mean, var, weight, bias)]
-    some = next(t for t in given if t is not None)
-    channels = some.shape[-1]
-    stats = floats(5, channels, device=some.device)
-    if channels == 0:
-        return stats
-    first, *others = map(address, given)
-    module().finalize_stats(first, count, *others, eps, stats.data_ptr(), channels, where(some))
-    return stats
-
-
-def dense_float(t: Tensor | None) -> Tensor | None:
-    """As the kernels read a parameter: views of it may be strided, and its dtype another."""
+def as_float(t: Tensor | None) -> Tensor | None:
+    """A parameter as the kernels read it: dense, in float32."""
     return None if t is None else t.to(torch.float32).contiguous()
 
 
-@register("scale_shift_act", "cuda", why_not=why_not)
-def scale_shift_act(
-    y: Tensor,
-    stats: Tensor | None,
-    *,
-    residual: Tensor | None = None,
-    residual_stats: Tensor | None = None,
-    act: str = "none",
-    want_mask: bool = False,
-    out: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """act(scale*y + shift [+ residual, plain or scaled]); `out` may be y.
-
-    Without `stats` y is taken as it is.
-    """
-    shape, in_place = Shape.of(y), out is not None
-    found = torch.empty_like(y) if out is None else out
-    mask = new_mask(y) if want_mask else None
-    if shape.empty:
-        return found, mask
-
-    def run(tiling: Tiling) -> None:
-        module().scale_shift_act(
-            y.data_ptr(), address(stats), address(residual), address(residual_stats),
-            found.data_ptr(), address(mask), ACT_CODES[act], shape, tiling, where(y),
-        )  # fmt: skip
-
-    given = (stats is None, residual is None, residual_stats is None, act, want_mask)
-    run(choose("scale_shift_act", shape, y.device, given, None if in_place else run))
-    return found, mask
+def backward_inputs(grad_out: Tensor, gate: Gate, branches: Sequence[Branch]) -> tuple[int, ...]:
+    """How the backward kernels are told what they read."""
+    tensors = map(address, (gate.tensor, *branch_tensors(branches)))
+    return grad_out.data_ptr(), gate_code(gate), gate_act_code(gate), *tensors
 
 
-@register("bn_act_backward_reduce", "cuda", why_not=why_not)
-def bn_act_backward_reduce(
-    grad_out: Tensor, gate: Gate, branches: Sequence[Branch], *, sums: Tensor | None = None
-) -> Tensor:
-    """`sums` float32 [3, C]; added to `sums` where it is given."""
-    gate = as_relu(gate)
-    shape, device = Shape.of(grad_out), grad_out.device
-    if shape.empty:
-        return zeros(3, shape.c, device=device) if sums is None else sums.clone()
-    rows = 1 + len(branches)
-
-    def run(tiling: Tiling) -> Tensor:
-        found = floats(3, shape.c, device=device)
-        parts = partials(shape, tiling, rows, torch.float32, device)
-        module().bn_act_backward_reduce(
-            grad_out.data_ptr(), gate_code(gate), gate_act_code(gate), address(gate.tensor),
-            *map(address, branch_tensors(branches)), parts.data_ptr(), address(sums),
-            found.data_ptr(), shape, tiling, where(grad_out),
-        )  # fmt: skip
-        return found
-
-    flags = (gate.kind, gate.applied, rows)
-    name = "bn_act_backward_reduce"
-    return run(choose(name, shape, device, flags, run, sums=True, rings=True))
-
-
-@register("bn_act_backward_apply", "cuda", why_not=why_not)
-def bn_act_backward_apply(
-    grad_out: Tensor,
-    gate: Gate,
-    branches: Sequence[Branch],
-    sums: Tensor,
-    count: int,
-    *,
-    want_grads: Sequence[bool],
-    want_residual: bool = False,
-    out: Tensor | None = None,
-) -> tuple[list[Tensor | None], Tensor | None]:
-    """grad_y per branch, and the gated gradient itself on demand, in one pass."""
-    grads = new_grads(grad_out, want_grads, out)
-    residual = torch.empty_like(grad_out) if want_residual else None
-    apply(
-        grad_out, gate, branches, sums if count else None, count, (*grads, None)[:2], residual,
-        in_place=out is not None,
-    )  # fmt: skip
-    return grads, residual
-
-
-def apply(
-    grad_out: Tensor,
-    gate: Gate,
-    branches: Sequence[Branch],
-    sums: Tensor | None,
-    count: int,
-    grads: Sequence[Tensor | None],
-    residual: Tensor | None,
-    *,
-    in_place: bool,
-) -> None:
-    """Write grad_y of both branches and the gated gradient, where there is memory for them."""
-    gate = as_relu(gate)
-    shape = Shape.of(grad_out)
-    if shape.empty:
-        return
-
-    def run(tiling: Tiling) -> None:
-        module().bn_act_backward_apply(
-            grad_out.data_ptr(), gate_code(gate), gate_act_code(gate), address(gate.tensor),
-            *map(address, branch_tensors(branches)), address(sums), count,
-            *map(address, grads), address(residual), shape, tiling, where(grad_out),
-        )  # fmt: skip
-
-    absent = [t is None for t in (sums, *grads, residual)]
-    wanted: tuple[str | bool, ...] = (gate.kind, gate.applied, *absent)
-    repeatable = None if in_place else run
-    name = "bn_act_backward_apply"
-    run(choose(name, shape, grad_out.device, wanted, repeatable, rings=True))
+launches = Launches()
+_primitives = Pointwise("cuda", launches, why_not)
+channel_stats, finalize_stats = _primitives.channel_stats, _primitives.finalize_stats
+scale_shift_act = _primitives.scale_shift_act
+bn_act_backward_reduce = _primitives.bn_act_backward_reduce
+bn_act_backward_apply = _primitives.bn_act_backward_apply

@@ -4,10 +4,12 @@ added to what is there, and one pass behind those of inference.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
-from fastres.kernels.aten import conv_forward
+from fastres.kernels.aten import convolution_one_pass
 from fastres.kernels.cuda.batch_norm import scale_shift_act
 from fastres.kernels.cuda.module import why_not
 from fastres.kernels.registry import Request, register
@@ -75,17 +77,5 @@ def _why_not_behind(request: Request) -> str | None:
     return why_not(request)
 
 
-@register("conv_bn_act", "cuda", why_not=_why_not_behind, name="convolution, one pass")
-def conv_bn_act(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    conv: Conv,
-    stats: Tensor,
-    *,
-    residual: Tensor | None = None,
-    act: str = "none",
-) -> Tensor:
-    """Inference: torch's convolution, then batch norm, add and activation in place."""
-    y, _ = conv_forward(x, weight, bias, conv)
-    return scale_shift_act(y, stats, residual=residual, act=act, out=y)[0]
+conv_bn_act = partial(convolution_one_pass, scale_shift_act)
+register("conv_bn_act", "cuda", why_not=_why_not_behind, name="convolution, one pass")(conv_bn_act)

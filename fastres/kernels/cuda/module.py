@@ -1,4 +1,4 @@
-"""The compiled module `fastres._cuda`: found or not, where it runs, and how it is told so."""
+"""The compiled module `fastres._cuda`: whether it is there, and on which device it runs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ EMULATED = _cuda is not None and bool(_cuda.emulated)
 
 DEVICES = ("cuda", "cpu") if EMULATED else ("cuda",)
 
-#: Multiprocessors of the emulation: one, so that blocks walk there too.
+#: Multiprocessors of the emulation: one, so that blocks iterate over several tiles there too.
 _EMULATED_PROCESSORS = 1
 #: Its L2 cache: that of an H200.
 _EMULATED_CACHE = 50 << 20
@@ -73,15 +73,15 @@ def _why_not_gpu(index: int) -> str | None:
     if driver // 1000 < major:
         return f"{_driver_knows(driver)}; it must support CUDA {major}: update it, {_OLDER}"
     capability = torch.cuda.get_device_capability(index)
-    found = covering(kernels.archs(), capability)
-    if found is None:
+    code = covering(kernels.archs(), capability)
+    if code is None:
         needed = ".".join(map(str, capability))
         return (
             f"fastres._cuda was built for {kernels.archs()}, and the GPU has compute capability "
             f"{needed}; rebuild with FASTRES_CUDA_ARCHS={needed.replace('.', '')}"
         )
     # A driver takes older toolkits' PTX alone, and machine code of its own major version.
-    if found.startswith("PTX") and driver < 1000 * major + 10 * minor:
+    if code.startswith("PTX") and driver < 1000 * major + 10 * minor:
         return (
             f"{_driver_knows(driver)}, and only PTX of CUDA {major}.{minor} runs on this GPU: "
             f"update it, {_OLDER}, or rebuild with FASTRES_CUDA_ARCHS for this GPU"

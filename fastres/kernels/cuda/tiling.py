@@ -1,4 +1,4 @@
-"""How the kernels' threads share an activation out, and which ways there are to choose from."""
+"""How the kernels' threads share an activation out, and the tilings there are to choose from."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from fastres.kernels.types import is_channels_last
 #: Elements of a thread's vector access, `fastres::cuda::kVector`.
 VECTOR = 8
 
-#: `fastres::cuda::kRingStages`.
-RING_STAGES = 4
+#: Stages of the asynchronous-copy pipelines, `fastres::cuda::kRingStages`.
+PIPELINE_STAGES = 4
 
-#: Threads of the blocks that work slab by slab, `fastres::cuda::kSlabThreads`.
-SLAB_THREADS = 256
+#: Threads of the blocks that share an L2 channel block, `fastres::cuda::kSlabThreads`.
+CHANNEL_BLOCK_THREADS = 256
 
 
 class Shape(NamedTuple):
@@ -40,32 +40,27 @@ class Shape(NamedTuple):
         return cls(n, c, h * w, 0 if is_channels_last(t) else 1, DTYPE_CODES[t.dtype])
 
     @property
-    def empty(self) -> bool:
-        """Whether there is nothing to compute."""
-        return self.n * self.c * self.hw == 0
-
-    @property
     def rows(self) -> int:
         """Pixels under channels_last, images else: what chunks are made of."""
         return self.n * self.hw if self.layout == 0 else self.n
 
     @property
-    def packs(self) -> int:
-        """What the threads of a block stand side by side on, in one row of one channel tile."""
+    def accesses(self) -> int:
+        """Vectors in one row of one channel tile, or elements where a row has no whole vectors."""
         cols = self.c if self.layout == 0 else self.hw
         return cols // VECTOR if cols % VECTOR == 0 else cols
 
     @property
-    def vectors(self) -> bool:
+    def whole_vectors(self) -> bool:
         """Whether rows consist of whole vectors, under channels_last."""
         return self.layout == 0 and self.c % VECTOR == 0
 
 
 class Tiling(NamedTuple):
-    """`fastres::cuda::Tiling`: threads of a block, packs side by side, rows that it walks over.
+    """`fastres::cuda::Tiling`: threads of a block, vectors side by side, rows of a block.
 
-    With `stages` (0 or RING_STAGES) a thread's next packs come through shared memory while it
-    computes; kernels that have no such way, or not for a tensor, take no notice.
+    With `stages` (0 or PIPELINE_STAGES) a thread's next vectors come through shared memory while it
+    computes; kernels without such a pipeline, or without one for a tensor, ignore it.
     """
 
     threads: int
@@ -80,9 +75,9 @@ def _power_above(n: int) -> int:
 
 def _tiling(shape: Shape, threads: int, width: int, blocks: int) -> Tiling:
     """Cuts the rows so that about `blocks` blocks result."""
-    width = min(width, threads, _power_above(shape.packs))
+    width = min(width, threads, _power_above(shape.accesses))
     lanes = threads // width
-    tiles = -(-shape.packs // width) if shape.layout == 0 else shape.c
+    tiles = -(-shape.accesses // width) if shape.layout == 0 else shape.c
     chunks = max(1, min(-(-shape.rows // lanes), blocks // tiles))
     rows = -(-shape.rows // chunks)
     return Tiling(threads, width, -(-rows // lanes) * lanes)
@@ -95,48 +90,48 @@ def _tiling(shape: Shape, threads: int, width: int, blocks: int) -> Tiling:
 @lru_cache(maxsize=1024)
 def map_tilings(shape: Shape, multiprocessors: int) -> tuple[Tiling, ...]:
     """For elementwise kernels: whole rows side by side; the likeliest first."""
-    ways = [(256, 12), (256, 6), (256, 4), (256, 24), (128, 12), (128, 24)]
-    made = (_tiling(shape, t, 256, multiprocessors * blocks) for t, blocks in ways)
-    return tuple(dict.fromkeys(made))
+    variants = [(256, 12), (256, 6), (256, 4), (256, 24), (128, 12), (128, 24)]
+    tilings = (_tiling(shape, t, 256, multiprocessors * blocks) for t, blocks in variants)
+    return tuple(dict.fromkeys(tilings))
 
 
 @lru_cache(maxsize=1024)
 def sum_tilings(shape: Shape, multiprocessors: int) -> tuple[Tiling, ...]:
     """For reductions: narrower, for several rows at a time; each block leaves a partial result."""
-    ways = [(256, 32, 6), (256, 16, 6), (256, 32, 3), (256, 32, 2), (256, 32, 4), (256, 8, 6)]
-    ways += [(128, 16, 12)]
-    made = (_tiling(shape, t, width, multiprocessors * blocks) for t, width, blocks in ways)
-    return tuple(dict.fromkeys(made))
+    variants = [(256, 32, 6), (256, 16, 6), (256, 32, 3), (256, 32, 2), (256, 32, 4), (256, 8, 6)]
+    variants += [(128, 16, 12)]
+    tilings = (_tiling(shape, t, width, multiprocessors * blocks) for t, width, blocks in variants)
+    return tuple(dict.fromkeys(tilings))
 
 
-def with_rings(shape: Shape, tilings: Sequence[Tiling]) -> tuple[Tiling, ...]:
-    """The likeliest of them also with packs on their way through shared memory, where that can be.
+def with_pipelines(shape: Shape, tilings: Sequence[Tiling]) -> tuple[Tiling, ...]:
+    """The likeliest of them also with a pipeline through shared memory, where there is one.
 
-    It keeps memory busy while blocks compute, for some instructions more: which of the two counts
-    is for the GPU to say.
+    A pipeline keeps memory busy while blocks compute, for some instructions more: which of the two
+    counts is for the GPU to say.
     """
-    if not shape.vectors or shape.dtype == DTYPE_CODES[torch.float32]:
+    if not shape.whole_vectors or shape.dtype == DTYPE_CODES[torch.float32]:
         return tuple(tilings)
-    return *tilings, *(t._replace(stages=RING_STAGES) for t in tilings[:3] if t.threads == 256)
+    return *tilings, *(t._replace(stages=PIPELINE_STAGES) for t in tilings[:3] if t.threads == 256)
 
 
 @lru_cache(maxsize=1024)
-def slab_tilings(shape: Shape, blocks: int, values: int) -> tuple[Tiling, ...]:
-    """For slabs of channels: each of `blocks` resident blocks has its rows in every slab.
+def channel_block_tilings(shape: Shape, blocks: int, values: int) -> tuple[Tiling, ...]:
+    """For L2 channel blocks: each of `blocks` resident thread blocks has its rows in all of them.
 
-    As wide as `values` elements allow, and narrower: to 32 bytes in a row, what memory reads at
-    once. None where not even that fits.
+    They are as wide as `values` elements allow, and narrower: to 32 bytes in a row, what memory
+    reads at once. There are none where not even that fits.
     """
-    if not shape.vectors:
+    if not shape.whole_vectors:
         return ()
     chunk = -(-shape.rows // blocks)
-    made = []
+    tilings = []
     for width in (32, 16, 8, 4, 2):
-        if width // 2 >= shape.packs or shape.rows * width * VECTOR > values:
+        if width // 2 >= shape.accesses or shape.rows * width * VECTOR > values:
             continue
-        lanes = SLAB_THREADS // width
-        made.append(Tiling(SLAB_THREADS, width, -(-chunk // lanes) * lanes))
-    return tuple(made)
+        lanes = CHANNEL_BLOCK_THREADS // width
+        tilings.append(Tiling(CHANNEL_BLOCK_THREADS, width, -(-chunk // lanes) * lanes))
+    return tuple(tilings)
 
 
 def choose(
@@ -147,12 +142,12 @@ def choose(
     run: Callable[[Tiling], object] | None,
     *,
     sums: bool = False,
-    rings: bool = False,
+    pipelines: bool = False,
 ) -> Tiling:
     """The tiling for a kernel: tuned where `run` may be repeated, else the heuristic's."""
     candidates = (sum_tilings if sums else map_tilings)(shape, processors(device))
-    if rings:
-        candidates = with_rings(shape, candidates)
+    if pipelines:
+        candidates = with_pipelines(shape, candidates)
     if run is None:
         return candidates[0]
     return tuned(f"cuda/{name}", binary(), (*shape, *flags), candidates, run, device)

@@ -16,7 +16,7 @@ declare(
         # Level c forms grad_y anew in every column of programs, which no measurement backs yet.
         levels=("c'", "b'", "b", "c"),
         proven=False,
-        source=lambda: source_hash("conv"),
+        source=lambda: source_hash("fastres.triton_kernels.conv"),
         prepare=compile_together,
     )
 )
@@ -25,8 +25,7 @@ from fastres.kernels.triton import (  # noqa: E402
     batch_norm,
     convolution,
     convolution_backward,
-    residual,
     running,
 )
 
-__all__ = ["batch_norm", "convolution", "convolution_backward", "residual", "running"]
+__all__ = ["batch_norm", "convolution", "convolution_backward", "running"]

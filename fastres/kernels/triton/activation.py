@@ -6,23 +6,23 @@ from typing import Any
 
 from fastres.kernels.common import GATE_CODES, gate_code
 from fastres.kernels.reference import ACTIVATIONS
-from fastres.kernels.triton.launch import kernel_of
+from fastres.kernels.triton.launch import kernels
 from fastres.kernels.types import Gate, Prologue
 
 
 def functions_of(act: str) -> Any:
     """`value`, `derivative` and `operand` of an activation; this imports Triton."""
-    built_in: dict[str, Any] = kernel_of("activations", "FUNCTIONS")
+    built_in: dict[str, Any] = kernels().activations.FUNCTIONS
     if act in built_in:
         return built_in[act]
     value, derivative = ACTIVATIONS[act].kernels["triton"]
-    return kernel_of("activations", "Functions")(value, derivative, value)
+    return kernels().activations.Functions(value, derivative, value)
 
 
 def output_flags(act: str, want_mask: bool) -> dict[str, Any]:
     """The constants of a kernel that applies an activation, and may keep its gate as bits."""
-    found = functions_of(act)
-    return {"ACT": found.value, "DERIVATIVE": found.derivative if want_mask else None}
+    functions = functions_of(act)
+    return {"ACT": functions.value, "DERIVATIVE": functions.derivative if want_mask else None}
 
 
 def gate_flags(gate: Gate, prefix: str = "") -> dict[str, Any]:

@@ -7,25 +7,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastres.kernels.common import (
-    branch_tensors,
-    floats,
-    new_grads,
-    new_mask,
-    zeros,
-)
-from fastres.kernels.registry import register
+from fastres.kernels.common import branch_tensors, floats
+from fastres.kernels.pointwise import Gradients, Normalisation, Pointwise
 from fastres.kernels.triton.activation import gate_flags, output_flags
-from fastres.kernels.triton.launch import kernel_of, launch
+from fastres.kernels.triton.launch import kernels, launch
 from fastres.kernels.triton.support import Matrix, why_not
-from fastres.kernels.triton.walk import (
+from fastres.kernels.triton.tiling import (
     SEVERAL,
     choose_tiling,
-    launch_walk,
-    merge_stats,
+    launch_elementwise,
+    launch_tiled,
     partials_of,
-    sum_partials,
-    walk,
 )
 from fastres.kernels.types import Branch, Gate
 
@@ -33,143 +25,134 @@ from fastres.kernels.types import Branch, Gate
 _FINALIZE_BLOCK = 128
 
 
-@register("channel_stats", "triton", why_not=why_not)
-def channel_stats(y: Tensor, state: Tensor | None = None, prior_count: int = 0) -> Tensor:
-    """(mean, M2) per channel, float32 [2, C]; merged with `state` where it is given."""
-    m = Matrix.of(y)
-    if m.rows == 0 or m.cols == 0:
-        return zeros(2, m.channels, device=y.device) if state is None else state.clone()
+class Launches:
+    """Launches of the kernels of `fastres.triton_kernels`; the first imports Triton."""
 
-    def run(tiling: object) -> tuple[Tensor, Tensor]:
-        extra = state is not None and prior_count > 0
-        count = partials_of(m, tiling)
-        partials = floats(count + extra, 3, m.channels, device=y.device)
-        counts = floats(count + extra, device=y.device)
-        launch_walk("channel_stats", kernel, m, tiling, (y, partials, counts), {})
-        if state is not None and extra:
-            partials[-1, ::2].copy_(state)
-            partials[-1, 1].zero_()
-            counts[-1:].fill_(prior_count)
-        return partials, counts
+    def channel_stats(self, y: Tensor, state: Tensor | None, prior_count: int) -> Tensor:
+        """(mean, M2) out of partial results, of which `state` is the last."""
+        kernel, m = kernels().channel_stats.channel_stats_fwd_kernel, Matrix.of(y)
 
-    kernel = "channel_stats_fwd_kernel"
-    tiling = choose_tiling("channel_stats", kernel, m, (y,), {}, run, SEVERAL)
-    return merge_stats(*run(tiling))
+        def run(tiling: object) -> tuple[Tensor, Tensor]:
+            extra = state is not None and prior_count > 0
+            count = partials_of(m, tiling)
+            partials = floats(count + extra, 3, m.channels, device=y.device)
+            counts = floats(count + extra, device=y.device)
+            launch_tiled(kernel, m, tiling, (y, partials, counts), {})
+            if state is not None and extra:
+                partials[-1, ::2].copy_(state)
+                partials[-1, 1].zero_()
+                counts[-1:].fill_(prior_count)
+            return partials, counts
 
+        return merge_stats(*run(choose_tiling(kernel, m, (y,), {}, run, SEVERAL)))
 
-@register("finalize_stats", "triton", why_not=why_not)
-def finalize_stats(
-    state: Tensor | None,
-    count: int,
-    running: tuple[Tensor, Tensor] | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    *,
-    acc: torch.dtype,
-) -> Tensor:
-    """`stats` float32 [5, C], computed in float64."""
-    mean, var = running or (None, None)
-    # The kernel reads them with a stride of 1; views of a parameter may have another.
-    given = [None if t is None else t.contiguous() for t in (state, mean, var, weight, bias)]
-    some = next(t for t in given if t is not None)
-    channels = some.shape[-1]
-    stats = floats(5, channels, device=some.device)
-    constants = {
-        "HAS_STATE": state is not None,
-        "HAS_WEIGHT": weight is not None,
-        "HAS_BIAS": bias is not None,
-        "BLOCK": _FINALIZE_BLOCK,
-    }
-    grid = (-(-channels // _FINALIZE_BLOCK),)
-    kernel = kernel_of("channel_stats", "finalize_stats_fwd_kernel")
-    launch(kernel, grid, (*given, stats), (channels, count, eps), constants)
-    return stats
+    def finalize_stats(
+        self, inputs: Sequence[Tensor | None], count: int, eps: float, stats: Tensor
+    ) -> None:
+        """`stats`, in float64."""
+        state, _, _, weight, bias = inputs
+        constants = {
+            "HAS_STATE": state is not None,
+            "HAS_WEIGHT": weight is not None,
+            "HAS_BIAS": bias is not None,
+            "BLOCK": _FINALIZE_BLOCK,
+        }
+        channels = stats.shape[1]
+        grid, sizes = (-(-channels // _FINALIZE_BLOCK),), (channels, count, eps)
+        kernel = kernels().channel_stats.finalize_stats_fwd_kernel
+        launch(kernel, grid, (*inputs, stats), sizes, constants)
 
+    def scale_shift_act(self, call: Normalisation) -> None:
+        """One pass; without `stats` by a kernel of its own."""
+        y, stats, residual, residual_stats, act, out, mask, in_place = call
+        kernel, flags = kernels().add_act.add_act_fwd_kernel, output_flags(act, mask is not None)
+        tensors: tuple[Tensor | None, ...] = (y, residual, out, mask)
+        if stats is not None:
+            kernel = kernels().scale_shift_act.scale_shift_act_fwd_kernel
+            tensors = (y, stats, residual, residual_stats, out, mask)
+            flags["HAS_RESIDUAL"] = residual is not None
+            flags["HAS_RESIDUAL_STATS"] = residual_stats is not None
+        flags["HAS_MASK"] = mask is not None
+        launch_elementwise(kernel, Matrix.of(y), tensors, flags, in_place=in_place)
 
-@register("scale_shift_act", "triton", why_not=why_not)
-def scale_shift_act(
-    y: Tensor,
-    stats: Tensor,
-    *,
-    residual: Tensor | None = None,
-    residual_stats: Tensor | None = None,
-    act: str = "none",
-    want_mask: bool = False,
-    out: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """act(scale*y + shift [+ residual, plain or scaled]); `out` may be y."""
-    in_place = out is not None
-    out = torch.empty_like(y) if out is None else out
-    mask = new_mask(y) if want_mask else None
-    flags = {
-        **output_flags(act, want_mask),
-        "HAS_RESIDUAL": residual is not None,
-        "HAS_RESIDUAL_STATS": residual_stats is not None,
-        "HAS_MASK": want_mask,
-    }
-    tensors = (y, stats, residual, residual_stats, out, mask)
-    walk(
-        "scale_shift_act", "scale_shift_act_fwd_kernel", Matrix.of(y), tensors, flags,
-        in_place=in_place,
-    )  # fmt: skip
-    return out, mask
+    def bn_act_backward_reduce(
+        self, grad_out: Tensor, gate: Gate, branches: Sequence[Branch], sums: Tensor | None
+    ) -> Tensor:
+        """The sum of partial results, of which `sums` are the last."""
+        kernel, m = kernels().bn_act.bn_act_reduce_bwd_kernel, Matrix.of(grad_out)
+        inputs = (grad_out, gate.tensor, *branch_tensors(branches))
+        flags = {**gate_flags(gate), "HAS_SECOND": len(branches) > 1}
 
+        def run(tiling: object) -> Tensor:
+            rows = partials_of(m, tiling) + (sums is not None)
+            partials = floats(rows, 3, m.channels, device=grad_out.device)
+            launch_tiled(kernel, m, tiling, (*inputs, partials), flags)
+            if sums is not None:
+                partials[-1].copy_(sums)
+            return partials
 
-@register("bn_act_backward_reduce", "triton", why_not=why_not)
-def bn_act_backward_reduce(
-    grad_out: Tensor, gate: Gate, branches: Sequence[Branch], *, sums: Tensor | None = None
-) -> Tensor:
-    """`sums` float32 [3, C]; added to `sums` where it is given."""
-    m = Matrix.of(grad_out)
-    if m.rows == 0 or m.cols == 0:
-        return zeros(3, m.channels, device=grad_out.device) if sums is None else sums.clone()
-    given = (grad_out, gate.tensor, *branch_tensors(branches))
-    flags = {**gate_flags(gate), "HAS_SECOND": len(branches) > 1}
-    kernel = "bn_act_reduce_bwd_kernel"
+        return sum_partials(run(choose_tiling(kernel, m, inputs, flags, run, SEVERAL)))
 
-    def run(tiling: object) -> Tensor:
-        extra = sums is not None
-        count = partials_of(m, tiling)
-        partials = floats(count + extra, 3, m.channels, device=grad_out.device)
-        launch_walk("bn_act", kernel, m, tiling, (*given, partials), flags)
-        if sums is not None:
-            partials[-1].copy_(sums)
-        return partials
-
-    tiling = choose_tiling("bn_act", kernel, m, given, flags, run, SEVERAL)
-    return sum_partials(run(tiling))
+    def bn_act_backward_apply(self, call: Gradients) -> None:
+        """One pass for both branches and the residual; without branches by a kernel of its own."""
+        grad_out, gate, branches, sums, count, grads, residual, in_place = call
+        m, flags = Matrix.of(grad_out), gate_flags(gate)
+        if not branches:
+            tensors = (grad_out, gate.tensor, residual)
+            kernel = kernels().add_act.act_bwd_kernel
+            launch_elementwise(kernel, m, tensors, flags, in_place=in_place)
+            return
+        inputs = (grad_out, gate.tensor, *branch_tensors(branches), sums)
+        flags |= {
+            "HAS_SUMS": sums is not None,
+            "HAS_FIRST": grads[0] is not None,
+            "HAS_SECOND": grads[1] is not None,
+            "HAS_RESIDUAL": residual is not None,
+        }
+        launch_elementwise(
+            kernels().bn_act.bn_act_apply_bwd_kernel, m, (*inputs, *grads, residual), flags,
+            (1 / max(count, 1),), in_place=in_place, widest=SEVERAL,
+        )  # fmt: skip
 
 
-@register("bn_act_backward_apply", "triton", why_not=why_not)
-def bn_act_backward_apply(
-    grad_out: Tensor,
-    gate: Gate,
-    branches: Sequence[Branch],
-    sums: Tensor,
-    count: int,
-    *,
-    want_grads: Sequence[bool],
-    want_residual: bool = False,
-    out: Tensor | None = None,
-) -> tuple[list[Tensor | None], Tensor | None]:
-    """grad_y per branch, and the gated gradient itself on demand, in one pass."""
-    grads = new_grads(grad_out, want_grads, out)
-    residual = torch.empty_like(grad_out) if want_residual else None
-    second = grads[1] if len(grads) > 1 else None
-    flags = {
-        **gate_flags(gate),
-        "HAS_SUMS": count > 0,
-        "HAS_FIRST": grads[0] is not None,
-        "HAS_SECOND": second is not None,
-        "HAS_RESIDUAL": want_residual,
-    }
-    tensors = (
-        grad_out, gate.tensor, *branch_tensors(branches), sums if count else None,
-        grads[0], second, residual,
-    )  # fmt: skip
-    walk(
-        "bn_act", "bn_act_apply_bwd_kernel", Matrix.of(grad_out), tensors, flags,
-        (1 / max(count, 1),), in_place=out is not None, widest=SEVERAL,
-    )  # fmt: skip
-    return grads, residual
+def merge_stats(partials: Tensor, counts: Tensor) -> Tensor:
+    """(mean, M2) [2, C] out of partials [P, 3, C] and their counts [P], in a fixed order."""
+    constants: dict[str, int] = kernels().channel_stats.MERGE
+    channels, device = partials.shape[2], partials.device
+    while True:
+        groups = -(-len(partials) // constants["GROUP"])
+        last = groups == 1
+        merged = floats(groups, 2 if last else 3, channels, device=device)
+        merged_counts = floats(groups, device=device)
+        grid = (groups * -(-channels // constants["CHANNELS"]),)
+        tensors, sizes = (partials, counts, merged, merged_counts), (len(partials), channels)
+        kernel = kernels().channel_stats.merge_stats_kernel
+        launch(kernel, grid, tensors, sizes, {"LAST": last, **constants})
+        if last:
+            return merged[0]
+        partials, counts = merged, merged_counts
+
+
+def sum_partials(partials: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Sum over the first dimension of a dense tensor, in a fixed order."""
+    width, device = partials[0].numel(), partials.device
+    while True:
+        constants = kernels().bn_act.sum_shape(len(partials))
+        groups = -(-len(partials) // constants["GROUP"])
+        last = groups == 1
+        stored = dtype if last else torch.float32
+        merged = torch.empty(groups, *partials.shape[1:], dtype=stored, device=device)
+        grid = (groups * -(-width // constants["COLUMNS"]),)
+        kernel, sizes = kernels().bn_act.sum_partials_kernel, (len(partials), width)
+        launch(kernel, grid, (partials, merged), sizes, constants)
+        if last:
+            return merged[0]
+        partials = merged
+
+
+_primitives = Pointwise("triton", Launches(), why_not)
+channel_stats, finalize_stats = _primitives.channel_stats, _primitives.finalize_stats
+scale_shift_act = _primitives.scale_shift_act
+bn_act_backward_reduce = _primitives.bn_act_backward_reduce
+bn_act_backward_apply = _primitives.bn_act_backward_apply
+act_backward = _primitives.act_backward

@@ -9,7 +9,8 @@ from torch import Tensor
 from fastres.kernels.common import floats, precision_of, zeros
 from fastres.kernels.registry import register
 from fastres.kernels.triton.activation import functions_of, prologue_flags
-from fastres.kernels.triton.launch import MAX_REGISTERS, Described, kernel_of, launch
+from fastres.kernels.triton.batch_norm import merge_stats
+from fastres.kernels.triton.launch import MAX_REGISTERS, Described, kernels, launch
 from fastres.kernels.triton.products import (
     Problem,
     channels_innermost,
@@ -18,7 +19,6 @@ from fastres.kernels.triton.products import (
     why_not_convolved,
 )
 from fastres.kernels.triton.support import device_of
-from fastres.kernels.triton.walk import merge_stats
 from fastres.kernels.types import Conv, Prologue
 
 
@@ -35,6 +35,7 @@ class _Epilogue(NamedTuple):
 def _forward(
     x: Tensor, weight: Tensor, conv: Conv, prologue: Prologue | None, epilogue: _Epilogue
 ) -> tuple[Tensor, Tensor | None]:
+    kernel = kernels().conv_fwd.conv_fwd_kernel
     p, weight = Problem.of(x, weight, conv), channels_innermost(weight)
     x_stats = None if prologue is None else prologue.stats
     flags = {
@@ -59,11 +60,11 @@ def _forward(
             return y, partials, counts
         bias = None if epilogue.bias is None else epilogue.bias.contiguous()
         tail = p.channels // conv.groups % tile.k > 0
-        given = (bias, epilogue.stats, epilogue.residual)
+        after = (bias, epilogue.stats, epilogue.residual)
         launch(
-            kernel_of("conv_fwd", "conv_fwd_kernel"),
+            kernel,
             (tiles * conv.groups * -(-group_out // tile.n),),
-            (x, x_stats, weight, *given, y, partials, counts),
+            (x, x_stats, weight, *after, y, partials, counts),
             p.sizes,
             {**p.constants, **flags, "WIDE": p.wide, "TAIL_K": tail, **tile.constants},
             **tile.options,
@@ -72,7 +73,7 @@ def _forward(
 
     shape = (p.out_pixels, group_out, p.channels // conv.groups)
     described = _describable(p, x, weight, epilogue)
-    y, partials, counts = run(choose_tile("conv_fwd", p, shape, flags, run, x, described))
+    y, partials, counts = run(choose_tile(kernel, p, shape, flags, run, x, described))
     if partials is None or counts is None:
         return y, None
     if p.out_pixels == 0:
@@ -107,7 +108,7 @@ def _launch_described(
     at_a_time = max(1, device.shared_bytes // tile.shared_bytes(x.element_size()))
     names = ("HAS_PROLOGUE", "ACT_X", "HAS_STATE", "PRECISION")
     launch(
-        kernel_of("conv1x1_fwd", "conv1x1_fwd_kernel"),
+        kernels().conv1x1_fwd.conv1x1_fwd_kernel,
         (min(programs, device.processors * min(2, at_a_time)),),
         (
             Described(_matrix(x), (tile.m, tile.k)), x_stats,

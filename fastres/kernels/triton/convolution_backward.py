@@ -10,17 +10,15 @@ from torch import Tensor
 from fastres.kernels.common import floats, precision_of
 from fastres.kernels.registry import Request, register
 from fastres.kernels.triton.activation import gate_flags, prologue_flags
-from fastres.kernels.triton.batch_norm import bn_act_backward_apply
-from fastres.kernels.triton.launch import kernel_of, launch
+from fastres.kernels.triton.batch_norm import act_backward, bn_act_backward_apply, sum_partials
+from fastres.kernels.triton.launch import kernels, launch
 from fastres.kernels.triton.products import (
     Problem,
     channels_innermost,
     choose_tile,
     why_not_convolved,
 )
-from fastres.kernels.triton.residual import act_backward
 from fastres.kernels.triton.support import device_of
-from fastres.kernels.triton.walk import sum_partials
 from fastres.kernels.types import Branch, Conv, Gate, Gated, PendingGrad, Prologue
 
 #: Programs per multiprocessor that a weight gradient's splits aim at, and the most splits: each
@@ -66,6 +64,7 @@ def data_gradient(
     reduce: tuple[Gate, Branch] | None,
 ) -> tuple[Tensor, Tensor | None]:
     """Gradient of the input and, on demand, the sums of the batch norm below it."""
+    kernel = kernels().conv_bwd_data.conv_bwd_data_kernel
     p, weight = Problem.of(like, weight, conv), channels_innermost(weight)
     residual, residual_gate, kind = _residual(accumulate)
     gate, below = reduce or (Gate("none"), Branch(None, None))  # type: ignore[arg-type]
@@ -87,7 +86,7 @@ def data_gradient(
         if reduce is not None:
             partials = floats(tiles, 3, p.channels, device=like.device)
         launch(
-            kernel_of("conv_bwd_data", "conv_bwd_data_kernel"),
+            kernel,
             (tiles * conv.groups * -(-group_in // tile.n),),
             (*incoming.tensors, weight, residual, residual_gate, *below, grad_x, partials),
             (*p.sizes, incoming.inverse_count),
@@ -99,7 +98,7 @@ def data_gradient(
     if class_pixels == 0:
         return torch.empty_like(like), like.new_zeros(3, p.channels, dtype=torch.float32)
     shape = (class_pixels, group_in, p.out_channels // conv.groups)
-    grad_x, partials = run(choose_tile("conv_bwd_data", p, shape, flags, run, like))
+    grad_x, partials = run(choose_tile(kernel, p, shape, flags, run, like))
     return grad_x, None if partials is None else sum_partials(partials)
 
 
@@ -121,7 +120,7 @@ def weight_gradient(
     incoming: Incoming, x: Tensor, weight: Tensor, conv: Conv, prologue: Prologue | None
 ) -> Tensor:
     """Gradient of the weight, its parts summed in order."""
-    p = Problem.of(x, weight, conv)
+    kernel, p = kernels().conv_bwd_weight.conv_bwd_weight_kernel, Problem.of(x, weight, conv)
     x_stats = None if prologue is None else prologue.stats
     flags = {**incoming.flags, **prologue_flags(prologue), "PRECISION": precision_of(x.dtype)}
     group_in, group_out = p.channels // conv.groups, p.out_channels // conv.groups
@@ -132,7 +131,7 @@ def weight_gradient(
         steps, splits = _splits(p.out_pixels, tile.k, programs, device_of(x).processors)
         parts = floats(splits, p.out_channels, kh, kw, group_in, device=x.device)
         launch(
-            kernel_of("conv_bwd_weight", "conv_bwd_weight_kernel"),
+            kernel,
             (programs * splits,),
             (*incoming.tensors, x, x_stats, parts),
             (*p.sizes, incoming.inverse_count, steps),
@@ -144,7 +143,7 @@ def weight_gradient(
     if p.out_pixels == 0:
         return torch.zeros_like(weight)
     shape = (group_out, group_in, p.out_pixels)
-    parts = run(choose_tile("conv_bwd_weight", p, shape, flags, run, x))
+    parts = run(choose_tile(kernel, p, shape, flags, run, x, splits=True))
     return sum_partials(parts, weight.dtype).permute(0, 3, 1, 2)
 
 

@@ -12,12 +12,11 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from functools import lru_cache
+from functools import cache, lru_cache
 from hashlib import sha256
 from importlib import import_module
-from inspect import getsource
+from inspect import getsource, ismodule
 from pkgutil import iter_modules
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -44,24 +43,20 @@ def options_of(max_registers: int | None) -> dict[str, Any]:
     return {"enable_fp_fusion": True, **capped}
 
 
-def _module(name: str) -> ModuleType:
-    """A file of `fastres.triton_kernels`, or any module by its full name; this imports Triton."""
-    return import_module(name if "." in name else f"fastres.triton_kernels.{name}")
-
-
-@lru_cache(maxsize=256)
-def kernel_of(module: str, name: str) -> Any:
-    """A kernel, or a function about launch shapes, of a file of kernels."""
-    return getattr(_module(module), name)
+@cache
+def kernels() -> Any:
+    """`fastres.triton_kernels` with all of its modules; the first call imports Triton."""
+    package = import_module("fastres.triton_kernels")
+    for info in iter_modules(package.__path__, f"{package.__name__}."):
+        import_module(info.name)
+    return package
 
 
 @lru_cache(maxsize=256)
 def source_hash(module: str) -> str:
-    """Identifies the text of a file of kernels and of all that it may share with others."""
-    package = import_module("fastres.triton_kernels")
-    names = [info.name for info in iter_modules(package.__path__)]
-    files = {_module(name) for name in (module, *names)}
-    text = "".join(sorted(getsource(file) for file in files))
+    """Identifies the text of a module of kernels, and of all modules of fastres' own."""
+    modules = {import_module(module), *filter(ismodule, vars(kernels()).values())}
+    text = "".join(sorted(getsource(m) for m in modules))
     return sha256(text.encode()).hexdigest()[:16]
 
 
@@ -183,8 +178,8 @@ def launch(
     """
     if 0 in grid:
         return
-    given = next(t for t in tensors if t is not None)
-    first = given.matrix if isinstance(given, Described) else given
+    argument = next(t for t in tensors if t is not None)
+    first = argument.matrix if isinstance(argument, Described) else argument
     if (recorded := _recording.launches) is not None:
         dtypes, values = tuple(map(_type_of, tensors)), tuple(constants.items())
         shape = (num_warps, num_stages, max_registers)
@@ -196,16 +191,9 @@ def launch(
     # Triton launches on the current device.
     with torch.cuda.device_of(first):
         _launch_bound(
-            kernel,
-            grid,
-            tensors,
-            sizes,
-            constants,
-            num_warps,
-            num_stages,
-            max_registers,
+            kernel, grid, tensors, sizes, constants, num_warps, num_stages, max_registers,
             first.device,
-        )
+        )  # fmt: skip
 
 
 def _launch_bound(
@@ -252,7 +240,7 @@ def tuned(
 
     Args:
         name: of the kernel.
-        module: the file of kernels it stands in, as for `kernel_of`.
+        module: the full name of the one it stands in.
         sizes: what the choice depends on, apart from device and source.
         candidates: launch shapes, the heuristic's first.
         run: computes into fresh memory with one candidate, so that tuning changes nothing.

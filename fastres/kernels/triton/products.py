@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastres.kernels.registry import Request
-from fastres.kernels.triton.launch import in_words, kernel_of, tuned
+from fastres.kernels.triton.launch import in_words, kernels, tuned
 from fastres.kernels.triton.support import device_of, why_not
 from fastres.kernels.types import Conv, dense
 
@@ -96,30 +96,30 @@ def _geometry(kernel: tuple[int, int], conv: Conv) -> dict[str, int]:
 @lru_cache(maxsize=1024)
 def _tiles(described: bool, specialised: bool, *problem: int | bool) -> list[Any]:
     """Candidates; by tensor descriptors, and with specialised warps, after the plain ones."""
-    tiles: Callable[..., list[Any]] = kernel_of("conv", "tiles")
-    plain = tiles(*problem)
-    found = [tile._replace(descriptors=True) for tile in plain] if described else []
+    plain = kernels().conv.tiles(*problem)
+    copied = [tile._replace(descriptors=True) for tile in plain] if described else []
     if specialised:
-        found += [tile._replace(specialised=True) for tile in found]
-    return [*plain, *found]
+        copied += [tile._replace(specialised=True) for tile in copied]
+    return [*plain, *copied]
 
 
 def choose_tile(
-    module: str,
+    kernel: Any,
     p: Problem,
     shape: tuple[int, int, int],
     flags: dict[str, Any],
     run: Callable[[Any], object],
     like: Tensor,
     described: bool = False,
+    splits: bool = False,
 ) -> Any:
     """The tile for a product of `shape` (rows, columns, depth).
 
     `described` adds the same tiles by tensor descriptors: to be measured, never taken unmeasured.
+    With `splits` the kernel fills the device by splitting its sum, whatever the tile.
     """
     device = device_of(like)
-    # A weight gradient fills the device by splitting its sum, whatever the tile.
-    processors = 1 if module == "conv_bwd_weight" else device.processors
+    processors = 1 if splits else device.processors
     formed = not flags.get("PENDING", False)
     alone = not any(flags.get(name) for name in _READ_AFTERWARDS)
     # Who has the copy engine multiplies by warpgroups.
@@ -129,7 +129,8 @@ def choose_tile(
     # Not by HAS_STATE: a recomputed output must have the bits of the first one.
     by = [in_words(value) for name, value in flags.items() if name != "HAS_STATE"]
     sizes = (*p.sizes, *p.constants.values(), str(like.dtype), described, *by)
-    return tuned(f"{module}_kernel", module, sizes, candidates, run, like.device)
+    name, module = kernel.fn.__name__, kernel.fn.__module__
+    return tuned(name, module, sizes, candidates, run, like.device)
 
 
 def channels_innermost(weight: Tensor) -> Tensor:

@@ -12,13 +12,9 @@ from torch import Tensor
 
 from fastres.kernels.registry import Request, register
 from fastres.kernels.running import RUNNING_DTYPES, rows_of
-from fastres.kernels.triton.launch import kernel_of, launch
+from fastres.kernels.triton.launch import kernels, launch
 from fastres.kernels.triton.support import why_not
 from fastres.kernels.types import RunningUpdate
-
-#: `MOST` and the bits of `HAS` in triton_kernels/update_running.py.
-MOST = 4
-_MEAN, _VAR, _COUNTER, _CUMULATIVE = 1, 2, 4, 8
 
 #: Channels that one program takes at a time.
 BLOCK = 128
@@ -33,13 +29,15 @@ def _why_not(request: Request) -> str | None:
 
 @register("update_running", "triton", why_not=_why_not)
 def update_running(updates: Sequence[RunningUpdate]) -> None:
-    """One launch for every four of them; arithmetic in float64."""
+    """As many of them per launch as the kernel takes; arithmetic in float64."""
     rows_of(updates)  # checks them, and tells autograd
-    for first in range(0, len(updates), MOST):
-        _launch(updates[first : first + MOST])
+    most = kernels().update_running.MOST
+    for first in range(0, len(updates), most):
+        _launch(updates[first : first + most])
 
 
 def _launch(updates: Sequence[RunningUpdate]) -> None:
+    module = kernels().update_running
     tensors: list[Tensor | None] = []
     numbers: list[int] = []
     has: list[int] = []
@@ -50,18 +48,18 @@ def _launch(updates: Sequence[RunningUpdate]) -> None:
         tensors += [stats.contiguous(), mean, var, counter]
         strides = [1 if t is None else t.stride(0) for t in (mean, var)]
         numbers += [channels, *strides, count, _bits(0.0 if momentum is None else momentum)]
-        flags = _MEAN * (mean is not None) + _VAR * (var is not None)
-        has.append(flags + _COUNTER * (counter is not None) + _CUMULATIVE * (momentum is None))
-    absent = MOST - len(updates)
+        parts = (mean is not None, var is not None, counter is not None, momentum is None)
+        has.append(sum(bit.value * part for bit, part in zip(module.BITS, parts, strict=True)))
+    absent = module.MOST - len(updates)
     tensors += [None] * (4 * absent)
     numbers += [0] * (5 * absent)
     has += [0] * absent
     blocks = max(1, -(-widest // BLOCK))
-    alone = any(h & _COUNTER and h & _CUMULATIVE for h in has)
+    # A cumulative average counts in one program alone.
+    alone = any(u.counter is not None and u.momentum is None for u in updates)
     grid, steps = (1, blocks) if alone else (blocks, 1)
     constants = {**{f"HAS{i}": h for i, h in enumerate(has)}, "BLOCK": BLOCK}
-    kernel = kernel_of("update_running", "update_running_kernel")
-    launch(kernel, (grid,), tensors, (*numbers, steps), constants)
+    launch(module.update_running_kernel, (grid,), tensors, (*numbers, steps), constants)
 
 
 @lru_cache(maxsize=256)

@@ -38,13 +38,13 @@ def _why_not_triton() -> str | None:
     if find_spec("triton") is None:
         return "triton is not installed; pip install triton"
     try:
-        found = version("triton")
+        installed = version("triton")
     except PackageNotFoundError:  # built from source and put on the path: take it at its word
         return None
-    numbers = tuple(int(n) for n in re.findall(r"\d+", found)[:2])
+    numbers = tuple(int(n) for n in re.findall(r"\d+", installed)[:2])
     if numbers < OLDEST:
         oldest = ".".join(map(str, OLDEST))
-        return f"triton must be {oldest} or newer, got {found}; pip install -U triton"
+        return f"triton must be {oldest} or newer, got {installed}; pip install -U triton"
     return None
 
 
@@ -154,5 +154,5 @@ def _device(index: int | None) -> Device:
     )
 
 
-#: One multiprocessor, so that programs walk in the interpreter too.
+#: One multiprocessor, so that programs iterate in the interpreter too.
 INTERPRETER = Device(1, 227 << 10, copy_engine=True)

@@ -1,9 +1,9 @@
-"""How the memory-bound kernels walk over an activation, and how much of it one program takes.
+"""How memory-bound kernels iterate over an activation's tiles, and how many one program takes.
 
 An activation is a dense [rows, cols] matrix: a row is one pixel (channels_last, cols = C) or one
 channel's image (contiguous, cols = H*W). A tile holds [BLOCK_ROWS, BLOCK_BYTES, 8] elements, so
 that the eight bits of a mask's byte lie in one thread and, for 16-bit types, so does one 16-byte
-access. A program keeps its channels and walks along the other dimension for `chunk` rows
+access. A program keeps its channels and iterates along the other dimension over `chunk` rows
 (channels_last) or mask bytes (contiguous): what belongs to a channel is loaded once.
 """
 
@@ -61,15 +61,9 @@ def elements(
 
 @triton.jit
 def channel_of(
-    row,
-    byte,
-    rows,
-    cols,
-    channels,
-    CHANNELS_LAST: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_BYTES: tl.constexpr,
-):
+    row, byte, rows, cols, channels,
+    CHANNELS_LAST: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_BYTES: tl.constexpr,
+):  # fmt: skip
     """Channel of each element and whether it exists: [1, B, 8] or [R, 1, 1]."""
     if CHANNELS_LAST:
         byte = byte + tl.arange(0, BLOCK_BYTES).to(tl.int64)
@@ -113,11 +107,11 @@ class Tiling(NamedTuple):
     num_warps: int
 
     def chunk(self, channels_last: bool) -> int:
-        """Rows (channels_last) or mask bytes (contiguous) along which a program walks."""
+        """Rows (channels_last) or mask bytes (contiguous) over which a program iterates."""
         return self.steps * (self.block_rows if channels_last else self.block_bytes)
 
     def chunks(self, rows: int, row_bytes: int, channels_last: bool) -> int:
-        """Programs along the walked dimension: the partial results per channel or row."""
+        """Programs along that dimension: the partial results per channel or row."""
         return triton.cdiv(rows if channels_last else row_bytes, self.chunk(channels_last))
 
     def grid(self, rows: int, row_bytes: int, channels_last: bool) -> tuple[int]:
@@ -143,7 +137,7 @@ _SHAPES = (
     (4096, 4, 32),
 )
 
-#: Longer walks save nothing more and leave the last wave of programs uneven.
+#: More iterations save nothing more and leave the last wave of programs uneven.
 _MOST_STEPS = 64
 
 
@@ -159,12 +153,12 @@ def tilings(
         processors: multiprocessors of the device.
         widest: most elements of a tile, for kernels that keep accumulators per element.
     """
-    found = [
+    candidates = [
         _tiling(rows, row_bytes, channels_last, processors, *shape)
         for shape in _SHAPES
         if shape[0] <= widest
     ]
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(candidates))
 
 
 def _tiling(
