@@ -50,6 +50,15 @@ FASTRES_INLINE int64_t rows_before(const Sweep& s, int64_t line) {
   return (image * s.out_h + at_most(inner * s.out_step_h, s.out_h)) * s.out_w;
 }
 
+// Pixels of the source that lines read, but for those of the lines before.
+FASTRES_INLINE Range source_pixels(const Sweep& s, Range lines) {
+  const auto row = [&](int64_t line) {
+    const int64_t inner = line % s.lines * s.in_step_h + at_least(0, s.high_h);
+    return (line / s.lines * s.in_h + at_most(inner, s.in_h)) * s.in_w;
+  };
+  return {row(lines.begin), at_most(row(lines.end), s.n * s.in_h * s.in_w)};
+}
+
 // The source pixels of a panel, with zeros around the image.
 class Band {
  public:
@@ -171,6 +180,7 @@ struct SweepArgs {
   const float *bias, *scale, *shift;
   bool relu;
   int threads;
+  const float* late;  // shape of the output: what is read behind a panel's products, or null
 };
 
 // One worker's tiles.
@@ -186,6 +196,18 @@ class Sweeper {
     if (!direct_) {
       band_.form(args_.source, lines, {0, s_.in_c});
     }
+  }
+
+  // Asks for what comes behind this panel's products, and for what the next panel reads and writes.
+  void look_ahead(Range rows, Range columns, Range next) {
+    ahead_.clear();
+    ahead_.ask(args_.late, rows, s_.out_c);
+    if (next.begin < next.end) {
+      args_.source.ask(source_pixels(s_, next), ahead_);
+      ahead_.ask(args_.out, {rows_before(s_, next.begin), rows_before(s_, next.end)}, s_.out_c);
+    }
+    const int64_t tiles = ceil_div(rows.end - rows.begin, kTileRows);
+    ahead_.spread(tiles * ceil_div(columns.end - columns.begin, kTileColumns));
   }
 
   // Columns [begin, end) of the output, of which `begin` is the first of a block.
@@ -253,6 +275,7 @@ class Sweeper {
     tile.has_residual = last && args_.residual;
     tile.columns = width;
     const int64_t pixels = int64_t(from_.size());
+    const int64_t depth = depth_of(stretches, count);
     for (int64_t p = 0; p < pixels; p += kTileRows) {
       tile.rows = int(at_most(kTileRows, pixels - p));
       for (int i = 0; i < kTileRows; ++i) {
@@ -261,6 +284,7 @@ class Sweeper {
         tile.c[i] = args_.out + to_[at] + col;
         tile.residual[i] = tile.has_residual ? args_.residual + to_[at] + col : nullptr;
       }
+      ahead_.give(tile, depth);
       tile_for<1>(tile.rows, width)(tile, stretches, count, kTileColumns, end);
     }
   }
@@ -269,6 +293,7 @@ class Sweeper {
   const SweepArgs& args_;
   bool direct_;
   Band band_;
+  Ahead ahead_;
   std::vector<const float*> from_;
   std::vector<int64_t> to_;
 };
@@ -323,6 +348,11 @@ void run_sweep(const Sweep& s, const SweepArgs& args, const Before& before, cons
         formed = panel;
       }
       before(rows, columns);
+      const int64_t next = task + 1 < share.end ? tasks.panel(task + 1) : panel;
+      sweeper.look_ahead(
+          rows, columns,
+          {next == panel ? lines.end : next * cut.lines,
+           next == panel ? lines.end : at_most((next + 1) * cut.lines, s.n * s.lines)});
       sweeper.multiply(lines, columns);
       after(panel, rows, columns);
     }

@@ -2,11 +2,64 @@
 // and activation, or of a gradient with its gate and its batch norm's backward.
 #pragma once
 
+#include <vector>
+
 #include "cpu/activation.h"
 #include "cpu/gate.h"
 #include "cpu/scratch.h"
+#include "cpu/tile.h"
 
 namespace fastres::cpu::FASTRES_ISA {
+
+// Memory that will be read soon, asked for line by line while tiles compute: many lines at once
+// would hold up the tile's own reads.
+class Ahead {
+ public:
+  void clear() {
+    ranges_.clear();
+    current_ = 0;
+  }
+
+  // Columns of so many floats, of the pixels [begin, end).
+  void ask(const void* tensor, Range pixels, int64_t cols) {
+    const int64_t bytes = cols * int64_t(sizeof(float));
+    const char* begin = (const char*)tensor + pixels.begin * bytes;
+    if (tensor && pixels.begin < pixels.end) {
+      ranges_.push_back({begin, begin + (pixels.end - pixels.begin) * bytes});
+    }
+  }
+
+  // All of it is asked for by so many tiles.
+  void spread(int64_t tiles) {
+    int64_t bytes = 0;
+    for (const Bytes& range : ranges_) {
+      bytes += range.end - range.at;
+    }
+    each_ = ceil_div(bytes, at_least(1, tiles));
+  }
+
+  // One tile's part, over so many steps of k.
+  FASTRES_INLINE void give(Tile& tile, int64_t depth) {
+    tile.ahead = (const char*)tile.c[0];
+    tile.ahead_step = 0;
+    if (current_ < ranges_.size()) {
+      Bytes& range = ranges_[current_];
+      const int64_t bytes = at_most(each_, range.end - range.at);
+      tile.ahead = range.at;
+      tile.ahead_step = ceil_div(bytes, at_least(1, depth));
+      range.at += bytes;
+      current_ += range.at >= range.end;
+    }
+  }
+
+ private:
+  struct Bytes {
+    const char *at, *end;
+  };
+  std::vector<Bytes> ranges_;
+  size_t current_ = 0;
+  int64_t each_ = 0;
+};
 
 // Columns [begin, end) of the pixels [first, last), to rows of `stride` floats. Where `whole`, the
 // destination has room for whole packs, whose lanes beyond the last column become zero.
@@ -14,41 +67,61 @@ class Source {
  public:
   virtual ~Source() = default;
   virtual void form(Range pixels, Range columns, float* to, int64_t stride, bool whole) const = 0;
+  // Asks for all that pixels are formed from.
+  virtual void ask(Range pixels, Ahead& ahead) const = 0;
 };
 
-// So many pixels ahead what is read is asked for: panels are read in pieces of a line.
-inline constexpr int64_t kRowsAhead = 8;
-
-FASTRES_INLINE void prefetch_line(const float* p) { __builtin_prefetch(p, 0, 3); }
-
-// Op: `params(col, lanes)`, `value(row, col, params, lanes)`, and `prefetch(offset)`.
+// Op: `params(col, lanes)`, `value(row, col, params, lanes)`, and `ask(pixels, ahead)`.
 template <class Op>
 class SourceOf final : public Source {
  public:
   explicit SourceOf(const Op& op) : op_(op) {}
 
+  // Columns outside, so that their values per channel stay in registers; the pixels come from L2.
   void form(Range pixels, Range columns, float* to, int64_t stride, bool whole) const override {
     const Op op = op_;  // of our own: no store can change it
-    for (int64_t row = pixels.begin; row < pixels.end; ++row, to += stride) {
-      int64_t col = columns.begin;
-      float* out = to;
-      for (; col + kPack <= columns.end; col += kPack, out += kPack) {
-        op.prefetch((row + kRowsAhead) * op.cols + col);
-        store(out, op.value(row, col, op.params(col, Full{}), Full{}), Full{});
-      }
-      if (col < columns.end) {
-        const Part rest{int(columns.end - col)};
-        const Pack<float> v = op.value(row, col, op.params(col, rest), rest);
+    int64_t col = columns.begin;
+    for (; col + kAtOnce * kPack <= columns.end; col += kAtOnce * kPack, to += kAtOnce * kPack) {
+      form_packs<kAtOnce>(op, pixels, col, to, stride);
+    }
+    for (; col + kPack <= columns.end; col += kPack, to += kPack) {
+      form_packs<1>(op, pixels, col, to, stride);
+    }
+    if (col < columns.end) {
+      const Part rest{int(columns.end - col)};
+      const auto params = op.params(col, rest);
+      for (int64_t row = pixels.begin; row < pixels.end; ++row, to += stride) {
+        const Pack<float> v = op.value(row, col, params, rest);
         if (whole) {
-          store(out, existing(rest, v), Full{});
+          store(to, existing(rest, v), Full{});
         } else {
-          store(out, v, rest);
+          store(to, v, rest);
         }
       }
     }
   }
 
+  void ask(Range pixels, Ahead& ahead) const override { op_.ask(pixels, ahead); }
+
  private:
+  static constexpr int kAtOnce = 2;
+
+  template <int kPacks>
+  static FASTRES_INLINE void form_packs(const Op& op, Range pixels, int64_t col, float* to,
+                                        int64_t stride) {
+    typename Op::Params params[kPacks];
+    FASTRES_UNROLL
+    for (int i = 0; i < kPacks; ++i) {
+      params[i] = op.params(col + i * kPack, Full{});
+    }
+    for (int64_t row = pixels.begin; row < pixels.end; ++row, to += stride) {
+      FASTRES_UNROLL
+      for (int i = 0; i < kPacks; ++i) {
+        store(to + i * kPack, op.value(row, col + i * kPack, params[i], Full{}), Full{});
+      }
+    }
+  }
+
   Op op_;
 };
 
@@ -57,7 +130,7 @@ struct PlainPixels {
   int64_t cols;
   struct Params {};
 
-  FASTRES_INLINE void prefetch(int64_t at) const { prefetch_line(x + at); }
+  void ask(Range pixels, Ahead& ahead) const { ahead.ask(x, pixels, cols); }
 
   template <class Lanes>
   FASTRES_INLINE Params params(int64_t, Lanes) const {
@@ -78,7 +151,7 @@ struct ActivatedPixels {
     Pack<float> scale, shift;
   };
 
-  FASTRES_INLINE void prefetch(int64_t at) const { prefetch_line(x + at); }
+  void ask(Range pixels, Ahead& ahead) const { ahead.ask(x, pixels, cols); }
 
   template <class Lanes>
   FASTRES_INLINE Params params(int64_t col, Lanes lanes) const {
@@ -102,16 +175,15 @@ struct GradientPixels {
     Pack<float> a, b, c;
   };
 
-  FASTRES_INLINE void prefetch(int64_t at) const {
-    prefetch_line(gradient.grad_out + at);
+  void ask(Range pixels, Ahead& ahead) const {
+    ahead.ask(gradient.grad_out, pixels, cols);
     if (kReadY || gradient.reads_y()) {
-      prefetch_line(y + at);
+      ahead.ask(y, pixels, cols);
     }
     if constexpr (kGate == Gating::kReluOfOutput) {
-      prefetch_line((const float*)gradient.source + at);
+      ahead.ask(gradient.source, pixels, cols);
     }
   }
-
   template <class Lanes>
   FASTRES_INLINE Params params(int64_t col, Lanes lanes) const {
     Params p{gradient.params(col, lanes), load(coefficients + col, lanes), {}, {}};

@@ -25,6 +25,14 @@ struct Stretch {
   int64_t length;
 };
 
+FASTRES_INLINE int64_t depth_of(const Stretch* stretches, int64_t count) {
+  int64_t depth = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    depth += stretches[i].length;
+  }
+  return depth;
+}
+
 // What becomes of the sums of a tile.
 struct TileEnd {
   bool accumulate;     // they start with what stands in c
@@ -39,6 +47,8 @@ struct Tile {
   float* c[kTileRows];
   const float* residual[kTileRows];  // added where `has_residual`
   bool has_residual;
+  const char* ahead;  // memory that is asked for on the way, `ahead_step` bytes in each step of k
+  int64_t ahead_step;
   int rows;     // of c that are written
   int columns;  // likewise
 };
@@ -49,17 +59,20 @@ FASTRES_INLINE void store_vector(float* p, VectorF v) { *(MemoryF*)p = v; }
 // sums[i][j] += a[i][k] * b[k][j] over the stretches. Steps of a row are kStep elements apart, rows
 // of b `ldb` elements.
 template <int kRows, int kVectors, int kStep>
-FASTRES_INLINE void multiply(const float* const* a, const Stretch* stretches, int64_t count,
-                             int64_t ldb, VectorF (&sums)[kRows][kVectors]) {
+FASTRES_INLINE void multiply(const Tile& tile, const Stretch* stretches, int64_t count, int64_t ldb,
+                             VectorF (&sums)[kRows][kVectors]) {
+  const char* ahead = tile.ahead;
+  const int64_t ahead_step = tile.ahead_step;
   for (int64_t s = 0; s < count; ++s) {
     const float* row[kRows];
     FASTRES_UNROLL
     for (int i = 0; i < kRows; ++i) {
-      row[i] = a[i] + stretches[s].a;
+      row[i] = tile.a[i] + stretches[s].a;
     }
     const float* b = stretches[s].b;
     const int64_t length = stretches[s].length;
-    for (int64_t k = 0; k < length; ++k, b += ldb) {
+    for (int64_t k = 0; k < length; ++k, b += ldb, ahead += ahead_step) {
+      __builtin_prefetch(ahead, 0, 2);
       VectorF column[kVectors];
       FASTRES_UNROLL
       for (int j = 0; j < kVectors; ++j) {
@@ -88,7 +101,7 @@ __attribute__((noinline)) void run_tile(const Tile& tile, const Stretch* stretch
       sums[i][j] = VectorF{};
     }
   }
-  multiply<kRows, kVectors, kStep>(tile.a, stretches, count, ldb, sums);
+  multiply<kRows, kVectors, kStep>(tile, stretches, count, ldb, sums);
   // A last vector that is not whole goes through a row of our own.
   float whole[kTileColumns];
   const bool part = tile.columns < kVectors * kVectorLanes;

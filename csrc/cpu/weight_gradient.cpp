@@ -62,6 +62,7 @@ class WeightWorker {
     for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
       const Range lines{panel * job_.lines, at_most((panel + 1) * job_.lines, s.n * s.lines)};
       form_gradient(lines, rows);
+      look_ahead(panel + 1 < panels.end ? panel + 1 : -1, rows);
       for (int64_t c = 0; c < s.in_c; c += kTileColumns) {
         const Range columns{c, at_most(c + kTileColumns, s.in_c)};
         band_.form(job_.input, lines, columns);
@@ -81,6 +82,19 @@ class WeightWorker {
       const Range channels{k, at_most(k + kRowBlock, rows.end)};
       job_.grad.form({lines.begin * width, lines.end * width}, channels, to, kRowBlock, true);
     }
+  }
+
+  // Asks for the pixels of the next panel.
+  void look_ahead(int64_t panel, Range rows) {
+    const Sweep& s = job_.sweep;
+    ahead_.clear();
+    if (panel >= 0) {
+      const Range lines{panel * job_.lines, at_most((panel + 1) * job_.lines, s.n * s.lines)};
+      job_.input.ask(source_pixels(s, lines), ahead_);
+      job_.grad.ask({lines.begin * s.out_w, lines.end * s.out_w}, ahead_);
+    }
+    const int64_t tiles = ceil_div(rows.end - rows.begin, kRowBlock) * 3;
+    ahead_.spread(tiles * ceil_div(s.in_c, kTileColumns) * int64_t(s.phases[0].taps.size()));
   }
 
   // Taps of one line that lie together are one segment where they fit a tile.
@@ -127,6 +141,7 @@ class WeightWorker {
           tile.a[i] = a + at;
           tile.c[i] = out + (row + at) * job_.row_floats + segment.out;
         }
+        ahead_.give(tile, pixels_);
         tile_for<kRowBlock>(tile.rows, tile.columns)(tile, stretches_.data(),
                                                      int64_t(stretches_.size()), step, end);
         row += height;
@@ -137,6 +152,7 @@ class WeightWorker {
   const WeightJob& job_;
   Band band_;
   Scratch<float> gradient_;
+  Ahead ahead_;
   int64_t pixels_ = 0;
   std::vector<Stretch> stretches_;
 };
