@@ -201,14 +201,25 @@ int64_t packed_size_py(const ShapeCode& shape, bool transposed) {
   return active_table().packed_size(checked_conv(shape), transposed);
 }
 
-void pack_weight_py(Address weight, const std::array<int64_t, 4>& strides, bool transposed,
-                    Address packed, const ShapeCode& code, int threads) {
-  const ConvShape shape = checked_conv(code);
+bool packs_ahead_py(const ShapeCode& shape, bool transposed) {
+  return active_table().packs_ahead(checked_conv(shape), transposed);
+}
+
+// Address and strides of a weight [k, c, kh, kw].
+using WeightCode = std::tuple<Address, std::array<int64_t, 4>>;
+
+ConvWeight checked_weight(const WeightCode& code) {
+  const auto& [weight, strides] = code;
   require_address("weight", weight);
+  return {floats(weight), strides[0], strides[1], strides[2], strides[3]};
+}
+
+void pack_weight_py(const WeightCode& weight, bool transposed, Address packed,
+                    const ShapeCode& code, int threads) {
+  const ConvShape shape = checked_conv(code);
   require_address("packed", packed);
-  active_table().pack_weight({floats(weight), strides[0], strides[1], strides[2], strides[3],
-                              transposed, static_cast<float*>(at(packed)), shape,
-                              checked_threads(threads)});
+  active_table().pack_weight({checked_weight(weight), transposed, static_cast<float*>(at(packed)),
+                              shape, checked_threads(threads)});
 }
 
 // One value of each output channel, at another place in each, as one number.
@@ -234,18 +245,18 @@ ConvInput checked_input(Address x, Address scale, Address shift, int act) {
   return {floats(x), floats(scale), floats(shift), checked_act(act)};
 }
 
-void conv_forward_py(Address x, Address scale, Address shift, int act, Address packed, Address bias,
-                     Address y, Address state, Address out_scale, Address out_shift,
-                     Address residual, int out_act, const ShapeCode& code, int threads) {
+void conv_forward_py(Address x, Address scale, Address shift, int act, const WeightCode& weight,
+                     Address packed, Address bias, Address y, Address state, Address out_scale,
+                     Address out_shift, Address residual, int out_act, const ShapeCode& code,
+                     int threads) {
   const ConvShape shape = checked_conv(code);
   require(!is_empty(shape), "shape must not be empty");
-  require_address("packed", packed);
   require_address("y", y);
   require(!out_scale == !out_shift, "out_scale and out_shift must be given together");
-  active_table().conv_forward({checked_input(x, scale, shift, act), floats(packed), floats(bias),
-                               static_cast<float*>(at(y)), static_cast<double*>(at(state)),
-                               floats(out_scale), floats(out_shift), floats(residual),
-                               checked_act(out_act), shape, checked_threads(threads)});
+  active_table().conv_forward(
+      {checked_input(x, scale, shift, act), checked_weight(weight), floats(packed), floats(bias),
+       static_cast<float*>(at(y)), static_cast<double*>(at(state)), floats(out_scale),
+       floats(out_shift), floats(residual), checked_act(out_act), shape, checked_threads(threads)});
 }
 
 // How grad_y is formed: grad_out, gate, its activation and source, y, stats, sums, count.
@@ -278,18 +289,18 @@ BackwardApplyArgs checked_gradient(const GradientCode& code, const ConvShape& s,
 // What a gate is told of: gate, its activation, its source.
 using GateCode = std::tuple<int, int, Address>;
 
-void conv_backward_data_py(const GradientCode& grad, Address packed, Address grad_x,
-                           bool accumulate, Address residual, const GateCode& residual_gate,
-                           Address sums, const GateCode& reduce_gate, Address y, Address stats,
-                           const ShapeCode& code, int threads) {
+void conv_backward_data_py(const GradientCode& grad, const WeightCode& weight, Address packed,
+                           Address grad_x, bool accumulate, Address residual,
+                           const GateCode& residual_gate, Address sums, const GateCode& reduce_gate,
+                           Address y, Address stats, const ShapeCode& code, int threads) {
   const ConvShape shape = checked_conv(code);
   require(!is_empty(shape), "shape must not be empty");
-  require_address("packed", packed);
   require_address("grad_x", grad_x);
   const Problem problem{
       {shape.n, shape.c, shape.h * shape.w, Layout::kChannelsLast, DType::kFloat32},
       checked_threads(threads)};
   ConvDataArgs args{checked_gradient(grad, shape, threads),
+                    checked_weight(weight),
                     floats(packed),
                     static_cast<float*>(at(grad_x)),
                     accumulate,
@@ -516,21 +527,23 @@ void define_kernels(py::module_& m) {
 void define_convolutions(py::module_& m) {
   m.def("packed_size", &packed_size_py, py::arg("shape"), py::arg("transposed"),
         "Floats of a packed weight.");
-  m.def("pack_weight", &pack_weight_py, Unlocked(), py::arg("weight"), py::arg("strides"),
-        py::arg("transposed"), py::arg("packed"), py::arg("shape"), py::arg("threads"),
+  m.def("packs_ahead", &packs_ahead_py, py::arg("shape"), py::arg("transposed"),
+        "Whether a weight is used often enough to be packed as a whole.");
+  m.def("pack_weight", &pack_weight_py, Unlocked(), py::arg("weight"), py::arg("transposed"),
+        py::arg("packed"), py::arg("shape"), py::arg("threads"),
         "Reorders a weight [k, c, kh, kw] for a convolution, or for its data gradient.");
   m.def("sample_weight", &sample_weight_py, py::arg("weight"), py::arg("shape"), py::arg("strides"),
         "A number that changes when an output channel's sample does.");
   m.def("conv_forward", &conv_forward_py, Unlocked(), py::arg("x"), py::arg("scale"),
-        py::arg("shift"), py::arg("act"), py::arg("packed"), py::arg("bias"), py::arg("y"),
-        py::arg("state"), py::arg("out_scale"), py::arg("out_shift"), py::arg("residual"),
-        py::arg("out_act"), py::arg("shape"), py::arg("threads"),
+        py::arg("shift"), py::arg("act"), py::arg("weight"), py::arg("packed"), py::arg("bias"),
+        py::arg("y"), py::arg("state"), py::arg("out_scale"), py::arg("out_shift"),
+        py::arg("residual"), py::arg("out_act"), py::arg("shape"), py::arg("threads"),
         "y = conv(act(scale * x + shift)) + bias, and the state of y; or "
         "y = out_act(out_scale * conv + out_shift [+ residual]).");
   m.def("conv_backward_data", &conv_backward_data_py, Unlocked(), py::arg("grad"),
-        py::arg("packed"), py::arg("grad_x"), py::arg("accumulate"), py::arg("residual"),
-        py::arg("residual_gate"), py::arg("sums"), py::arg("reduce_gate"), py::arg("y"),
-        py::arg("stats"), py::arg("shape"), py::arg("threads"),
+        py::arg("weight"), py::arg("packed"), py::arg("grad_x"), py::arg("accumulate"),
+        py::arg("residual"), py::arg("residual_gate"), py::arg("sums"), py::arg("reduce_gate"),
+        py::arg("y"), py::arg("stats"), py::arg("shape"), py::arg("threads"),
         "grad_x (+)= the data gradient of a grad_y that is formed on the way, and sums [2, c] of "
         "what passes the gate in front.");
   m.def("conv_backward_weight", &conv_backward_weight_py, Unlocked(), py::arg("grad"), py::arg("x"),

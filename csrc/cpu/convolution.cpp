@@ -59,11 +59,17 @@ void conv_forward(const ConvForwardArgs& a) {
   const Sweep s = forward_sweep(a.shape);
   const bool known = a.act == Activation::kNone || a.act == Activation::kRelu;
   with_input(a.input, a.shape.c, [&](const auto& source) {
-    const SweepArgs args{source,     a.input.scale ? nullptr : a.input.x,
-                         a.packed,   a.y,
-                         a.residual, false,
-                         a.bias,     a.scale,
-                         a.shift,    a.act == Activation::kRelu,
+    const SweepArgs args{source,
+                         a.input.scale ? nullptr : a.input.x,
+                         WeightView(a.weight, a.shape, false),
+                         a.packed,
+                         a.y,
+                         a.residual,
+                         false,
+                         a.bias,
+                         a.scale,
+                         a.shift,
+                         a.act == Activation::kRelu,
                          a.threads};
     if (a.state) {
       run_with_stats(s, args, a);
@@ -135,11 +141,17 @@ void conv_backward_data(const ConvDataArgs& a) {
   const Sweep s = data_gradient_sweep(a.shape);
   const bool residual = a.residual.grad_out != nullptr;
   with_gradient(a.grad, [&](const auto& source) {
-    const SweepArgs args{source,   a.grad.stats[0] ? nullptr : (const float*)a.grad.grad_out,
-                         a.packed, a.grad_x,
-                         nullptr,  a.accumulate || residual,
-                         nullptr,  nullptr,
-                         nullptr,  false,
+    const SweepArgs args{source,
+                         a.grad.stats[0] ? nullptr : (const float*)a.grad.grad_out,
+                         WeightView(a.weight, a.shape, true),
+                         a.packed,
+                         a.grad_x,
+                         nullptr,
+                         a.accumulate || residual,
+                         nullptr,
+                         nullptr,
+                         nullptr,
+                         false,
                          a.threads};
     const auto before = [&](Range rows, Range columns) {
       if (residual) {

@@ -11,6 +11,7 @@
 #include "cpu/geometry.h"
 #include "cpu/source.h"
 #include "cpu/tile.h"
+#include "cpu/weight.h"
 
 namespace fastres::cpu::FASTRES_ISA {
 
@@ -134,7 +135,7 @@ struct PhaseStretches {
   std::vector<Stretch> all;
   std::vector<size_t> ends;
 
-  PhaseStretches(const Sweep& s, const Phase& phase, int64_t pitch, const float* packed) {
+  PhaseStretches(const Sweep& s, const Phase& phase, int64_t pitch) {
     int64_t depth = 0;
     for (size_t t = 0; t < phase.taps.size();) {
       const Tap& first = phase.taps[t];
@@ -143,8 +144,7 @@ struct PhaseStretches {
         ++next;
       }
       const int64_t a = (first.dh - s.low_h) * pitch + (first.dw - s.low_w) * s.in_c;
-      const float* b = packed + first.index * s.in_c * kTileColumns;
-      add({a, b, int64_t(next - t) * s.in_c}, depth);
+      add({a, nullptr, int64_t(next - t) * s.in_c, first.index * s.in_c}, depth);
       t = next;
     }
     ends.push_back(all.size());
@@ -163,7 +163,7 @@ struct PhaseStretches {
         ends.push_back(all.size());
         depth = 0;
       }
-      all.push_back({stretch.a + k, stretch.b + k * kTileColumns, length});
+      all.push_back({stretch.a + k, nullptr, length, stretch.step + k});
       depth += length;
     }
   }
@@ -173,7 +173,8 @@ struct PhaseStretches {
 struct SweepArgs {
   const Source& source;
   const float* plain;  // the source itself where nothing has to be formed, or null
-  const float* packed;
+  WeightView weight;
+  const float* packed;  // or null
   float* out;
   const float* residual;  // shape of the output, or null
   bool accumulate;
@@ -190,7 +191,8 @@ class Sweeper {
       : s_(s),
         args_(args),
         direct_(args.plain && s.pointwise()),
-        band_(s, direct_ ? 0 : cut.lines, s.in_c) {}
+        band_(s, direct_ ? 0 : cut.lines, s.in_c),
+        block_(args.packed ? 0 : kDepth * kTileColumns) {}
 
   void form(Range lines) {
     if (!direct_) {
@@ -217,17 +219,16 @@ class Sweeper {
         continue;
       }
       locate(lines, phase);
-      const int64_t depth = s_.in_c * taps_of_weight() * kTileColumns;
+      PhaseStretches stretches(s_, phase, band_.pitch());
       for (int64_t col = columns.begin; col < columns.end; col += kTileColumns) {
-        const PhaseStretches stretches(s_, phase, band_.pitch(),
-                                       args_.packed + col / kTileColumns * depth);
         const int width = int(at_most(kTileColumns, columns.end - col));
         size_t begin = 0;
         for (size_t group = 0; group < stretches.ends.size(); ++group) {
           const size_t end = stretches.ends[group];
-          const bool last = group + 1 == stretches.ends.size();
-          run_block(stretches.all.data() + begin, int64_t(end - begin), col, width, group == 0,
-                    last);
+          Stretch* first = stretches.all.data() + begin;
+          find_weight(first, int64_t(end - begin), col);
+          run_block(first, int64_t(end - begin), col, width, group == 0,
+                    group + 1 == stretches.ends.size());
           begin = end;
         }
       }
@@ -235,12 +236,20 @@ class Sweeper {
   }
 
  private:
-  int64_t taps_of_weight() const {
-    int64_t taps = 0;
-    for (const Phase& phase : s_.phases) {
-      taps += int64_t(phase.taps.size());
+  // Where the stretches' part of a block of the weight is: packed ahead, or here and now.
+  void find_weight(Stretch* stretches, int64_t count, int64_t col) {
+    const int64_t steps = s_.in_c * s_.weight_taps;
+    float* to = block_.data();
+    for (int64_t i = 0; i < count; ++i) {
+      Stretch& stretch = stretches[i];
+      if (args_.packed) {
+        stretch.b = args_.packed + col * steps + stretch.step * kTileColumns;
+      } else {
+        args_.weight.pack(col, {stretch.step, stretch.step + stretch.length}, to);
+        stretch.b = to;
+        to += stretch.length * kTileColumns;
+      }
     }
-    return taps;
   }
 
   // Where each pixel of the panel reads and writes.
@@ -293,6 +302,7 @@ class Sweeper {
   const SweepArgs& args_;
   bool direct_;
   Band band_;
+  Scratch<float> block_;
   Ahead ahead_;
   std::vector<const float*> from_;
   std::vector<int64_t> to_;

@@ -29,6 +29,7 @@ namespace {
    isa::add_act,            \
    isa::act_backward,       \
    isa::packed_size,        \
+   isa::packs_ahead,        \
    isa::pack_weight,        \
    isa::conv_forward,       \
    isa::conv_backward_data, \

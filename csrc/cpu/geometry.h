@@ -31,6 +31,7 @@ struct Sweep {
   int64_t n, in_h, in_w, in_c, out_h, out_w, out_c;
   int64_t in_step_h, in_step_w, out_step_h, out_step_w;
   std::vector<Phase> phases;
+  int64_t weight_taps;
   int64_t lines;                         // of the phase that has most
   int64_t low_h, high_h, low_w, high_w;  // the least and the greatest offsets of all taps
 
@@ -84,7 +85,8 @@ inline ConvShape flattened(ConvShape s) {
 
 inline Sweep forward_sweep(const ConvShape& given) {
   const ConvShape s = flattened(given);
-  Sweep sweep{s.n, s.h, s.w, s.c, s.out_h(), s.out_w(), s.k, s.sh, s.sw, 1, 1, {}, 0, 0, 0, 0, 0};
+  Sweep sweep{s.n, s.h, s.w, s.c,      s.out_h(), s.out_w(), s.k, s.sh, s.sw,
+              1,   1,   {},  s.taps(), 0,         0,         0,   0,    0};
   Phase phase{0, 0, s.out_h(), s.out_w(), {}};
   for (int64_t r = 0; r < s.kh; ++r) {
     for (int64_t q = 0; q < s.kw; ++q) {
@@ -100,7 +102,8 @@ inline Sweep forward_sweep(const ConvShape& given) {
 // right remainder exist.
 inline Sweep data_gradient_sweep(const ConvShape& given) {
   const ConvShape s = flattened(given);
-  Sweep sweep{s.n, s.out_h(), s.out_w(), s.k, s.h, s.w, s.c, 1, 1, s.sh, s.sw, {}, 0, 0, 0, 0, 0};
+  Sweep sweep{s.n,  s.out_h(), s.out_w(), s.k,      s.h, s.w, s.c, 1, 1,
+              s.sh, s.sw,      {},        s.taps(), 0,   0,   0,   0, 0};
   for (int64_t h0 = 0; h0 < std::min(s.sh, s.h); ++h0) {
     for (int64_t w0 = 0; w0 < std::min(s.sw, s.w); ++w0) {
       Phase phase{h0, w0, (s.h - h0 + s.sh - 1) / s.sh, (s.w - w0 + s.sw - 1) / s.sw, {}};

@@ -112,9 +112,14 @@ struct ConvInput {
   Activation act;
 };
 
-struct PackWeightArgs {
-  const float* weight;  // [k, c, kh, kw], any strides
+// [k, c, kh, kw] in any order.
+struct ConvWeight {
+  const float* weight;
   int64_t stride_k, stride_c, stride_h, stride_w;
+};
+
+struct PackWeightArgs {
+  ConvWeight weight;
   bool transposed;  // for the data gradient: the sum is over k
   float* packed;
   ConvShape shape;
@@ -123,8 +128,9 @@ struct PackWeightArgs {
 
 struct ConvForwardArgs {
   ConvInput input;
-  const float* packed;
-  const float* bias;  // may be null
+  ConvWeight weight;
+  const float* packed;  // null: blocks of the weight are packed where they are used
+  const float* bias;    // may be null
   float* y;
   double* state;  // [2, k] mean and sum of squared deviations of y, or null
   // With a scale: y = act(scale * conv + shift [+ residual]).
@@ -138,7 +144,8 @@ struct ConvForwardArgs {
 
 struct ConvDataArgs {
   BackwardApplyArgs grad;  // how grad_y is formed, or grad_y itself where stats[0] is null
-  const float* packed;
+  ConvWeight weight;
+  const float* packed;  // likewise
   float* grad_x;
   bool accumulate;            // onto what stands in grad_x
   ActBackwardArgs residual;   // else onto this gated gradient, where its grad_out is not null
@@ -165,6 +172,7 @@ struct KernelTable {
   void (*add_act)(const AddActArgs&);
   void (*act_backward)(const ActBackwardArgs&);
   int64_t (*packed_size)(const ConvShape&, bool transposed);
+  bool (*packs_ahead)(const ConvShape&, bool transposed);
   void (*pack_weight)(const PackWeightArgs&);
   void (*conv_forward)(const ConvForwardArgs&);
   void (*conv_backward_data)(const ConvDataArgs&);

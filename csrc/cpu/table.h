@@ -11,6 +11,8 @@ void backward_apply(const BackwardApplyArgs& args);
 void add_act(const AddActArgs& args);
 void act_backward(const ActBackwardArgs& args);
 int64_t packed_size(const ConvShape& shape, bool transposed);
+// Whether a weight is used often enough to be packed as a whole.
+bool packs_ahead(const ConvShape& shape, bool transposed);
 void pack_weight(const PackWeightArgs& args);
 void conv_forward(const ConvForwardArgs& args);
 void conv_backward_data(const ConvDataArgs& args);

@@ -18,11 +18,13 @@ inline constexpr int kTileRows = 6, kTileVectors = 2;
 #endif
 inline constexpr int kTileColumns = kTileVectors * kVectorLanes;
 
-// A stretch of k: `length` steps from a row's own address plus `a`, and from `b`.
+// A stretch of k: `length` steps from a row's own address plus `a`, and from `b`; of a weight, it
+// begins at `step`.
 struct Stretch {
   int64_t a;
   const float* b;
   int64_t length;
+  int64_t step;
 };
 
 FASTRES_INLINE int64_t depth_of(const Stretch* stretches, int64_t count) {

@@ -117,11 +117,11 @@ class WeightWorker {
     const Sweep& s = job_.sweep;
     stretches_.clear();
     if (s.in_w == 1 && s.in_step_h == 1 && s.n == 1) {  // lines of one pixel, which lie together
-      stretches_.push_back({0, band_.line(lines.begin) + segment.band, lines.end - lines.begin});
+      stretches_.push_back({0, band_.line(lines.begin) + segment.band, lines.end - lines.begin, 0});
     } else {
       for (int64_t line = lines.begin; line < lines.end; ++line) {
         const float* b = band_.line(line) + segment.band;
-        stretches_.push_back({(line - lines.begin) * s.out_w * kRowBlock, b, s.out_w});
+        stretches_.push_back({(line - lines.begin) * s.out_w * kRowBlock, b, s.out_w, 0});
       }
     }
     const TileEnd end{accumulate, nullptr, nullptr, nullptr, false};

@@ -62,13 +62,20 @@ def _is_empty(x: Tensor, weight: Tensor) -> bool:
 # ---------------------------------------------------------------- weights
 
 
+def _code(weight: Tensor) -> tuple[int, tuple[int, ...]]:
+    return weight.data_ptr(), weight.stride()
+
+
 def _pack(weight: Tensor, job: _Job, transposed: bool = False) -> Tensor:
     """The weight in the order in which the kernels read it; transposed for the data gradient."""
     packed = torch.empty(_kernels.packed_size(job.shape, transposed), dtype=torch.float32)
-    _kernels.pack_weight(
-        weight.data_ptr(), weight.stride(), transposed, packed.data_ptr(), job.shape, job.threads
-    )
+    _kernels.pack_weight(_code(weight), transposed, packed.data_ptr(), job.shape, job.threads)
     return packed
+
+
+def _packed_for_now(weight: Tensor, job: _Job, transposed: bool = False) -> Tensor | None:
+    """The same for one use, or None of few pixels: each block is packed where it is used then."""
+    return _pack(weight, job, transposed) if _kernels.packs_ahead(job.shape, transposed) else None
 
 
 class _Kept(NamedTuple):
@@ -122,9 +129,9 @@ def conv_forward(
     state = torch.empty(2, y.shape[1], dtype=torch.float64) if want_state else None
     # The kernels read a bias with a stride of 1, whatever its own is.
     bias = None if bias is None else bias.contiguous()
-    packed = _pack(weight, job)
+    packed = _packed_for_now(weight, job)
     _kernels.conv_forward(
-        *_input(x, prologue), packed.data_ptr(), address(bias), y.data_ptr(), address(state),
+        *_input(x, prologue), _code(weight), address(packed), address(bias), y.data_ptr(), address(state),
         0, 0, 0, 0, job.shape, job.threads,
     )  # fmt: skip
     return y, state
@@ -156,7 +163,7 @@ def conv_bn_act(
     bias = None if bias is None else bias.contiguous()
     packed = _packed_once(weight, job)
     _kernels.conv_forward(
-        x.data_ptr(), 0, 0, 0, packed.data_ptr(), address(bias), y.data_ptr(), 0,
+        x.data_ptr(), 0, 0, 0, _code(weight), packed.data_ptr(), address(bias), y.data_ptr(), 0,
         *coefficients(stats), address(residual), ACT_CODES[act], job.shape, job.threads,
     )  # fmt: skip
     return y
@@ -231,7 +238,7 @@ def _data_gradient(
     reduce: tuple[Gate, Branch] | None,
 ) -> tuple[Tensor, Tensor | None]:
     """The gradient of P(x), and the sums of the batch norm in front."""
-    packed = _pack(weight, job, transposed=True)
+    packed = _packed_for_now(weight, job, transposed=True)
     residual, residual_gate, added = 0, _OPEN, isinstance(accumulate, Tensor)
     if isinstance(accumulate, Gated):
         residual, residual_gate = accumulate.grad_out.data_ptr(), _gate(accumulate.gate)
@@ -245,7 +252,7 @@ def _data_gradient(
         gate, branch = _gate(reduce[0]), reduce[1]
         y, stats = address(branch.y), branch.stats.data_ptr()
     _kernels.conv_backward_data(
-        code, packed.data_ptr(), grad_x.data_ptr(), added, residual, residual_gate,
+        code, _code(weight), address(packed), grad_x.data_ptr(), added, residual, residual_gate,
         address(sums), gate, y, stats, job.shape, job.threads,
     )  # fmt: skip
     return grad_x, sums
