@@ -22,8 +22,7 @@ from fastres.block.call import autocasts, execute
 from fastres.block.check import why_not_settings
 from fastres.kernels import memory_format_of
 from fastres.nn.bound import bound_of, simple
-from fastres.nn.drop import draw
-from fastres.nn.gate import excite
+from fastres.nn.factors import draw, excite
 from fastres.nn.genuine import as_written
 from fastres.nn.match import Decline, Match, Parts, match, why_not_now
 
@@ -195,9 +194,10 @@ class FusedParts(nn.Module):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         behind = cls.__mro__[cls.__mro__.index(FusedParts) + 1 :]
-        own = [c for c in behind if cls._replaces in c.__dict__ and c is not nn.Module]
-        if own and own[0] is not cls._stock:
-            cls._stock, cls._stock_forward = own[0], as_written(own[0], cls._replaces)
+        plain = getattr(nn.Module, cls._replaces, None)
+        stock = next((c for c in behind if getattr(c, cls._replaces, plain) is not plain), None)
+        if stock not in (None, cls._stock):
+            cls._stock, cls._stock_forward = stock, as_written(stock, cls._replaces)
 
     def _parts(self) -> Parts | Decline:
         raise NotImplementedError(f"{type(self).__name__} must define _parts")

@@ -17,8 +17,7 @@ from torch.nn.modules import module as _module
 from fastres.block import Block, Layer, Norm, PoolSpec, Unit, pair
 from fastres.block.layers import is_size
 from fastres.kernels import Conv
-from fastres.nn.drop import draws, works
-from fastres.nn.gate import is_gate, why_not_gate
+from fastres.nn import factors
 from fastres.nn.genuine import AvgPool2d, BatchNorm2d, Conv2d, Identity, ReLU, Sequential, replaced
 
 
@@ -40,7 +39,7 @@ class Steps(NamedTuple):
     """The children that make up one unit, in the order of the data; nn.Identity is none.
 
     `drop` multiplies what the others give by random numbers: dropout or stochastic depth, see
-    `fastres.nn.drop`.
+    `fastres.nn.factors`.
     """
 
     conv: nn.Module | None = None
@@ -69,7 +68,7 @@ class Parts(NamedTuple):
         identities: parts that must compute nothing: nn.Identity, or None.
         wrappers: modules around the children whose own hooks count too.
         gate: what scales the main path by a factor of its own mean, before the last unit's `drop`;
-            see `fastres.nn.gate`.
+            see `fastres.nn.factors`.
     """
 
     units: tuple[Steps, ...]
@@ -203,13 +202,13 @@ def gate_of(parts: Parts) -> nn.Module | Decline | None:
     gate = parts.gate
     if gate is None or type(gate) is Identity:
         return None if gate is None else hooked(gate)
-    if not is_gate(gate):
+    if (known := factors.gate_of(gate)) is None:
         return Decline(gate, f"is a {type(gate).__name__}, which is not fused")
     if parts.shortcut == "activated":
         return Decline(gate, "stands in a block whose shortcut is its first activation")
     if (decline := hooked(gate)) is not None:
         return decline
-    return gate if (reason := why_not_gate(gate)) is None else Decline(gate, reason)
+    return gate if (reason := known.why_not(gate)) is None else Decline(gate, reason)
 
 
 def _with_projection(matched: Match, shortcut: nn.Module | Projection) -> Match | Decline:
@@ -315,9 +314,9 @@ def drops(module: nn.Module | None) -> bool | Decline:
     """Whether a unit's `drop` multiplies by a factor now; in evaluation it does nothing."""
     if module is None or type(module) is Identity:
         return False if module is None else hooked(module) or False
-    if not draws(module):
+    if (known := factors.drop_of(module)) is None:
         return Decline(module, f"is a {type(module).__name__}, which is not fused")
-    return hooked(module) or works(module)
+    return hooked(module) or known.works(module)
 
 
 #: torch's modules without settings of their own, by the activation that they compute.
