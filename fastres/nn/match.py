@@ -138,9 +138,9 @@ def match(parts: Parts | Decline) -> Match | Decline:
         return decline
     units = _units_of(parts.units)
     end, gate = activation_of(parts.end), gate_of(parts)
-    for found in (units, end, gate):
-        if isinstance(found, Decline):
-            return found
+    for part in (units, end, gate):
+        if isinstance(part, Decline):
+            return part
     assert isinstance(units, _Units) and isinstance(end, str) and not isinstance(gate, Decline)
     if not any([layer.unit.conv is not None for layer in units.layers]):
         return Decline(None, "nothing in it is a convolution")
@@ -248,7 +248,7 @@ def layer_of(steps: Steps) -> Layer | Decline:
     spec = weight = bias = None
     if conv is not None:
         spec = Conv(pair(conv.stride), pair(conv.padding), pair(conv.dilation), conv.groups)  # type: ignore[arg-type]
-        weight, bias = parameter(conv, "weight"), parameter(conv, "bias")
+        weight, bias = tensor_of(conv, "weight"), tensor_of(conv, "bias")
     if norm is None:
         return Layer(Unit(spec, None, name, scale), weight, bias)
     return _with_norm(norm, spec, name, scale)._replace(weight=weight, bias=bias)  # type: ignore[arg-type]
@@ -276,8 +276,8 @@ def _activation_behind(norm: nn.Module | None, act: nn.Module | None) -> str | D
     behind = _NORM_ACTS.get(type(norm))
     if behind is None or isinstance(outer, Decline):
         return outer
-    *rest, own = behind(norm)
-    inner = _why_not_identities(rest) or activation_of(own)
+    *rest, last = behind(norm)
+    inner = _why_not_identities(rest) or activation_of(last)
     if isinstance(inner, Decline) or outer == "none":
         return inner
     # A second ReLU changes nothing.
@@ -290,7 +290,7 @@ def _with_norm(norm: nn.BatchNorm2d, conv: Conv | None, act: str, scale: bool) -
     source = "running" if known and not norm.training else "batch"
     return Layer(
         Unit(conv, Norm(norm.eps, source), act, scale), None, None,
-        parameter(norm, "weight"), parameter(norm, "bias"), running_mean, running_var, None,
+        tensor_of(norm, "weight"), tensor_of(norm, "bias"), running_mean, running_var, None,
         norm.training, momentum, counter,
     )  # fmt: skip
 
@@ -348,7 +348,7 @@ def why_not_state(norm: nn.BatchNorm2d) -> Decline | None:
     """Why the settings and tensors of a batch norm cannot be fused, or None."""
     if norm.momentum is not None and type(norm.momentum) not in (float, int):
         return Decline(norm, f"has a {type(norm.momentum).__name__} for momentum")
-    if (buffer(norm, "running_mean") is None) is not (buffer(norm, "running_var") is None):
+    if (tensor_of(norm, "running_mean") is None) is not (tensor_of(norm, "running_var") is None):
         return Decline(norm, "has only one of its running statistics")
     return odd_tensor(norm, norm._parameters) or odd_tensor(norm, norm._buffers)
 
@@ -361,18 +361,13 @@ def odd_tensor(module: nn.Module, table: dict[str, Any]) -> Decline | None:
     return None
 
 
-def parameter(module: nn.Module, name: str) -> Tensor | None:
-    """module.<name>, without the detour that torch's attribute lookup takes."""
-    own = module._parameters
-    found: Tensor | None = own[name] if name in own else getattr(module, name)
-    return found
-
-
-def buffer(module: nn.Module, name: str) -> Tensor | None:
-    """module.<name> for a buffer; as `parameter`."""
-    own = module._buffers
-    found: Tensor | None = own[name] if name in own else getattr(module, name)
-    return found
+def tensor_of(module: nn.Module, name: str) -> Tensor | None:
+    """A parameter or buffer, without the detour that torch's attribute lookup takes."""
+    for table in (module._parameters, module._buffers):
+        if name in table:
+            return table[name]
+    tensor: Tensor | None = getattr(module, name)
+    return tensor
 
 
 def running_of(
@@ -380,14 +375,14 @@ def running_of(
 ) -> tuple[Tensor | None, Tensor | None, float | None, Tensor | None]:
     """(running_mean, running_var, momentum, counter), as nn.BatchNorm2d.forward uses them."""
     if not norm.training:
-        return buffer(norm, "running_mean"), buffer(norm, "running_var"), 0.0, None
+        return tensor_of(norm, "running_mean"), tensor_of(norm, "running_var"), 0.0, None
     if not norm.track_running_stats:
         return None, None, 0.0, None
     return (
-        buffer(norm, "running_mean"),
-        buffer(norm, "running_var"),
+        tensor_of(norm, "running_mean"),
+        tensor_of(norm, "running_var"),
         norm.momentum,
-        buffer(norm, "num_batches_tracked"),
+        tensor_of(norm, "num_batches_tracked"),
     )
 
 
