@@ -52,12 +52,11 @@ class MadeThere(Case):
     """A case whose activations are made on the device: the CPU would take minutes for them."""
 
     def activation(
-        self, salt: str, *, shape: Sequence[int] | None = None, device: str = "cpu"
+        self, seed: str, *, shape: Sequence[int] | None = None, device: str = "cpu"
     ) -> Tensor:
         """A standard normal activation of the case's shape (or `shape`), dtype and layout."""
         n, c, h, w = shape or self.shape
-        seed = self.generator(salt).initial_seed()
-        g = torch.Generator(device).manual_seed(seed)
+        g = torch.Generator(device).manual_seed(self.generator(seed).initial_seed())
         if self.channels_last:
             t = torch.randn(n, h, w, c, dtype=self.dtype, device=device, generator=g)
             return dense(t.permute(0, 3, 1, 2), torch.channels_last)
