@@ -9,7 +9,7 @@ from typing import Any
 from .contenders import Job
 from .roofline import LEVELS, Layer, Operation, bound_ms, layers, operations
 
-#: torch.compile fuses what stands around convolutions, as level b does; so do the rivals.
+#: torch.compile fuses what stands around convolutions, as level b does; so do the baselines.
 _FUSED_AROUND = "b"
 
 

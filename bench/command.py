@@ -20,14 +20,14 @@ from fastres.cli.errors import CommandError
 
 from . import distributed, registry, results
 from .arguments import MODES, OTHERS, parse, shown
+from .comparison import is_ours
 from .conditions import conditions
 from .contenders import KEPT, Job, why_not
+from .interleave import FailedError
 from .models import DIGITS, PARTS, Subject, find
 from .progress import Doing, progress
-from .race import FailedError
 from .suite import Suite
 from .training import Course, pipeline
-from .verdicts import is_ours
 
 #: Of a table that goes into a file.
 WIDTH = 120
@@ -58,7 +58,7 @@ class Session:
         self.found: dict[str, Any] = {"rows": [], "machine": {}}
         # Everything but the table goes to stderr: the table can be piped.
         quiet = not distributed.leads()
-        self.talk = Console(stderr=True, highlight=False, quiet=quiet)
+        self.log = Console(stderr=True, highlight=False, quiet=quiet)
         self.console = Console(highlight=False, quiet=quiet)
         if not self.console.is_terminal:
             self.console.width = WIDTH
@@ -71,7 +71,7 @@ class Session:
             KeyboardInterrupt: after Ctrl-C.
         """
         try:
-            with progress(self.talk) as doing:
+            with progress(self.log) as doing:
                 getattr(self, f"_{self.options.kind}")(doing)
         except (KeyboardInterrupt, FailedError, CommandError) as stop:
             if self.found["rows"]:
@@ -87,7 +87,7 @@ class Session:
 
     def say(self, sentence: str) -> None:
         """Tell the user something that stays on the screen."""
-        self.talk.print(Text(sentence), soft_wrap=True)
+        self.log.print(Text(sentence), soft_wrap=True)
 
     # ------------------------------------------------------------ the kinds
 

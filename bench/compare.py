@@ -30,7 +30,7 @@ _KEYS = ("kind", "subject", "contender", "mode", "batch", "size", "dtype", "amp"
 #: Conditions without which two times are of different machines or different programs.
 _CONDITIONS = ("cpu", "gpu", "driver", "threads", "torch", "triton", "fastres", "python", "commit")
 
-Verdict = Literal[
+Outcome = Literal[
     "faster", "slower", "less", "more", "new", "missing", "parity lost", "parity won", "same"
 ]
 _STYLES = {
@@ -47,7 +47,7 @@ class Change:
     what: str
     before: Any
     after: Any
-    verdict: Verdict
+    outcome: Outcome
 
     @property
     def ratio(self) -> float | None:
@@ -85,8 +85,8 @@ def _changes(old: Row, new: Row) -> list[Change]:
     found = []
     parities = (old["parity"], new["parity"])
     if None not in parities and (parities[0] == "ok") != (parities[1] == "ok"):
-        verdict: Verdict = "parity won" if new["parity"] == "ok" else "parity lost"
-        found.append(_change(old, new, "parity", verdict))
+        outcome: Outcome = "parity won" if new["parity"] == "ok" else "parity lost"
+        found.append(_change(old, new, "parity", outcome))
     elif bool(old["ms"]) != bool(new["ms"]):
         found.append(_change(old, new, "ms", "missing" if old["ms"] else "new"))
     if old["ms"] and new["ms"] and _apart(old, new):
@@ -110,8 +110,8 @@ def _quartiles(row: Row) -> tuple[float, float, float]:
     return low, ms, high
 
 
-def _change(old: Row, new: Row, what: str, verdict: Verdict) -> Change:
-    return Change(new, what, _field(old, what), _field(new, what), verdict)
+def _change(old: Row, new: Row, what: str, outcome: Outcome) -> Change:
+    return Change(new, what, _field(old, what), _field(new, what), outcome)
 
 
 def _field(row: Mapping[str, Any], name: str) -> Any:
@@ -148,11 +148,11 @@ def show(before: Mapping[str, Any], after: Mapping[str, Any], console: Console) 
         if before.get(name) != after.get(name):
             console.print(Text(f"{name}: {before.get(name, '-')} -> {after.get(name, '-')}"))
     changes = compare(before["rows"], after["rows"])
-    moved = [change for change in changes if change.verdict != "same"]
+    moved = [change for change in changes if change.outcome != "same"]
     if moved:
         console.print(_table(moved))
-    counts = Counter(change.verdict for change in changes)
-    said = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+    counts = Counter(change.outcome for change in changes)
+    said = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
     console.print(Text(said or "neither result has rows"))
 
 
@@ -165,8 +165,8 @@ def _table(changes: Sequence[Change]) -> Table:
     for change in changes:
         ratio = "-" if change.ratio is None else f"{change.ratio:.3f}"
         values = (_value(change.what, v) for v in (change.before, change.after))
-        verdict = Text(change.verdict, style=_STYLES.get(change.verdict, ""))
-        found.add_row(Text(_name(change.row)), change.what, *values, ratio, verdict)
+        outcome = Text(change.outcome, style=_STYLES.get(change.outcome, ""))
+        found.add_row(Text(_name(change.row)), change.what, *values, ratio, outcome)
     return found
 
 

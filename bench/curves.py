@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-from . import canvas
-from .canvas import Drawing, unit_of
+from . import plot
+from .comparison import speed
+from .plot import Drawing, unit_of
 from .results import Row, subject_of
-from .verdicts import speed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,7 +50,7 @@ def _by_batch(
 def _lines(
     panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], unit: str, narrow: bool
 ) -> Figure:
-    styles = canvas.series(label for lines in panels.values() for label in lines)
+    styles = plot.series(label for lines in panels.values() for label in lines)
     figure, found = _framed(list(panels), len(styles), narrow)
     for axes, lines in zip(found, panels.values(), strict=True):
         for label, points in lines.items():
@@ -61,19 +61,19 @@ def _lines(
         axes.set_xticks(sorted({x for points in lines.values() for x, _ in points}))
         axes.set_xlabel("batch")
         axes.set_ylabel(unit)
-    canvas.legend(figure, found, narrow)
+    plot.legend(figure, found, narrow)
     return figure
 
 
 def _framed(titles: Sequence[str], labels: int, narrow: bool) -> tuple[Figure, list[Axes]]:
     """Panels for lines below room for a legend."""
-    top = canvas.legend_height(labels, narrow)
-    figure, found = canvas.panels(
+    top = plot.legend_height(labels, narrow)
+    figure, found = plot.panels(
         [300.0] * len(titles), narrow, top, beside=3 if len(titles) == 3 else 2
     )
     for axes, title in zip(found, titles, strict=True):
-        canvas.inset(axes, left=70, right=10, top=30, bottom=54)
-        axes.set_title(title, loc="left", fontsize=13, fontweight="bold", color=canvas.INK)
+        plot.inset(axes, left=70, right=10, top=30, bottom=54)
+        axes.set_title(title, loc="left", fontsize=13, fontweight="bold", color=plot.INK)
         axes.grid()
     return figure, found
 
@@ -87,7 +87,7 @@ def curves_of(curves: Mapping[str, Curve]) -> Drawing | None:
     shown = [w for w in wanted if any(points_of(curve, *w) for curve in curves.values())]
     if not shown:
         return None
-    styles = canvas.series(curves)
+    styles = plot.series(curves)
 
     def draw(narrow: bool) -> Figure:
         titles = [f"{what} over {over}" for what, over in shown]
@@ -97,7 +97,7 @@ def curves_of(curves: Mapping[str, Curve]) -> Drawing | None:
                 _curve(axes, points_of(curve, what, over), label, styles[label])
             axes.set_xlabel(over)
             axes.set_ylabel(what)
-        canvas.legend(figure, found, narrow)
+        plot.legend(figure, found, narrow)
         return figure
 
     return Drawing("curves", "Learning curves",

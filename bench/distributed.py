@@ -21,9 +21,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .contenders import Job
-from .gate import verdict
+from .gate import parity_of
+from .interleave import alternate
 from .measure import MOST_WARM_UPS, Run, steady, step_of
-from .race import alternate
 from .results import Row, row
 from .suite import settings_of, times_of
 
@@ -68,14 +68,14 @@ def rows(base: Job, names: Sequence[str], rounds: int, say: Say) -> list[Row]:
     """
     with group(base.device) as world:
         jobs = {name: replace(base, contender=name) for name in names}
-        verdicts = _agreed({name: verdict(job) if leads() else "" for name, job in jobs.items()})
-        able = {name: job for name, job in jobs.items() if verdicts[name] == "ok"}
+        parities = _agreed({name: parity_of(job) if leads() else "" for name, job in jobs.items()})
+        able = {name: job for name, job in jobs.items() if parities[name] == "ok"}
         say(f"one process alone, then {world} of {base.batch} images each")
         alone = _agreed(_race(able, rounds, together=False) if leads() else {})
         together = _race(able, rounds, together=True)
-        found = [_row(job, alone.get(n, []), 1, verdicts[n]) for n, job in jobs.items()]
+        found = [_row(job, alone.get(n, []), 1, parities[n]) for n, job in jobs.items()]
         for name, job in jobs.items():
-            found.append(_row(job, together.get(name, []), world, verdicts[name]))
+            found.append(_row(job, together.get(name, []), world, parities[name]))
             _add_efficiency(found[-1], found[len(found) - 1 - len(jobs)], world)
     return found
 

@@ -31,9 +31,9 @@ from torch.nn import functional as F
 import fastres
 from fastres.testing import assert_parity, check_block
 
+from .baselines import leaky_twin
 from .contenders import Job
 from .measure import first_line, logits, out_of_memory
-from .rivals import leaky_twin
 
 #: Images, and pixels per side at most: 2x2 pixels of 8 images are left in a ResNet's last stage.
 BATCH, SIZE = 8, 64
@@ -49,7 +49,7 @@ SHIFT = 3.0
 ROLLS = (0, 1, 2, 3)
 
 
-def verdict(job: Job) -> str:
+def parity_of(job: Job) -> str:
     """ "ok", or "failed: " and what differs, for a job's contender."""
     who = job.who
     if not who.fused and who.compiled is None and who.change is None:

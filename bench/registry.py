@@ -21,8 +21,8 @@ from fastres.kernels import PRIMITIVES, Implementation, dense, implementations
 from fastres.testing import BENCH_CASES, CASES, Call, Case, calls, check_implementation
 from fastres.tuning.measure import Timer, gpu_timer
 
+from .interleave import Timing, alternate
 from .progress import Doing
-from .race import Timing, alternate
 from .results import Row, row
 from .traffic import bytes_of, flops_of
 
@@ -110,7 +110,7 @@ def timer_for(device: str) -> AbstractContextManager[Timer]:
     return cpu_timer() if device == "cpu" else gpu_timer(torch.device(device))
 
 
-def race(
+def interleaved(
     contenders: dict[str, Callable[[], object]], timer: Timer, rounds: int
 ) -> dict[str, Timing]:
     """Every contender once per round, after warming up."""
@@ -168,7 +168,7 @@ class Run:
         source = torch.empty(max(moved.values()) // 2 + 1, dtype=torch.uint8, device=self.device)
         target = torch.empty_like(source)
         contenders = {**thunks, "copy": lambda: target.copy_(source)}
-        found = race(contenders, self.timer, self.rounds)
+        found = interleaved(contenders, self.timer, self.rounds)
         for entry in able:
             # The bound: what a copy of as many bytes takes.
             copy = found["copy"].median * moved[str(entry)] / (2 * source.numel())

@@ -96,10 +96,10 @@ def with_speedups(rows: Iterable[Row]) -> list[Row]:
     def speedup(one: Row) -> float | None:
         if not one["ms"]:
             return None
-        rivals = [other for other in (*eager, *timed) if setting(other) == setting(one)]
-        if rivals[0]["contender"] != "eager" or any(_alike(one, other) for other in eager):
-            rivals = [other for other in rivals if _alike(one, other)]
-        return _per_image(rivals[0]) / _per_image(one)
+        baselines = [other for other in (*eager, *timed) if setting(other) == setting(one)]
+        if baselines[0]["contender"] != "eager" or any(_alike(one, other) for other in eager):
+            baselines = [other for other in baselines if _alike(one, other)]
+        return _per_image(baselines[0]) / _per_image(one)
 
     return [cast(Row, {**one, "speedup": speedup(one)}) for one in kept]
 

@@ -13,9 +13,9 @@ from fastres.kernels import preference
 
 from .bounds import Bounds
 from .contenders import KEPT, Job
+from .interleave import FailedError, Interrupted, NoMemoryError, Timing, Worker, alternate
 from .models import Subject
 from .progress import Doing
-from .race import FailedError, Interrupted, NoMemoryError, Timing, Worker, alternate
 from .results import Row, row
 
 
@@ -110,14 +110,14 @@ class Suite:
 
     def _race(self, job: Job, workers: dict[str, Worker], note: str | None) -> None:
         jobs = {name: replace(job, contender=name) for name in self.names}
-        verdicts = self._gate(jobs)
+        parities = self._gate(jobs)
         facts: dict[str, dict[str, Any]] = {}
-        for name in (n for n in self.names if verdicts[n] == "ok"):
+        for name in (n for n in self.names if parities[n] == "ok"):
             self.doing(f"{job.subject.label}, {job.mode}: {name} warms up")
             facts[name] = self._prepared(workers[name], jobs[name])
         able = [name for name, found in facts.items() if found.get("error") is None]
         steps = {n: partial(workers[n].ask, what="time", job=asdict(jobs[n])) for n in able}
-        made = _Rows(jobs, verdicts, facts, note, Bounds.of(job, self.machine))
+        made = _Rows(jobs, parities, facts, note, Bounds.of(job, self.machine))
         try:
             samples = alternate(steps, self.rounds, partial(self._round, job))
         except Interrupted as stop:
@@ -160,12 +160,12 @@ class Suite:
 
     def _judged(self, judge: Worker, job: Job) -> str:
         try:
-            verdict: str = judge.ask(what="gate", job=asdict(job))
+            parity: str = judge.ask(what="gate", job=asdict(job))
         except FailedError as error:
-            verdict = f"failed: {error}"
-        if verdict != "ok":
-            self.say(f"{job.subject.label}, {job.mode}, {job.contender}: parity {verdict}")
-        return verdict
+            parity = f"failed: {error}"
+        if parity != "ok":
+            self.say(f"{job.subject.label}, {job.mode}, {job.contender}: parity {parity}")
+        return parity
 
     def _prepared(self, worker: Worker, job: Job) -> dict[str, Any]:
         try:
@@ -181,7 +181,7 @@ class _Rows:
     """Makes the rows of one subject and mode out of what is known of each contender."""
 
     jobs: dict[str, Job]
-    verdicts: dict[str, str]
+    parities: dict[str, str]
     facts: dict[str, dict[str, Any]]
     note: str | None
     bounds: Bounds
@@ -197,7 +197,7 @@ class _Rows:
             **(times_of(times) if times else {}),
             **self.bounds.of_contender(job, facts.get("level")),
             peak_bytes=facts.get("peak_bytes"), saved_bytes=facts.get("saved_bytes"),
-            parity=self.verdicts[name], note="; ".join(filter(None, notes)) or None,
+            parity=self.parities[name], note="; ".join(filter(None, notes)) or None,
         )  # fmt: skip
 
 

@@ -11,8 +11,8 @@ from typing import Any, cast
 from fastres.cli import html
 
 from .bars import figure_text
+from .comparison import Setting, competes, is_ours, silence
 from .results import Row, failed, memory_text
-from .verdicts import Setting, competes, is_ours, silence
 
 #: Losses that the page names above its figures, the largest first.
 NAMED = 6
@@ -47,12 +47,12 @@ def headline(settings: Sequence[Setting]) -> str:
         said = "".join(f", {word} in {n}" for word, n in rest)
         return f"fastres is {first[0]} in {first[1]} of {len(known)} comparisons{said}"
     (setting,) = known
-    rival = setting.rival[0] if setting.rival else ""
+    baseline = setting.baseline[0] if setting.baseline else ""
     if setting.outcome == "level":
-        return f"fastres is as fast as {rival}, within the noise ({setting.ratio:.2f}x)"
+        return f"fastres is as fast as {baseline}, within the noise ({setting.ratio:.2f}x)"
     if setting.outcome == "slower":
-        return f"fastres is slower than {rival}: {setting.ratio:.2f}x its speed"
-    return f"fastres is {setting.ratio:.2f}x as fast as {rival}"
+        return f"fastres is slower than {baseline}: {setting.ratio:.2f}x its speed"
+    return f"fastres is {setting.ratio:.2f}x as fast as {baseline}"
 
 
 def _measured(settings: Sequence[Setting]) -> list[tuple[str, Row]]:
@@ -82,8 +82,8 @@ def lead(settings: Sequence[Setting]) -> str:
 
 
 def _losses_in_memory(setting: Setting) -> str:
-    ours, rival = setting.ours, setting.rival
-    a, b = (pair[1]["peak_bytes"] if pair else None for pair in (ours, rival))
+    ours, baseline = setting.ours, setting.baseline
+    a, b = (pair[1]["peak_bytes"] if pair else None for pair in (ours, baseline))
     return html.mark(False, "It takes more memory.") if a and b and a > 1.01 * b else ""
 
 
@@ -107,16 +107,16 @@ def tiles(settings: Sequence[Setting]) -> str:
 
 def _one(setting: Setting) -> list[tuple[str, str, str]]:
     """What, value and remark (HTML) for a result with one comparison."""
-    if setting.ours is None or setting.rival is None:
+    if setting.ours is None or setting.baseline is None:
         return []
-    (_, ours), (name, rival) = setting.ours, setting.rival
+    (_, ours), (name, baseline) = setting.ours, setting.baseline
     found = [("speed", f"{setting.ratio:.2f}x", _said(setting))]
-    if ours["images_per_s"] and rival["images_per_s"]:
-        theirs = f"{escape(name)}: {figure_text(rival['images_per_s'])}"
+    if ours["images_per_s"] and baseline["images_per_s"]:
+        theirs = f"{escape(name)}: {figure_text(baseline['images_per_s'])}"
         found.append(("images per second", figure_text(ours["images_per_s"]), theirs))
     for what, a, b in (
-        ("peak memory", ours["peak_bytes"], rival["peak_bytes"]),
-        ("saved for backward", ours["saved_bytes"], rival["saved_bytes"]),
+        ("peak memory", ours["peak_bytes"], baseline["peak_bytes"]),
+        ("saved for backward", ours["saved_bytes"], baseline["saved_bytes"]),
     ):
         if a:
             theirs = f"<br>{escape(name)}: {memory_text(b)}"

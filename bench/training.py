@@ -24,10 +24,10 @@ from fastres.cli.errors import CommandError
 from fastres.cli.libraries import library
 
 from .contenders import Job
+from .interleave import FailedError, Worker
 from .measure import first_line, out_of_memory
 from .models import DIGITS, network
 from .progress import Doing
-from .race import FailedError, Worker
 from .results import Row, row
 from .suite import settings_of, times_of
 
@@ -179,16 +179,16 @@ class Course:
     say: Callable[[str], None]
     doing: Doing
     trainings: dict[str, Training] = field(default_factory=dict)
-    _verdicts: dict[str, str] = field(default_factory=dict)
+    _parities: dict[str, str] = field(default_factory=dict)
 
     @property
     def rows(self) -> list[Row]:
         """A row per contender that was judged."""
-        jobs = {name: self._job(name) for name in self._verdicts}
+        jobs = {name: self._job(name) for name in self._parities}
         empty = {n: Training(j, None) for n, j in jobs.items()}  # type: ignore[arg-type]
         return [
-            (self.trainings.get(name) or empty[name]).row(self.subject, verdict, self.workers)
-            for name, verdict in self._verdicts.items()
+            (self.trainings.get(name) or empty[name]).row(self.subject, parity, self.workers)
+            for name, parity in self._parities.items()
         ]
 
     @property
@@ -215,8 +215,8 @@ class Course:
         steps = len(self.data.batches(batch, 0, 0))
         if not steps:
             raise CommandError(f"--batch-size must be at most the training images, got {batch}")
-        for name, verdict in self._verdicts.items():
-            if verdict == "ok":
+        for name, parity in self._parities.items():
+            if parity == "ok":
                 self.trainings[name] = self._training(name, self.epochs * steps)
         for epoch in range(self.epochs):
             order = list(self.trainings.items())
@@ -235,10 +235,10 @@ class Course:
             for name in self.names:
                 self.doing(f"parity of {name}")
                 try:
-                    verdict = judge.ask(what="gate", job=asdict(self._job(name)))
+                    parity = judge.ask(what="gate", job=asdict(self._job(name)))
                 except FailedError as error:
-                    verdict = f"failed: {error}"
-                self._verdicts[name] = verdict
+                    parity = f"failed: {error}"
+                self._parities[name] = parity
 
     def _training(self, name: str, total: int) -> Training:
         job = self._job(name)

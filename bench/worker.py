@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from .contenders import Job
-from .gate import verdict
+from .gate import parity_of
 from .measure import Measured, first_line, out_of_memory, roof
 from .parts import block_times
 
@@ -41,7 +41,7 @@ class Bench:
         job = Job(**request["job"])
         if what == "gate":
             torch.compiler.reset()  # another contender's graphs are not this one's
-            return verdict(job)
+            return parity_of(job)
         with job.settings():
             if what == "blocks":
                 return block_times(job, request["names"])

@@ -1,4 +1,4 @@
-"""Alternating timing: every round runs each contender once, so that noise meets all of them."""
+"""Interleaved timing: every round runs each contender once, so that noise meets all of them."""
 
 from __future__ import annotations
 

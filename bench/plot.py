@@ -68,11 +68,11 @@ class Drawing:
 
 
 @contextmanager
-def drawing(salt: str) -> Iterator[None]:
-    """matplotlib's settings while figures are made; `salt` makes their identifiers their own."""
+def drawing(seed: str) -> Iterator[None]:
+    """matplotlib's settings while figures are made; `seed` makes their identifiers their own."""
     from matplotlib import rc_context
 
-    with rc_context({**_SETTINGS, "svg.hashsalt": salt}):
+    with rc_context({**_SETTINGS, "svg.hashsalt": seed}):
         yield
 
 
