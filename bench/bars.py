@@ -184,8 +184,8 @@ def _memory_label(row: Row) -> str:
 def _panels(settings: Sequence[Setting], bars: _Bars, narrow: bool) -> Figure:
     """One panel per comparison, one bar per contender, its name above it."""
     heights = [TITLE + BAR * len(s.rows) + AXIS + 10 for s in settings]
-    figure, found = plot.panels(heights, narrow)
-    for axes, setting in zip(found, settings, strict=True):
+    figure, panels = plot.panels(heights, narrow)
+    for axes, setting in zip(panels, settings, strict=True):
         plot.inset(axes, left=5, right=16, top=TITLE, bottom=AXIS + 10)
         where = axes.get_yaxis_transform()
         for i, (label, row) in enumerate(reversed(setting.rows)):
@@ -266,10 +266,10 @@ def _layer_panels(
 ) -> Figure:
     size = len(kept) if narrow or len(kept) < 12 else -(-len(kept) // 2)
     parts = [kept[i : i + size] for i in range(0, len(kept), size)]
-    figure, found = plot.panels([float(LAYER * size + AXIS + 8)] * len(parts), narrow)
+    figure, panels = plot.panels([float(LAYER * size + AXIS + 8)] * len(parts), narrow)
     times = [one.get(key) or 0.0 for one in kept for key in ("ms", "bound_ms")]
     reach = max([*times, *others.values()])
-    for axes, part in zip(found, parts, strict=True):
+    for axes, part in zip(panels, parts, strict=True):
         plot.inset(axes, left=136, right=6, bottom=AXIS, top=8)
         places = range(size - 1, size - 1 - len(part), -1)
         for y, one in zip(places, part, strict=True):
@@ -297,12 +297,12 @@ def _short(name: str, letters: int = 19) -> str:
 
 def _other_layers(layers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """The fastest time of anyone else by layer."""
-    found: dict[str, float] = {}
+    milliseconds: dict[str, float] = {}
     for one in layers:
         if one.get("ms") and not _whose(one).startswith("fastres"):
             name = _layer_name(one)
-            found[name] = min(found.get(name, math.inf), one["ms"])
-    return found
+            milliseconds[name] = min(milliseconds.get(name, math.inf), one["ms"])
+    return milliseconds
 
 
 def _layer(axes: Axes, y: float, one: Mapping[str, Any], other: float | None) -> None:

@@ -59,43 +59,43 @@ class Change:
 def compare(before: Iterable[Row], after: Iterable[Row]) -> list[Change]:
     """Every change between two runs' rows, and one "same" for each row without any."""
     old, new = _by_key(before), _by_key(after)
-    found: list[Change] = []
+    changes: list[Change] = []
     for key, row in old.items():
         if key in new:
-            found += _changes(row, new[key]) or [_change(row, new[key], "ms", "same")]
+            changes += _changes(row, new[key]) or [_change(row, new[key], "ms", "same")]
         else:
-            found.append(Change(row, "ms", row["ms"], None, "missing"))
+            changes.append(Change(row, "ms", row["ms"], None, "missing"))
     only_new = [row for key, row in new.items() if key not in old]
-    return found + [Change(row, "ms", None, row["ms"], "new") for row in only_new]
+    return changes + [Change(row, "ms", None, row["ms"], "new") for row in only_new]
 
 
 def _by_key(rows: Iterable[Row]) -> dict[tuple[object, ...], Row]:
     """Rows by what was measured; equals are told apart by their order."""
     seen: Counter[tuple[object, ...]] = Counter()
-    found: dict[tuple[object, ...], Row] = {}
+    by_key: dict[tuple[object, ...], Row] = {}
     for row in rows:
         fields: Mapping[str, object] = row
         key = tuple(fields[name] for name in _KEYS)
         seen[key] += 1
-        found[(*key, seen[key])] = row
-    return found
+        by_key[(*key, seen[key])] = row
+    return by_key
 
 
 def _changes(old: Row, new: Row) -> list[Change]:
-    found = []
+    changes = []
     parities = (old["parity"], new["parity"])
     if None not in parities and (parities[0] == "ok") != (parities[1] == "ok"):
         outcome: Outcome = "parity won" if new["parity"] == "ok" else "parity lost"
-        found.append(_change(old, new, "parity", outcome))
+        changes.append(_change(old, new, "parity", outcome))
     elif bool(old["ms"]) != bool(new["ms"]):
-        found.append(_change(old, new, "ms", "missing" if old["ms"] else "new"))
+        changes.append(_change(old, new, "ms", "missing" if old["ms"] else "new"))
     if old["ms"] and new["ms"] and _apart(old, new):
-        found.append(_change(old, new, "ms", "slower" if new["ms"] > old["ms"] else "faster"))
+        changes.append(_change(old, new, "ms", "slower" if new["ms"] > old["ms"] else "faster"))
     for what in ("peak_bytes", "saved_bytes"):
         a, b = _field(old, what), _field(new, what)
         if a is not None and b is not None and abs(b - a) > THRESHOLD * a:
-            found.append(_change(old, new, what, "more" if b > a else "less"))
-    return found
+            changes.append(_change(old, new, what, "more" if b > a else "less"))
+    return changes
 
 
 def _apart(old: Row, new: Row) -> bool:
@@ -157,17 +157,17 @@ def show(before: Mapping[str, Any], after: Mapping[str, Any], console: Console) 
 
 
 def _table(changes: Sequence[Change]) -> Table:
-    found = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-    found.add_column("row", overflow="fold")
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    table.add_column("row", overflow="fold")
     for name in ("what", "A", "B", "B / A"):
-        found.add_column(name, justify="right", overflow="fold")
-    found.add_column("verdict")
+        table.add_column(name, justify="right", overflow="fold")
+    table.add_column("verdict")
     for change in changes:
         ratio = "-" if change.ratio is None else f"{change.ratio:.3f}"
         values = (_value(change.what, v) for v in (change.before, change.after))
         outcome = Text(change.outcome, style=_STYLES.get(change.outcome, ""))
-        found.add_row(Text(_name(change.row)), change.what, *values, ratio, outcome)
-    return found
+        table.add_row(Text(_name(change.row)), change.what, *values, ratio, outcome)
+    return table
 
 
 def _name(row: Row) -> str:

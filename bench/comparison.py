@@ -117,10 +117,10 @@ def silence(row: Row) -> str:
 
 
 def _speed(row: Row) -> float:
-    found = speed(row)
-    if found is None:
+    per_second = speed(row)
+    if per_second is None:
         raise ValueError(f"row must have a time, got {row['contender']} without one")
-    return found
+    return per_second
 
 
 def _fastest(pairs: Iterable[tuple[str, Row]]) -> tuple[str, Row] | None:

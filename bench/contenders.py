@@ -61,8 +61,8 @@ class Job:
     @property
     def compute_dtype(self) -> torch.dtype:
         """Of activations: that of the parameters, or autocast's."""
-        found: torch.dtype = getattr(torch, self.dtype)
-        return torch.bfloat16 if self.amp and found == torch.float32 else found
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return torch.bfloat16 if self.amp and dtype == torch.float32 else dtype
 
     @property
     def parameter_dtype(self) -> torch.dtype:

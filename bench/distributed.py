@@ -71,13 +71,13 @@ def rows(base: Job, names: Sequence[str], rounds: int, say: Say) -> list[Row]:
         parities = _agreed({name: parity_of(job) if leads() else "" for name, job in jobs.items()})
         able = {name: job for name, job in jobs.items() if parities[name] == "ok"}
         say(f"one process alone, then {world} of {base.batch} images each")
-        alone = _agreed(_race(able, rounds, together=False) if leads() else {})
-        together = _race(able, rounds, together=True)
-        found = [_row(job, alone.get(n, []), 1, parities[n]) for n, job in jobs.items()]
+        alone = _agreed(_time(able, rounds, together=False) if leads() else {})
+        together = _time(able, rounds, together=True)
+        results = [_row(job, alone.get(n, []), 1, parities[n]) for n, job in jobs.items()]
         for name, job in jobs.items():
-            found.append(_row(job, together.get(name, []), world, parities[name]))
-            _add_efficiency(found[-1], found[len(found) - 1 - len(jobs)], world)
-    return found
+            results.append(_row(job, together.get(name, []), world, parities[name]))
+            _add_efficiency(results[-1], results[len(results) - 1 - len(jobs)], world)
+    return results
 
 
 def _agreed(value: Any) -> Any:
@@ -87,7 +87,7 @@ def _agreed(value: Any) -> Any:
     return boxed[0]
 
 
-def _race(jobs: dict[str, Job], rounds: int, together: bool) -> dict[str, list[float]]:
+def _time(jobs: dict[str, Job], rounds: int, together: bool) -> dict[str, list[float]]:
     steps = {name: _step(job, together) for name, job in jobs.items()}
     for step in steps.values():
         times: list[float] = []
@@ -119,10 +119,10 @@ def _milliseconds(job: Job, run: Run, x: torch.Tensor, together: bool) -> float:
 
 
 def _row(job: Job, times: list[float], processes: int, parity: str) -> Row:
-    found = settings_of(replace(job, batch=job.batch * processes))
+    settings = settings_of(replace(job, batch=job.batch * processes))
     name = job.contender if processes == 1 else f"{job.contender}, {processes} processes"
     timed = times_of(times) if times else {}
-    return row(job.kind, job.subject.label, name, **found, **timed, parity=parity)
+    return row(job.kind, job.subject.label, name, **settings, **timed, parity=parity)
 
 
 def _add_efficiency(all_of_them: Row, one: Row, processes: int) -> None:

@@ -215,10 +215,13 @@ def _verdict(setting: Setting | None) -> str:
 def _kernels(result: Mapping[str, Any]) -> list[str]:
     """Primitives and shapes: our share of a copy's speed."""
     shares = kernel_shares(settings_of(result["rows"]))
-    shapes = list(dict.fromkeys(shape for found in shares.values() for shape in found))
+    shapes = list(dict.fromkeys(shape for by_shape in shares.values() for shape in by_shape))
     lines = [
-        [f"`{primitive}`", *(f"{found[s]:.0%}" if s in found else "-" for s in shapes)]
-        for primitive, found in shares.items()
+        [
+            f"`{primitive}`",
+            *(f"{by_shape[s]:.0%}" if s in by_shape else "-" for s in shapes),
+        ]
+        for primitive, by_shape in shares.items()
     ]
     said = "Share of the speed at which as many bytes are copied, median over a kernel's variants."
     return [*_said(result, []), said, "", *_markdown(["kernel", *shapes], lines)]

@@ -157,10 +157,10 @@ class Figures:
 def drawings_of(result: Mapping[str, Any]) -> list[Drawing]:
     """The figures that a result has the data for."""
     settings = settings_of(result["rows"])
-    found = [shares_of(settings), ratios_of(settings), speed_of(settings), memory_of(settings)]
-    found += [*batches_of(result["rows"]), layers_of(result.get("layers") or [])]
-    found.append(curves_of(result.get("curves") or {}))
-    return [drawing for drawing in found if drawing is not None]
+    drawings = [shares_of(settings), ratios_of(settings), speed_of(settings), memory_of(settings)]
+    drawings += [*batches_of(result["rows"]), layers_of(result.get("layers") or [])]
+    drawings.append(curves_of(result.get("curves") or {}))
+    return [drawing for drawing in drawings if drawing is not None]
 
 
 # ---------------------------------------------------------------- the table

@@ -324,18 +324,18 @@ def table(rows: Iterable[Row], title: str | None = None) -> Table:
     kept = list(rows)
     lines = [list(_figures(one)) for one in kept]
     filled = [i for i in range(len(HEADINGS)) if any(line[i].plain != "-" for line in lines)]
-    found = Table(title=title, title_justify="left", caption_justify="left", box=SIMPLE_HEAD,
-                  padding=(0, 1, 0, 0), show_edge=False)  # fmt: skip
-    found.add_column("contender", overflow="fold", min_width=9)
+    out = Table(title=title, title_justify="left", caption_justify="left", box=SIMPLE_HEAD,
+                padding=(0, 1, 0, 0), show_edge=False)  # fmt: skip
+    out.add_column("contender", overflow="fold", min_width=9)
     for i in filled:
-        found.add_column(HEADINGS[i], justify="right", overflow="fold")
+        out.add_column(HEADINGS[i], justify="right", overflow="fold")
     last = None
     for one, line in zip(kept, lines, strict=True):
         if last != (last := setting(one)):
-            found.add_row(Text(subject_of(one), style="bold"))
-        found.add_row(Text(one["contender"]), *(line[i] for i in filled))
-    found.caption = Text("\n".join(_remarks(kept))) or None
-    return found
+            out.add_row(Text(subject_of(one), style="bold"))
+        out.add_row(Text(one["contender"]), *(line[i] for i in filled))
+    out.caption = Text("\n".join(_remarks(kept))) or None
+    return out
 
 
 def _remarks(rows: Sequence[Row]) -> Iterator[str]:

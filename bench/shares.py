@@ -24,15 +24,15 @@ Shares = Mapping[str, Mapping[str, float]]
 
 def kernel_shares(settings: Sequence[Setting]) -> Shares:
     """Primitive -> shape -> our share of a copy's speed, the median over the call's variants."""
-    found: dict[str, dict[str, list[float]]] = {}
+    shares: dict[str, dict[str, list[float]]] = {}
     for setting in settings:
         if setting.ours is None or setting.ours[1]["kind"] != "kernel":
             continue
         row = setting.ours[1]
         if row["share"] and (row["bytes"] or 0) >= LEAST_BYTES:
             primitive, *_, shape = row["subject"].split(", ")
-            found.setdefault(primitive, {}).setdefault(shape, []).append(row["share"])
-    return {p: {s: median(v) for s, v in shapes.items()} for p, shapes in found.items()}
+            shares.setdefault(primitive, {}).setdefault(shape, []).append(row["share"])
+    return {p: {s: median(v) for s, v in shapes.items()} for p, shapes in shares.items()}
 
 
 def shares_of(settings: Sequence[Setting]) -> Drawing | None:
@@ -49,9 +49,9 @@ def shares_of(settings: Sequence[Setting]) -> Drawing | None:
 
 def _panels(shares: Shares, narrow: bool) -> Figure:
     heights = [float(BAR * len(shapes) + TITLE + AXIS) for shapes in shares.values()]
-    figure, found = plot.panels(heights, narrow)
+    figure, panels = plot.panels(heights, narrow)
     reach = max(1.0, *(share for shapes in shares.values() for share in shapes.values()))
-    for axes, (primitive, shapes) in zip(found, shares.items(), strict=True):
+    for axes, (primitive, shapes) in zip(panels, shares.items(), strict=True):
         plot.inset(axes, left=BESIDE, right=8, top=TITLE, bottom=AXIS)
         _panel(axes, primitive, shapes)
         axes.set_xlim(0, reach * 1.25)

@@ -90,19 +90,19 @@ def _losses_in_memory(setting: Setting) -> str:
 def tiles(settings: Sequence[Setting]) -> str:
     """The figures at a glance, as HTML."""
     known = [s for s in settings if s.ratio is not None]
-    found = _one(known[0]) if len(known) == 1 else _many(known)
+    figures = _one(known[0]) if len(known) == 1 else _many(known)
     rows = [row for s in settings for _, row in s.rows]
     gated = [row for row in rows if row["parity"] is not None]
     wrong = sum(map(failed, gated))
     passed = html.mark(not wrong, f"✕ {wrong} failed" if wrong else "✓ all passed")
     if gated:
-        found.append(("parity", f"{len(gated) - wrong} of {len(gated)}", passed))
+        figures.append(("parity", f"{len(gated) - wrong} of {len(gated)}", passed))
     cells = "".join(
         f'<li><span class="what">{escape(what)}</span><b>{escape(value)}</b>'
         f"<span>{remark}</span></li>"
-        for what, value, remark in found
+        for what, value, remark in figures
     )
-    return f'<ul class="tiles">{cells}</ul>' if found else ""
+    return f'<ul class="tiles">{cells}</ul>' if figures else ""
 
 
 def _one(setting: Setting) -> list[tuple[str, str, str]]:
@@ -110,20 +110,20 @@ def _one(setting: Setting) -> list[tuple[str, str, str]]:
     if setting.ours is None or setting.baseline is None:
         return []
     (_, ours), (name, baseline) = setting.ours, setting.baseline
-    found = [("speed", f"{setting.ratio:.2f}x", _said(setting))]
+    figures = [("speed", f"{setting.ratio:.2f}x", _said(setting))]
     if ours["images_per_s"] and baseline["images_per_s"]:
         theirs = f"{escape(name)}: {figure_text(baseline['images_per_s'])}"
-        found.append(("images per second", figure_text(ours["images_per_s"]), theirs))
+        figures.append(("images per second", figure_text(ours["images_per_s"]), theirs))
     for what, a, b in (
         ("peak memory", ours["peak_bytes"], baseline["peak_bytes"]),
         ("saved for backward", ours["saved_bytes"], baseline["saved_bytes"]),
     ):
         if a:
             theirs = f"<br>{escape(name)}: {memory_text(b)}"
-            found.append((what, memory_text(a), _less(a / b) + theirs if b else ""))
+            figures.append((what, memory_text(a), _less(a / b) + theirs if b else ""))
     if ours["share"]:
-        found.append(("of the roofline", f"{ours['share']:.0%}", "bound measured in this run"))
-    return found
+        figures.append(("of the roofline", f"{ours['share']:.0%}", "bound measured in this run"))
+    return figures
 
 
 def _many(known: Sequence[Setting]) -> list[tuple[str, str, str]]:

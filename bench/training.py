@@ -71,15 +71,15 @@ def pipeline(model: str | None, folder: Path | None, size: int) -> Pipeline:
     """
     if folder is not None:
         return _images(model or "resnet18", folder, size)
-    found = digits.load(size, SEED)
+    dataset = digits.load(size, SEED)
     channels = 1 if model is None else 3
 
     def images(x: Tensor) -> Tensor:
         return x.expand(-1, channels, -1, -1)
 
     return Pipeline(
-        TensorDataset(images(found.train_x), found.train_y),
-        TensorDataset(images(found.test_x), found.test_y),
+        TensorDataset(images(dataset.train_x), dataset.train_y),
+        TensorDataset(images(dataset.test_x), dataset.test_y),
         lambda fused: network(model or DIGITS, fused, **({"num_classes": 10} if model else {})),
     )
 
@@ -151,14 +151,14 @@ class Training:
 
     def row(self, subject: str, parity: str, workers: int) -> Row:
         """What the whole run comes to."""
-        found = settings_of(self.job)
+        settings = settings_of(self.job)
         accuracies = self.contender.accuracies
         if not self.steps:
-            return row("train", subject, self.job.contender, **found, parity=parity)
+            return row("train", subject, self.job.contender, **settings, parity=parity)
         seconds, images = sum(self.steps), self.job.batch * len(self.steps)
         learned = f"accuracy {accuracies[-1]:.2%}, " if accuracies else ""
         return row(
-            "train", subject, self.job.contender, **found,
+            "train", subject, self.job.contender, **settings,
             **times_of([1e3 * s for s in self.steps]), images_per_s=images / seconds,
             saved_bytes=self.contender.saved_bytes or None, parity=parity,
             note=f"{learned}loss {statistics.mean(self.contender.losses[-5:]):.3f} "
@@ -231,11 +231,11 @@ class Course:
         return replace(self.base, contender=name)
 
     def _judge(self) -> None:
-        with Worker() as judge:
+        with Worker() as worker:
             for name in self.names:
                 self.doing(f"parity of {name}")
                 try:
-                    parity = judge.ask(what="gate", job=asdict(self._job(name)))
+                    parity = worker.ask(what="gate", job=asdict(self._job(name)))
                 except FailedError as error:
                     parity = f"failed: {error}"
                 self._parities[name] = parity

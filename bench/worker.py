@@ -26,7 +26,7 @@ class Bench:
     """Contenders by job, made when they are first asked for."""
 
     def __init__(self) -> None:
-        self._made: dict[Job, Measured] = {}
+        self._measured: dict[Job, Measured] = {}
 
     def answer(self, what: str, **request: Any) -> Any:
         """What a request is answered with.
@@ -46,9 +46,9 @@ class Bench:
             if what == "blocks":
                 return block_times(job, request["names"])
             if what == "time":
-                return self._made[job].milliseconds()
-            self._made[job] = Measured(job)
-            return asdict(self._made[job].facts)
+                return self._measured[job].milliseconds()
+            self._measured[job] = Measured(job)
+            return asdict(self._measured[job].facts)
 
 
 def handled(bench: Bench, request: dict[str, Any]) -> dict[str, Any]:
