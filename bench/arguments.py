@@ -84,16 +84,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="COMMAND")
     for name, text in commands.items():
-        made = kinds.add_parser(name, help=text, description=text)
+        subparser = kinds.add_parser(name, help=text, description=text)
         if name in KINDS:
-            _add_options(made, name)
+            _add_options(subparser, name)
     return parser
 
 
 def _add_options(parser: argparse.ArgumentParser, kind: str) -> None:
     add = parser.add_argument
-    own = {"kernel": _kernel_options, "train": _train_options}
-    own.get(kind, _race_options)(add)
+    add_own = {"kernel": _kernel_options, "train": _train_options}
+    add_own.get(kind, _timing_options)(add)
     if kind in ("model", "train"):
         add("--model", help="of torchvision, timm or fastres.models; LIBRARY:NAME names one")
     if kind != "kernel":
@@ -115,7 +115,7 @@ def _kernel_options(add: Callable[..., Any]) -> None:
     add("--dtype", help="default: bfloat16 on a GPU, float32 on a CPU")
 
 
-def _race_options(add: Callable[..., Any]) -> None:
+def _timing_options(add: Callable[..., Any]) -> None:
     add("--mode", default="both", help="train, infer or both (default)")
     add("--against", metavar="A,B", help=f"contenders beside fastres (default: {AGAINST})")
     add("--kept", action=argparse.BooleanOptionalAction, default=True,

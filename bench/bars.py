@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from . import canvas
-from .canvas import BAD, GOOD, INK, LINE, OTHER, OURS, PALE, PAPER, SOFT, Drawing, unit_of
+from . import plot
+from .comparison import Setting, competes, is_ours, silence, speed, spread
+from .plot import BAD, GOOD, INK, LINE, OTHER, OURS, PALE, PAPER, SOFT, Drawing, unit_of
 from .results import Row, failed, memory_text
-from .verdicts import Setting, competes, is_ours, silence, speed, spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,13 +42,13 @@ def ratios_of(settings: Sequence[Setting]) -> Drawing | None:
 
     def draw(narrow: bool) -> Figure:
         height = BAR if narrow else RATIO
-        figure, (axes,) = canvas.panels([height * len(known) + AXIS + 22], narrow)
-        canvas.inset(axes, left=8 if narrow else beside, right=8, bottom=AXIS, top=22)
+        figure, (axes,) = plot.panels([height * len(known) + AXIS + 22], narrow)
+        plot.inset(axes, left=8 if narrow else beside, right=8, bottom=AXIS, top=22)
         for i, setting in enumerate(known):
             _ratio(axes, len(known) - 1 - i, setting, narrow)
         axes.set_xscale("log")
         # The labels stand to the right of the longest bar.
-        width, letters = canvas.width_of(axes), max(len(_over(s)) for s in known)
+        width, letters = plot.width_of(axes), max(len(_over(s)) for s in known)
         room = width / max(width - LETTER * letters - 16, width / 4)
         axes.set_xlim(low, low * (high / low) ** room)
         axes.set_ylim(-0.5, len(known) - 0.3)
@@ -77,7 +77,7 @@ def _ratio(axes: Axes, y: float, setting: Setting, narrow: bool) -> None:
 
 
 def _over(setting: Setting) -> str:
-    return f"{setting.ratio:.2f}x over {setting.rival[0] if setting.rival else ''}"
+    return f"{setting.ratio:.2f}x over {setting.baseline[0] if setting.baseline else ''}"
 
 
 def _ratio_axis(axes: Axes) -> None:
@@ -184,9 +184,9 @@ def _memory_label(row: Row) -> str:
 def _panels(settings: Sequence[Setting], bars: _Bars, narrow: bool) -> Figure:
     """One panel per comparison, one bar per contender, its name above it."""
     heights = [TITLE + BAR * len(s.rows) + AXIS + 10 for s in settings]
-    figure, found = canvas.panels(heights, narrow)
-    for axes, setting in zip(found, settings, strict=True):
-        canvas.inset(axes, left=5, right=16, top=TITLE, bottom=AXIS + 10)
+    figure, panels = plot.panels(heights, narrow)
+    for axes, setting in zip(panels, settings, strict=True):
+        plot.inset(axes, left=5, right=16, top=TITLE, bottom=AXIS + 10)
         where = axes.get_yaxis_transform()
         for i, (label, row) in enumerate(reversed(setting.rows)):
             weight = "bold" if is_ours(row) else "normal"
@@ -204,7 +204,7 @@ def _room(axes: Axes, bars: _Bars, setting: Setting) -> float:
     """The axis' end: beyond the longest bar there is room for the longest label."""
     longest = max([bars.reach(row) for _, row in setting.rows], default=0) or 1.0
     letters = max(len(bars.label(row)) for _, row in setting.rows)
-    width = canvas.width_of(axes)
+    width = plot.width_of(axes)
     return longest * width / max(width - LETTER * letters - 14, width / 4)
 
 
@@ -234,7 +234,7 @@ def _say_nothing(axes: Axes, y: float, row: Row) -> None:
 
 def _cut(text: str, axes: Axes) -> str:
     """As much of a text as there is room for."""
-    letters = int(canvas.width_of(axes) / (LETTER - 0.4))
+    letters = int(plot.width_of(axes) / (LETTER - 0.4))
     return text if len(text) <= letters else text[: letters - 1].rstrip() + "…"
 
 
@@ -266,11 +266,11 @@ def _layer_panels(
 ) -> Figure:
     size = len(kept) if narrow or len(kept) < 12 else -(-len(kept) // 2)
     parts = [kept[i : i + size] for i in range(0, len(kept), size)]
-    figure, found = canvas.panels([float(LAYER * size + AXIS + 8)] * len(parts), narrow)
+    figure, panels = plot.panels([float(LAYER * size + AXIS + 8)] * len(parts), narrow)
     times = [one.get(key) or 0.0 for one in kept for key in ("ms", "bound_ms")]
     reach = max([*times, *others.values()])
-    for axes, part in zip(found, parts, strict=True):
-        canvas.inset(axes, left=136, right=6, bottom=AXIS, top=8)
+    for axes, part in zip(panels, parts, strict=True):
+        plot.inset(axes, left=136, right=6, bottom=AXIS, top=8)
         places = range(size - 1, size - 1 - len(part), -1)
         for y, one in zip(places, part, strict=True):
             _layer(axes, y, one, others.get(_layer_name(one)))
@@ -297,12 +297,12 @@ def _short(name: str, letters: int = 19) -> str:
 
 def _other_layers(layers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """The fastest time of anyone else by layer."""
-    found: dict[str, float] = {}
+    milliseconds: dict[str, float] = {}
     for one in layers:
         if one.get("ms") and not _whose(one).startswith("fastres"):
             name = _layer_name(one)
-            found[name] = min(found.get(name, math.inf), one["ms"])
-    return found
+            milliseconds[name] = min(milliseconds.get(name, math.inf), one["ms"])
+    return milliseconds
 
 
 def _layer(axes: Axes, y: float, one: Mapping[str, Any], other: float | None) -> None:

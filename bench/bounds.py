@@ -9,16 +9,16 @@ from typing import Any
 from .contenders import Job
 from .roofline import LEVELS, Layer, Operation, bound_ms, layers, operations
 
-#: torch.compile fuses what stands around convolutions, as level b does; so do the rivals.
+#: torch.compile fuses what stands around convolutions, as level b does; so do the baselines.
 _FUSED_AROUND = "b"
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """Of one subject and mode; `found` is None where its layers cannot be told."""
+    """Of one subject and mode; `layers` is None where its layers cannot be told."""
 
     machine: dict[str, float]
-    found: list[Layer] | None
+    layers: list[Layer] | None
 
     @classmethod
     def of(cls, job: Job, machine: dict[str, float]) -> Bounds:
@@ -32,29 +32,29 @@ class Bounds:
 
     def of_contender(self, job: Job, level: str | None) -> dict[str, Any]:
         """flops, bytes and bound_ms of a contender's step, fused at a level."""
-        if self.found is None:
+        if self.layers is None:
             return {}
         return self.sums(job, self.operations(job, level))
 
     def of_block(self, job: Job, level: str | None, name: str) -> float:
         """bound_ms of one block of the network."""
-        inside = {layer.name for layer in self.found or [] if layer.block == name}
+        inside = {layer.name for layer in self.layers or [] if layer.block == name}
         some = [one for one in self.operations(job, level) if one.layer in inside]
         return bound_ms(some, job.batch, **self.machine)
 
     @property
     def blocks(self) -> list[str]:
         """The names of the network's blocks that fastres fuses."""
-        names = dict.fromkeys(layer.block for layer in self.found or [] if layer.role != "chain")
+        names = dict.fromkeys(layer.block for layer in self.layers or [] if layer.role != "chain")
         return [name for name in names if name]
 
     def operations(self, job: Job, level: str | None) -> list[Operation]:
         """What a contender's step cannot but do, per image."""
-        found = operations(
-            self.found or [], level_of(job, level), job.compute_dtype.itemsize,
+        listed = operations(
+            self.layers or [], level_of(job, level), job.compute_dtype.itemsize,
             job.mode == "train", job.batch,
         )  # fmt: skip
-        return [one for one in found if one.flops] if job.who.bare else found
+        return [one for one in listed if one.flops] if job.who.bare else listed
 
     def sums(self, job: Job, some: Iterable[Operation]) -> dict[str, Any]:
         """The columns of a row that some operations come to."""

@@ -20,14 +20,14 @@ from fastres.cli.errors import CommandError
 
 from . import distributed, registry, results
 from .arguments import MODES, OTHERS, parse, shown
+from .comparison import is_ours
 from .conditions import conditions
 from .contenders import KEPT, Job, why_not
+from .interleave import FailedError
 from .models import DIGITS, PARTS, Subject, find
 from .progress import Doing, progress
-from .race import FailedError
 from .suite import Suite
 from .training import Course, pipeline
-from .verdicts import is_ours
 
 #: Of a table that goes into a file.
 WIDTH = 120
@@ -55,10 +55,10 @@ class Session:
     def __init__(self, options: argparse.Namespace, arguments: Sequence[str]) -> None:
         self.options = options
         self.command = " ".join(["fastres bench", *arguments])
-        self.found: dict[str, Any] = {"rows": [], "machine": {}}
+        self.facts: dict[str, Any] = {"rows": [], "machine": {}}
         # Everything but the table goes to stderr: the table can be piped.
         quiet = not distributed.leads()
-        self.talk = Console(stderr=True, highlight=False, quiet=quiet)
+        self.log = Console(stderr=True, highlight=False, quiet=quiet)
         self.console = Console(highlight=False, quiet=quiet)
         if not self.console.is_terminal:
             self.console.width = WIDTH
@@ -71,23 +71,23 @@ class Session:
             KeyboardInterrupt: after Ctrl-C.
         """
         try:
-            with progress(self.talk) as doing:
+            with progress(self.log) as doing:
                 getattr(self, f"_{self.options.kind}")(doing)
         except (KeyboardInterrupt, FailedError, CommandError) as stop:
-            if self.found["rows"]:
+            if self.facts["rows"]:
                 self._publish("interrupted; ")
             if isinstance(stop, FailedError):
                 raise CommandError(f"the measurement failed: {stop}") from stop
             raise
         self._publish()
-        rows = self.found["rows"]
+        rows = self.facts["rows"]
         kernels = self.options.kind == "kernel"
         wrong = any(results.failed(one) for one in rows if kernels or is_ours(one))
         return int(wrong or not any(one["ms"] for one in rows))
 
     def say(self, sentence: str) -> None:
         """Tell the user something that stays on the screen."""
-        self.talk.print(Text(sentence), soft_wrap=True)
+        self.log.print(Text(sentence), soft_wrap=True)
 
     # ------------------------------------------------------------ the kinds
 
@@ -100,7 +100,7 @@ class Session:
                 options.device, options.quick, timer, options.rounds, options.batch_size, dtype,
                 doing,
             )  # fmt: skip
-            self.found["rows"] = run.rows
+            self.facts["rows"] = run.rows
             chosen = [options.primitive] if options.primitive else registry.MEMORY_BOUND
             for i, primitive in enumerate(chosen):
                 doing(primitive, i / len(chosen))
@@ -119,8 +119,8 @@ class Session:
         options = self.options
         names = [*PARTS[options.kind]]
         names = names[:: len(names) - 1] if options.quick else names
-        given = options.batch_size, options.img_size
-        self._race(doing, [Subject(options.kind, name, *given) for name in names])
+        sizes = options.batch_size, options.img_size
+        self._time(doing, [Subject(options.kind, name, *sizes) for name in names])
 
     def _model(self, doing: Doing) -> None:
         options = self.options
@@ -130,17 +130,17 @@ class Session:
         if distributed.active():
             base = self._base(name=name, batch=options.batch_size, size=options.img_size)
             names = self._contenders(("train",))
-            self.found["rows"] += distributed.rows(base, names, options.rounds, self.say)
+            self.facts["rows"] += distributed.rows(base, names, options.rounds, self.say)
             return
-        self._race(doing, [Subject("model", name, options.batch_size, options.img_size)])
+        self._time(doing, [Subject("model", name, options.batch_size, options.img_size)])
 
-    def _race(self, doing: Doing, subjects: Sequence[Subject]) -> None:
+    def _time(self, doing: Doing, subjects: Sequence[Subject]) -> None:
         modes = MODES[self.options.mode]
         names = self._contenders(modes)
         if self.options.kept and self.options.device == "cpu" and not self.options.quick:
             names += [name + KEPT for name in names]
         suite = Suite(self._base(), names, self.options.rounds, self.say, doing)
-        self.found |= {"rows": suite.rows, "machine": suite.machine, "layers": suite.layers}
+        self.facts |= {"rows": suite.rows, "machine": suite.machine, "layers": suite.layers}
         suite.run(subjects, modes)
 
     def _train(self, doing: Doing) -> None:
@@ -155,15 +155,15 @@ class Session:
         try:
             course.run()
         finally:
-            self.found |= {"rows": course.rows, "curves": course.curves}
+            self.facts |= {"rows": course.rows, "curves": course.curves}
 
     def _base(self, **more: Any) -> Job:
         """What all jobs share."""
         options = self.options
         subject = {"name": "", "batch": 0, "size": 0} | more
         settings = ("dtype", "amp", "channels_last", "backend", "memory", "level", "device")
-        given = {name: getattr(options, name) for name in settings}
-        return Job(kind=options.kind, contender="", **subject, **given)
+        chosen = {name: getattr(options, name) for name in settings}
+        return Job(kind=options.kind, contender="", **subject, **chosen)
 
     def _contenders(self, modes: Sequence[str]) -> list[str]:
         """What was asked for and can run, and fastres; what cannot is named with the reason."""
@@ -179,13 +179,13 @@ class Session:
                 absent[name] = "; ".join(dict.fromkeys(filter(None, reasons)))
                 self.say(f"absent: {name}: {absent[name]}")
         if absent:
-            self.found["absent"] = "; ".join(f"{name}: {why}" for name, why in absent.items())
+            self.facts["absent"] = "; ".join(f"{name}: {why}" for name, why in absent.items())
         return able
 
     # ------------------------------------------------------------ what is kept
 
     def _publish(self, how: str = "") -> None:
-        rows = results.with_speedups(self.found["rows"])
+        rows = results.with_speedups(self.facts["rows"])
         if not distributed.leads():
             return
         if not rows:
@@ -205,8 +205,8 @@ class Session:
         name = results.name_of(
             where, self.options.kind, subjects.pop() if len(subjects) == 1 else ""
         )
-        found = {key: value for key, value in self.found.items() if key != "machine"}
-        result = {**where, "command": self.command, **self.found["machine"], **found, "rows": rows}
+        header = {key: value for key, value in self.facts.items() if key != "machine"}
+        result = {**where, "command": self.command, **self.facts["machine"], **header, "rows": rows}
         path = results.write(result, self.options.out, name)
         self.say(f"{how}written to {shown(path)}")
         if self.options.report:

@@ -30,7 +30,7 @@ _KEYS = ("kind", "subject", "contender", "mode", "batch", "size", "dtype", "amp"
 #: Conditions without which two times are of different machines or different programs.
 _CONDITIONS = ("cpu", "gpu", "driver", "threads", "torch", "triton", "fastres", "python", "commit")
 
-Verdict = Literal[
+Outcome = Literal[
     "faster", "slower", "less", "more", "new", "missing", "parity lost", "parity won", "same"
 ]
 _STYLES = {
@@ -47,7 +47,7 @@ class Change:
     what: str
     before: Any
     after: Any
-    verdict: Verdict
+    outcome: Outcome
 
     @property
     def ratio(self) -> float | None:
@@ -59,43 +59,43 @@ class Change:
 def compare(before: Iterable[Row], after: Iterable[Row]) -> list[Change]:
     """Every change between two runs' rows, and one "same" for each row without any."""
     old, new = _by_key(before), _by_key(after)
-    found: list[Change] = []
+    changes: list[Change] = []
     for key, row in old.items():
         if key in new:
-            found += _changes(row, new[key]) or [_change(row, new[key], "ms", "same")]
+            changes += _changes(row, new[key]) or [_change(row, new[key], "ms", "same")]
         else:
-            found.append(Change(row, "ms", row["ms"], None, "missing"))
+            changes.append(Change(row, "ms", row["ms"], None, "missing"))
     only_new = [row for key, row in new.items() if key not in old]
-    return found + [Change(row, "ms", None, row["ms"], "new") for row in only_new]
+    return changes + [Change(row, "ms", None, row["ms"], "new") for row in only_new]
 
 
 def _by_key(rows: Iterable[Row]) -> dict[tuple[object, ...], Row]:
     """Rows by what was measured; equals are told apart by their order."""
     seen: Counter[tuple[object, ...]] = Counter()
-    found: dict[tuple[object, ...], Row] = {}
+    by_key: dict[tuple[object, ...], Row] = {}
     for row in rows:
         fields: Mapping[str, object] = row
         key = tuple(fields[name] for name in _KEYS)
         seen[key] += 1
-        found[(*key, seen[key])] = row
-    return found
+        by_key[(*key, seen[key])] = row
+    return by_key
 
 
 def _changes(old: Row, new: Row) -> list[Change]:
-    found = []
+    changes = []
     parities = (old["parity"], new["parity"])
     if None not in parities and (parities[0] == "ok") != (parities[1] == "ok"):
-        verdict: Verdict = "parity won" if new["parity"] == "ok" else "parity lost"
-        found.append(_change(old, new, "parity", verdict))
+        outcome: Outcome = "parity won" if new["parity"] == "ok" else "parity lost"
+        changes.append(_change(old, new, "parity", outcome))
     elif bool(old["ms"]) != bool(new["ms"]):
-        found.append(_change(old, new, "ms", "missing" if old["ms"] else "new"))
+        changes.append(_change(old, new, "ms", "missing" if old["ms"] else "new"))
     if old["ms"] and new["ms"] and _apart(old, new):
-        found.append(_change(old, new, "ms", "slower" if new["ms"] > old["ms"] else "faster"))
+        changes.append(_change(old, new, "ms", "slower" if new["ms"] > old["ms"] else "faster"))
     for what in ("peak_bytes", "saved_bytes"):
         a, b = _field(old, what), _field(new, what)
         if a is not None and b is not None and abs(b - a) > THRESHOLD * a:
-            found.append(_change(old, new, what, "more" if b > a else "less"))
-    return found
+            changes.append(_change(old, new, what, "more" if b > a else "less"))
+    return changes
 
 
 def _apart(old: Row, new: Row) -> bool:
@@ -110,8 +110,8 @@ def _quartiles(row: Row) -> tuple[float, float, float]:
     return low, ms, high
 
 
-def _change(old: Row, new: Row, what: str, verdict: Verdict) -> Change:
-    return Change(new, what, _field(old, what), _field(new, what), verdict)
+def _change(old: Row, new: Row, what: str, outcome: Outcome) -> Change:
+    return Change(new, what, _field(old, what), _field(new, what), outcome)
 
 
 def _field(row: Mapping[str, Any], name: str) -> Any:
@@ -148,26 +148,26 @@ def show(before: Mapping[str, Any], after: Mapping[str, Any], console: Console) 
         if before.get(name) != after.get(name):
             console.print(Text(f"{name}: {before.get(name, '-')} -> {after.get(name, '-')}"))
     changes = compare(before["rows"], after["rows"])
-    moved = [change for change in changes if change.verdict != "same"]
+    moved = [change for change in changes if change.outcome != "same"]
     if moved:
         console.print(_table(moved))
-    counts = Counter(change.verdict for change in changes)
-    said = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
+    counts = Counter(change.outcome for change in changes)
+    said = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
     console.print(Text(said or "neither result has rows"))
 
 
 def _table(changes: Sequence[Change]) -> Table:
-    found = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
-    found.add_column("row", overflow="fold")
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    table.add_column("row", overflow="fold")
     for name in ("what", "A", "B", "B / A"):
-        found.add_column(name, justify="right", overflow="fold")
-    found.add_column("verdict")
+        table.add_column(name, justify="right", overflow="fold")
+    table.add_column("verdict")
     for change in changes:
         ratio = "-" if change.ratio is None else f"{change.ratio:.3f}"
         values = (_value(change.what, v) for v in (change.before, change.after))
-        verdict = Text(change.verdict, style=_STYLES.get(change.verdict, ""))
-        found.add_row(Text(_name(change.row)), change.what, *values, ratio, verdict)
-    return found
+        outcome = Text(change.outcome, style=_STYLES.get(change.outcome, ""))
+        table.add_row(Text(_name(change.row)), change.what, *values, ratio, outcome)
+    return table
 
 
 def _name(row: Row) -> str:

@@ -1,4 +1,4 @@
-"""Who runs in a race: stock torch in two layouts and compiled, others' kernels, and fastres."""
+"""What is timed side by side: stock torch in layouts and compiled, others' kernels, and fastres."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 import fastres
 
+from .baselines import with_cudnn, with_inplace_abn
 from .models import Subject
-from .rivals import with_cudnn, with_inplace_abn
 
-#: What a contender's name ends in whose malloc keeps freed memory, `bench.race.KEEP`.
+#: What a contender's name ends in whose malloc keeps freed memory, `bench.interleave.KEEP`.
 KEPT = ", kept"
 
 
@@ -61,8 +61,8 @@ class Job:
     @property
     def compute_dtype(self) -> torch.dtype:
         """Of activations: that of the parameters, or autocast's."""
-        found: torch.dtype = getattr(torch, self.dtype)
-        return torch.bfloat16 if self.amp and found == torch.float32 else found
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return torch.bfloat16 if self.amp and dtype == torch.float32 else dtype
 
     @property
     def parameter_dtype(self) -> torch.dtype:

@@ -31,7 +31,7 @@ from fastres.kernels.triton import batch_norm, convolution, convolution_backward
 from fastres.testing import CASES
 
 from .conditions import ROOT, conditions, stamp
-from .registry import race, timer_for, why_wrong
+from .registry import interleaved, timer_for, why_wrong
 from .shapes import CONVOLUTIONS, ConvShape
 
 Step = Callable[[], object]
@@ -144,15 +144,15 @@ def rows(shapes: Sequence[ConvShape], device: str, rounds: int) -> Iterator[dict
         for shape in shapes:
             tensors = Tensors(shape, device)
             for direction, steps in (("forward", forward_steps), ("backward", backward_steps)):
-                found = race(steps(tensors), timer, rounds)
-                for name, timing in found.items():
+                timings = interleaved(steps(tensors), timer, rounds)
+                for name, timing in timings.items():
                     products = 2 if direction == "backward" else 1
                     yield {
                         "shape": shape.name, "batch": shape.batch, "direction": direction,
                         "size": shape.size, "flops": products * tensors.flops,
                         "contender": name, "ms": round(timing.median, 5),
                         "low": round(timing.low, 5), "high": round(timing.high, 5),
-                        "over_cudnn": round(timing.median / found["cuDNN alone"].median, 3),
+                        "over_cudnn": round(timing.median / timings["cuDNN alone"].median, 3),
                     }  # fmt: skip
 
 

@@ -68,12 +68,12 @@ def binaries(library: Path) -> list[Binary]:
         archs = dict.fromkeys(arch for arch, _ in figures)
         accesses = dict(zip(archs, pool.map(lambda a: _accesses(library, a), archs), strict=True))
     names = _names({name for _, name in figures})
-    found = [
+    files = [
         Binary(*names[name], arch, *(took[k] for k in ("REG", "STACK", "LOCAL", "SHARED")),
                accesses[arch][name])
         for (arch, name), took in figures.items()
     ]  # fmt: skip
-    return sorted(found, key=lambda b: (b.kernel, b.variant))
+    return sorted(files, key=lambda b: (b.kernel, b.variant))
 
 
 def _cuobjdump(*arguments: str | Path) -> subprocess.Popen[str]:
@@ -94,10 +94,10 @@ def _lines(process: subprocess.Popen[str]) -> Iterator[str]:
 def _figures(library: Path) -> Iterator[tuple[tuple[str, str], dict[str, int]]]:
     arch = name = ""
     for line in _lines(_cuobjdump("-res-usage", library)):
-        if found := re.match(r"arch = sm_(\w+)", line):
-            arch = found[1]
-        elif found := re.match(r"\s*Function (\S+):$", line):
-            name = found[1]
+        if match := re.match(r"arch = sm_(\w+)", line):
+            arch = match[1]
+        elif match := re.match(r"\s*Function (\S+):$", line):
+            name = match[1]
         elif "REG:" in line:
             yield (arch, name), {k: int(v) for k, v in re.findall(r"([A-Z]+):(\d+)", line)}
 
@@ -109,10 +109,10 @@ def _accesses(library: Path, arch: str) -> dict[str, Counter[str]]:
     names = r"(?:LDGSTS|(?:LD|ST)[GL]?)(?:\.\w+)*"
     instruction = re.compile(rf"\s+/\*\w+\*/\s+(?:@!?U?P\w+ )?({names}) ")
     for line in _lines(_cuobjdump("-sass", "-arch", f"sm_{arch}", library)):
-        if found := re.match(r"\s*Function : (\S+)", line):
-            name = found[1]
-        elif found := instruction.match(line):
-            counts[name][found[1]] += 1
+        if match := re.match(r"\s*Function : (\S+)", line):
+            name = match[1]
+        elif match := instruction.match(line):
+            counts[name][match[1]] += 1
     return counts
 
 
@@ -137,14 +137,14 @@ def _template_parameters() -> Iterator[tuple[str, list[str]]]:
 
 
 def _described(name: str, parameters: dict[str, list[str]]) -> tuple[str, str, str]:
-    found = re.search(r"::(\w+_kernel)(?:<(.*?)>)?\(", name)
-    if found is None:
+    match = re.search(r"::(\w+_kernel)(?:<(.*?)>)?\(", name)
+    if match is None:
         raise ValueError(f"kernels must be called ..._kernel, got {name}")
-    arguments = found[2].split(", ") if found[2] else []
-    given = dict(zip(parameters.get(found[1], []), arguments, strict=True))
-    dtype = _DTYPES[given.pop("T")] if "T" in given else ""
-    words = [_word(k, v) for k, v in given.items()]
-    return found[1], dtype, ", ".join(w for w in words if w)
+    arguments = match[2].split(", ") if match[2] else []
+    values = dict(zip(parameters.get(match[1], []), arguments, strict=True))
+    dtype = _DTYPES[values.pop("T")] if "T" in values else ""
+    words = [_word(k, v) for k, v in values.items()]
+    return match[1], dtype, ", ".join(w for w in words if w)
 
 
 def _word(parameter: str, value: str) -> str:

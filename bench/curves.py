@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
-from . import canvas
-from .canvas import Drawing, unit_of
+from . import plot
+from .comparison import speed
+from .plot import Drawing, unit_of
 from .results import Row, subject_of
-from .verdicts import speed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,13 +24,13 @@ def batches_of(rows: Sequence[Row]) -> list[Drawing]:
     memory = [cast(Mapping[str, Any], row)[key] or 0 for row in rows]
     size, unit = unit_of(memory)
     said = "Peak of a step." if key == "peak_bytes" else "What is saved for the backward pass."
-    found = [
+    drawings = [
         _by_batch("memory-by-batch", "Memory against batch size", unit, said,
                   [(row, count / size) for row, count in zip(rows, memory, strict=True)]),
         _by_batch("speed-by-batch", "Speed against batch size", "images per second", "Medians.",
                   [(row, speed(row) or 0.0) for row in rows]),
     ]  # fmt: skip
-    return [drawing for drawing in found if drawing is not None]
+    return [drawing for drawing in drawings if drawing is not None]
 
 
 def _by_batch(
@@ -50,9 +50,9 @@ def _by_batch(
 def _lines(
     panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]], unit: str, narrow: bool
 ) -> Figure:
-    styles = canvas.series(label for lines in panels.values() for label in lines)
-    figure, found = _framed(list(panels), len(styles), narrow)
-    for axes, lines in zip(found, panels.values(), strict=True):
+    styles = plot.series(label for lines in panels.values() for label in lines)
+    figure, all_axes = _framed(list(panels), len(styles), narrow)
+    for axes, lines in zip(all_axes, panels.values(), strict=True):
         for label, points in lines.items():
             axes.plot(*zip(*sorted(points), strict=True), label=label, linewidth=2, markersize=6,
                       **styles[label])  # fmt: skip
@@ -61,21 +61,21 @@ def _lines(
         axes.set_xticks(sorted({x for points in lines.values() for x, _ in points}))
         axes.set_xlabel("batch")
         axes.set_ylabel(unit)
-    canvas.legend(figure, found, narrow)
+    plot.legend(figure, all_axes, narrow)
     return figure
 
 
 def _framed(titles: Sequence[str], labels: int, narrow: bool) -> tuple[Figure, list[Axes]]:
     """Panels for lines below room for a legend."""
-    top = canvas.legend_height(labels, narrow)
-    figure, found = canvas.panels(
+    top = plot.legend_height(labels, narrow)
+    figure, panels = plot.panels(
         [300.0] * len(titles), narrow, top, beside=3 if len(titles) == 3 else 2
     )
-    for axes, title in zip(found, titles, strict=True):
-        canvas.inset(axes, left=70, right=10, top=30, bottom=54)
-        axes.set_title(title, loc="left", fontsize=13, fontweight="bold", color=canvas.INK)
+    for axes, title in zip(panels, titles, strict=True):
+        plot.inset(axes, left=70, right=10, top=30, bottom=54)
+        axes.set_title(title, loc="left", fontsize=13, fontweight="bold", color=plot.INK)
         axes.grid()
-    return figure, found
+    return figure, panels
 
 
 # ---------------------------------------------------------------- learning curves
@@ -87,17 +87,17 @@ def curves_of(curves: Mapping[str, Curve]) -> Drawing | None:
     shown = [w for w in wanted if any(points_of(curve, *w) for curve in curves.values())]
     if not shown:
         return None
-    styles = canvas.series(curves)
+    styles = plot.series(curves)
 
     def draw(narrow: bool) -> Figure:
         titles = [f"{what} over {over}" for what, over in shown]
-        figure, found = _framed(titles, len(styles), narrow)
-        for axes, (what, over) in zip(found, shown, strict=True):
+        figure, all_axes = _framed(titles, len(styles), narrow)
+        for axes, (what, over) in zip(all_axes, shown, strict=True):
             for label, curve in curves.items():
                 _curve(axes, points_of(curve, what, over), label, styles[label])
             axes.set_xlabel(over)
             axes.set_ylabel(what)
-        canvas.legend(figure, found, narrow)
+        plot.legend(figure, all_axes, narrow)
         return figure
 
     return Drawing("curves", "Learning curves",
@@ -121,10 +121,10 @@ def points_of(curve: Curve, what: str, over: str) -> list[tuple[float, float]]:
     places = [round((i + 1) * steps) for i in range(len(values))]
     if over == "seconds":
         each = len(seconds) / len(values)
-        found = [seconds[min(round((i + 1) * each), len(seconds)) - 1] for i in range(len(values))]
+        times = [seconds[min(round((i + 1) * each), len(seconds)) - 1] for i in range(len(values))]
     else:
-        found = list(places)
-    return [(x, y) for x, y in zip(found, values, strict=True) if x is not None and y is not None]
+        times = list(places)
+    return [(x, y) for x, y in zip(times, values, strict=True) if x is not None and y is not None]
 
 
 def _curve(

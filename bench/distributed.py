@@ -21,9 +21,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .contenders import Job
-from .gate import verdict
+from .gate import parity_of
+from .interleave import alternate
 from .measure import MOST_WARM_UPS, Run, steady, step_of
-from .race import alternate
 from .results import Row, row
 from .suite import settings_of, times_of
 
@@ -68,16 +68,16 @@ def rows(base: Job, names: Sequence[str], rounds: int, say: Say) -> list[Row]:
     """
     with group(base.device) as world:
         jobs = {name: replace(base, contender=name) for name in names}
-        verdicts = _agreed({name: verdict(job) if leads() else "" for name, job in jobs.items()})
-        able = {name: job for name, job in jobs.items() if verdicts[name] == "ok"}
+        parities = _agreed({name: parity_of(job) if leads() else "" for name, job in jobs.items()})
+        able = {name: job for name, job in jobs.items() if parities[name] == "ok"}
         say(f"one process alone, then {world} of {base.batch} images each")
-        alone = _agreed(_race(able, rounds, together=False) if leads() else {})
-        together = _race(able, rounds, together=True)
-        found = [_row(job, alone.get(n, []), 1, verdicts[n]) for n, job in jobs.items()]
+        alone = _agreed(_time(able, rounds, together=False) if leads() else {})
+        together = _time(able, rounds, together=True)
+        results = [_row(job, alone.get(n, []), 1, parities[n]) for n, job in jobs.items()]
         for name, job in jobs.items():
-            found.append(_row(job, together.get(name, []), world, verdicts[name]))
-            _add_efficiency(found[-1], found[len(found) - 1 - len(jobs)], world)
-    return found
+            results.append(_row(job, together.get(name, []), world, parities[name]))
+            _add_efficiency(results[-1], results[len(results) - 1 - len(jobs)], world)
+    return results
 
 
 def _agreed(value: Any) -> Any:
@@ -87,7 +87,7 @@ def _agreed(value: Any) -> Any:
     return boxed[0]
 
 
-def _race(jobs: dict[str, Job], rounds: int, together: bool) -> dict[str, list[float]]:
+def _time(jobs: dict[str, Job], rounds: int, together: bool) -> dict[str, list[float]]:
     steps = {name: _step(job, together) for name, job in jobs.items()}
     for step in steps.values():
         times: list[float] = []
@@ -119,10 +119,10 @@ def _milliseconds(job: Job, run: Run, x: torch.Tensor, together: bool) -> float:
 
 
 def _row(job: Job, times: list[float], processes: int, parity: str) -> Row:
-    found = settings_of(replace(job, batch=job.batch * processes))
+    settings = settings_of(replace(job, batch=job.batch * processes))
     name = job.contender if processes == 1 else f"{job.contender}, {processes} processes"
     timed = times_of(times) if times else {}
-    return row(job.kind, job.subject.label, name, **found, **timed, parity=parity)
+    return row(job.kind, job.subject.label, name, **settings, **timed, parity=parity)
 
 
 def _add_efficiency(all_of_them: Row, one: Row, processes: int) -> None:

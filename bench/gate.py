@@ -31,9 +31,9 @@ from torch.nn import functional as F
 import fastres
 from fastres.testing import assert_parity, check_block
 
+from .baselines import leaky_twin
 from .contenders import Job
 from .measure import first_line, logits, out_of_memory
-from .rivals import leaky_twin
 
 #: Images, and pixels per side at most: 2x2 pixels of 8 images are left in a ResNet's last stage.
 BATCH, SIZE = 8, 64
@@ -49,7 +49,7 @@ SHIFT = 3.0
 ROLLS = (0, 1, 2, 3)
 
 
-def verdict(job: Job) -> str:
+def parity_of(job: Job) -> str:
     """ "ok", or "failed: " and what differs, for a job's contender."""
     who = job.who
     if not who.fused and who.compiled is None and who.change is None:
@@ -82,13 +82,13 @@ def _check(job: Job) -> None:
     run = _Run(job, target)
     truth = run(copy.deepcopy(stock).double(), x.double())
     stocks = [run(copy.deepcopy(stock), x, roll) for roll in ROLLS]
-    found = run(module, x)
+    results = run(module, x)
     assert_parity(
-        found.pop("out"), truth.pop("out"), [s.pop("out") for s in stocks], what="the output",
+        results.pop("out"), truth.pop("out"), [s.pop("out") for s in stocks], what="the output",
         pool="tensor",
     )  # fmt: skip
     if truth:
-        error, allowed = _distance(found, truth), 2 * max(_distance(s, truth) for s in stocks)
+        error, allowed = _distance(results, truth), 2 * max(_distance(s, truth) for s in stocks)
         if not error <= allowed:
             raise AssertionError(
                 f"the gradients are {error:.2e} from the truth, relative root mean square; "
@@ -107,12 +107,12 @@ class _Run:
         training = self._job.mode == "train"
         with torch.set_grad_enabled(training), self._job.autocast():
             out = logits(module(x))
-        found = {"out": out.detach().roll(-roll, 0)}
+        results = {"out": out.detach().roll(-roll, 0)}
         if not training:
-            return found
+            return results
         self._loss(out, roll).backward()
         grads = {n: p.grad for n, p in module.named_parameters() if p.grad is not None}
-        return found | grads
+        return results | grads
 
     def _loss(self, out: Tensor, roll: int) -> Tensor:
         if self._target is not None:
@@ -136,14 +136,14 @@ def _distance(found: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
 def _check_blocks(job: Job, stock: nn.Module, module: nn.Module, x: Tensor) -> None:
     """Every kind of fused block; of several that differ in their weights alone, the first."""
     names = [row.name for row in fastres.explain(module).rows if row.fused]
-    own, fused = dict(stock.named_modules()), dict(module.named_modules())
-    kinds = {repr(own[name]): name for name in reversed(names) if name}
+    modules, fused = dict(stock.named_modules()), dict(module.named_modules())
+    kinds = {repr(modules[name]): name for name in reversed(names) if name}
     inputs = {"": x} if job.subject.part else _inputs(stock, list(kinds.values()), x, job)
-    for name, given in inputs.items():
-        given = given.requires_grad_(job.mode == "train")
-        pair = _decided(own[name]), _decided(fused[name])
+    for name, block_input in inputs.items():
+        block_input = block_input.requires_grad_(job.mode == "train")
+        pair = _decided(modules[name]), _decided(fused[name])
         with torch.set_grad_enabled(job.mode == "train"), job.autocast():
-            check_block(*pair, given, what=name or "the block")
+            check_block(*pair, block_input, what=name or "the block")
 
 
 def _decided(block: nn.Module) -> nn.Module:

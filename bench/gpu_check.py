@@ -76,10 +76,10 @@ def _build(dry: bool) -> list[Command]:
 
     major, minor = torch.cuda.get_device_capability()
     arch = f"{major}{minor}" + ("a" if major == 9 else "")
-    told = {"FASTRES_CUDA": "1", "FASTRES_CUDA_ARCHS": arch, "FASTRES_CPU": "0"}
-    told["NVCC_APPEND_FLAGS"] = ""  # what another compiler warns of is no reason to stop
+    environment = {"FASTRES_CUDA": "1", "FASTRES_CUDA_ARCHS": arch, "FASTRES_CPU": "0"}
+    environment["NVCC_APPEND_FLAGS"] = ""  # what another compiler warns of is no reason to stop
     install = "-m pip install -q --no-build-isolation --no-deps -e ."
-    return [Command(_python(install), 2, told), doctor]
+    return [Command(_python(install), 2, environment), doctor]
 
 
 def _parity(dry: bool) -> list[Command]:
@@ -102,10 +102,10 @@ def _sanitize(dry: bool) -> list[Command]:
     run = "compute-sanitizer --error-exitcode 1 --target-processes all --tool"
     # Without torch's cache an access beyond a tensor is one beyond its memory. No initcheck: the
     # tests fill new memory with NaN, which it takes for initialised.
-    told = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     return [
-        Command(f"{run} racecheck {_python(f'{PYTEST} {few}')}", 1, told),
-        Command(f"{run} memcheck {_python(f'{PYTEST} {every}')}", 2, told),
+        Command(f"{run} racecheck {_python(f'{PYTEST} {few}')}", 1, environment),
+        Command(f"{run} memcheck {_python(f'{PYTEST} {every}')}", 2, environment),
     ]
 
 
@@ -212,13 +212,13 @@ def run_stages(names: Sequence[str], dry: bool, out: Path, seconds: float) -> li
     planned = [(name, command) for name in names for command in STAGES[name](dry)]
     left = sum(command.share for _, command in planned)
     end = time.monotonic() + seconds
-    found: list[Outcome] = []
+    outcomes: list[Outcome] = []
     for number, (name, command) in enumerate(planned, start=1):
         limit = (end - time.monotonic()) * command.share / left
         left -= command.share
-        found.append(run_command(name, command, out / f"{number:02}-{name}.log", limit))
-        print(f"{name}: {found[-1].status} in {found[-1].seconds:.0f} s", flush=True)
-    return found
+        outcomes.append(run_command(name, command, out / f"{number:02}-{name}.log", limit))
+        print(f"{name}: {outcomes[-1].status} in {outcomes[-1].seconds:.0f} s", flush=True)
+    return outcomes
 
 
 def show(outcomes: Sequence[Outcome]) -> None:

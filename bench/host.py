@@ -31,7 +31,7 @@ Thunks = dict[str, Callable[[], object]]
 def thunks(block: nn.Module) -> Thunks:
     """What is measured of a block: forward, forward with backward, and inference."""
     x, grad = (torch.randn(SHAPE).contiguous(memory_format=torch.channels_last) for _ in range(2))
-    given, frozen = x.clone().requires_grad_(), copy.deepcopy(block).eval()
+    leaf, frozen = x.clone().requires_grad_(), copy.deepcopy(block).eval()
 
     def inference() -> Tensor:
         with torch.no_grad():
@@ -39,8 +39,8 @@ def thunks(block: nn.Module) -> Thunks:
             return out
 
     return {
-        "forward": lambda: block(given),
-        "forward + backward": lambda: block(given).backward(grad),
+        "forward": lambda: block(leaf),
+        "forward + backward": lambda: block(leaf).backward(grad),
         "inference": inference,
     }
 

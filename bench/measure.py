@@ -121,8 +121,8 @@ def logits(out: Any) -> Tensor:
     """The first result of a network, which may return more in training."""
     if not isinstance(out, Tensor):
         out = out.logits if hasattr(out, "logits") else out[0]
-    found: Tensor = out
-    return found
+    output: Tensor = out
+    return output
 
 
 # ---------------------------------------------------------------- a measured contender
@@ -295,16 +295,16 @@ class Meter:
         """Bytes above where it began."""
         if self.device == "cuda":
             return torch.cuda.max_memory_allocated() - (self._start or 0)
-        found = _resident("VmHWM")
-        return None if found is None or self._start is None else found - self._start
+        peak = _resident("VmHWM")
+        return None if peak is None or self._start is None else peak - self._start
 
 
 def _resident(field: str) -> int | None:
     """A field of /proc/self/status in bytes; elsewhere the peak that getrusage knows."""
     status = Path("/proc/self/status")
     if status.exists():
-        found = re.search(rf"{field}:\s*(\d+) kB", status.read_text())
-        return int(found[1]) * 1024 if found else None
+        match = re.search(rf"{field}:\s*(\d+) kB", status.read_text())
+        return int(match[1]) * 1024 if match else None
     try:
         import resource
     except ImportError:

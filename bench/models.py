@@ -172,9 +172,9 @@ class Subject:
     @property
     def shape(self) -> BlockShape | ConvShape:
         """A part's geometry at this size and batch."""
-        given = PARTS[self.kind][self.name]
-        size = max(given.stride, given.size * self.size // IMAGE_SIZE)
-        return replace(given, size=size, batch=self.batch)
+        shape = PARTS[self.kind][self.name]
+        size = max(shape.stride, shape.size * self.size // IMAGE_SIZE)
+        return replace(shape, size=size, batch=self.batch)
 
     @property
     def label(self) -> str:

@@ -23,12 +23,12 @@ def block_times(job: Job, names: Sequence[str]) -> dict[str, float]:
     """
     module, clock = job.module(), Clock(job.device)
     inputs = _inputs(job, module, names)
-    found = {}
+    layers = {}
     for name in names:
         step = _step(job, module.get_submodule(name), inputs.pop(name))
         times = [clock.milliseconds(step) for _ in range(WARM_UPS + ROUNDS)]
-        found[name] = statistics.median(times[WARM_UPS:])
-    return found
+        layers[name] = statistics.median(times[WARM_UPS:])
+    return layers
 
 
 def _inputs(job: Job, module: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:

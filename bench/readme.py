@@ -16,11 +16,11 @@ from typing import Any
 from fastres.cli.errors import CommandError
 
 from .bars import figure_text
+from .comparison import Setting, is_ours, settings_of
 from .conditions import ROOT
 from .results import Row, failed, memory_text, read, way_of
 from .shares import kernel_shares
 from .summary import headline, shared
-from .verdicts import Setting, is_ours, settings_of
 
 MARKS = {"faster": "▲", "level": "●", "slower": "▼"}
 README = ROOT.parent / "README.md"
@@ -129,10 +129,10 @@ def _many(settings: Sequence[Setting]) -> list[str]:
     labels = list(dict.fromkeys(label for setting in settings for label, _ in setting.rows))
     lines = []
     for setting in settings:
-        rows, rival = dict(setting.rows), setting.rival
+        rows, baseline = dict(setting.rows), setting.baseline
         times = [_ms(rows[label]) if label in rows else "-" for label in labels]
-        verdict = f"{MARKS[setting.outcome]} {setting.ratio:.2f}x" if setting.outcome else "-"
-        beside = f"{verdict} {rival[0]}" if rival else verdict
+        mark = f"{MARKS[setting.outcome]} {setting.ratio:.2f}x" if setting.outcome else "-"
+        beside = f"{mark} {baseline[0]}" if baseline else mark
         lines.append([setting.title, *times, _over_eager(setting), beside])
     return _markdown(["ms", *labels, "fastres over eager", "over the fastest other"], lines)
 
@@ -207,18 +207,21 @@ def _verdict(setting: Setting | None) -> str:
     if setting.ours is None:
         return "-"
     ms = f"{setting.ours[1]['ms']:.4g} ms"
-    if setting.rival is None or setting.outcome is None:
+    if setting.baseline is None or setting.outcome is None:
         return ms
-    return f"{MARKS[setting.outcome]} {setting.ratio:.2f}x, {ms} ({setting.rival[0]})"
+    return f"{MARKS[setting.outcome]} {setting.ratio:.2f}x, {ms} ({setting.baseline[0]})"
 
 
 def _kernels(result: Mapping[str, Any]) -> list[str]:
     """Primitives and shapes: our share of a copy's speed."""
     shares = kernel_shares(settings_of(result["rows"]))
-    shapes = list(dict.fromkeys(shape for found in shares.values() for shape in found))
+    shapes = list(dict.fromkeys(shape for by_shape in shares.values() for shape in by_shape))
     lines = [
-        [f"`{primitive}`", *(f"{found[s]:.0%}" if s in found else "-" for s in shapes)]
-        for primitive, found in shares.items()
+        [
+            f"`{primitive}`",
+            *(f"{by_shape[s]:.0%}" if s in by_shape else "-" for s in shapes),
+        ]
+        for primitive, by_shape in shares.items()
     ]
     said = "Share of the speed at which as many bytes are copied, median over a kernel's variants."
     return [*_said(result, []), said, "", *_markdown(["kernel", *shapes], lines)]

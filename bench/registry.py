@@ -21,8 +21,8 @@ from fastres.kernels import PRIMITIVES, Implementation, dense, implementations
 from fastres.testing import BENCH_CASES, CASES, Call, Case, calls, check_implementation
 from fastres.tuning.measure import Timer, gpu_timer
 
+from .interleave import Timing, alternate
 from .progress import Doing
-from .race import Timing, alternate
 from .results import Row, row
 from .traffic import bytes_of, flops_of
 
@@ -48,16 +48,15 @@ QUICK = (
 
 
 @dataclass(frozen=True)
-class MadeThere(Case):
+class DeviceCase(Case):
     """A case whose activations are made on the device: the CPU would take minutes for them."""
 
     def activation(
-        self, salt: str, *, shape: Sequence[int] | None = None, device: str = "cpu"
+        self, seed: str, *, shape: Sequence[int] | None = None, device: str = "cpu"
     ) -> Tensor:
         """A standard normal activation of the case's shape (or `shape`), dtype and layout."""
         n, c, h, w = shape or self.shape
-        seed = self.generator(salt).initial_seed()
-        g = torch.Generator(device).manual_seed(seed)
+        g = torch.Generator(device).manual_seed(self.generator(seed).initial_seed())
         if self.channels_last:
             t = torch.randn(n, h, w, c, dtype=self.dtype, device=device, generator=g)
             return dense(t.permute(0, 3, 1, 2), torch.channels_last)
@@ -71,22 +70,22 @@ def cases_of(
     """What a primitive is timed on; `SCALE` says with which batch and dtype, if nobody does."""
     batch, dtype = batch or SCALE[device][0], dtype or SCALE[device][1]
     if primitive.startswith("conv_"):
-        found = [case for case in BENCH_CASES if case.dtype == dtype]
+        cases = [case for case in BENCH_CASES if case.dtype == dtype]
         if quick:
-            geometry = found[0].conv
+            geometry = cases[0].conv
             return [replace(case, conv=geometry) for case in QUICK]
-        return [_moved(case, batch) for case in found]
+        return [_moved(case, batch) for case in cases]
     if quick:
         return list(QUICK)
     return [
-        MadeThere(f"resnet50-{c}x{size}", (batch, c, size, size), dtype, bench=True)
+        DeviceCase(f"resnet50-{c}x{size}", (batch, c, size, size), dtype, bench=True)
         for c, size in SIZES
     ]
 
 
-def _moved(case: Case, batch: int) -> MadeThere:
+def _moved(case: Case, batch: int) -> DeviceCase:
     fields = {name: getattr(case, name) for name in case.__dataclass_fields__}
-    return MadeThere(**{**fields, "shape": (batch, *case.shape[1:])})
+    return DeviceCase(**{**fields, "shape": (batch, *case.shape[1:])})
 
 
 # ---------------------------------------------------------------- timing
@@ -111,7 +110,7 @@ def timer_for(device: str) -> AbstractContextManager[Timer]:
     return cpu_timer() if device == "cpu" else gpu_timer(torch.device(device))
 
 
-def race(
+def interleaved(
     contenders: dict[str, Callable[[], object]], timer: Timer, rounds: int
 ) -> dict[str, Timing]:
     """Every contender once per round, after warming up."""
@@ -148,9 +147,9 @@ class Run:
         backends = list(dict.fromkeys(entry.backend for entry in entries))
         for case in cases_of(primitive, self.device, self.quick, self.batch, self.dtype):
             self.doing(f"{primitive}, {case.name}")
-            made = [calls(primitive, case, backend, self.device) for backend in backends]
+            calls_of = [calls(primitive, case, backend, self.device) for backend in backends]
             # The same calls for each, but for the dtypes that a backend hands itself.
-            for alike in zip(*made, strict=True):
+            for alike in zip(*calls_of, strict=True):
                 # One in place changes what the next round is given.
                 if alike[0].in_place is None:
                     self._calls(case, dict(zip(backends, alike, strict=True)), entries)
@@ -169,13 +168,13 @@ class Run:
         source = torch.empty(max(moved.values()) // 2 + 1, dtype=torch.uint8, device=self.device)
         target = torch.empty_like(source)
         contenders = {**thunks, "copy": lambda: target.copy_(source)}
-        found = race(contenders, self.timer, self.rounds)
+        timings = interleaved(contenders, self.timer, self.rounds)
         for entry in able:
             # The bound: what a copy of as many bytes takes.
-            copy = found["copy"].median * moved[str(entry)] / (2 * source.numel())
+            copy = timings["copy"].median * moved[str(entry)] / (2 * source.numel())
             call = by_backend[entry.backend]
             self.rows.append(_row(
-                entry, call, case, found[str(entry)], rounds=self.rounds, device=self.device,
+                entry, call, case, timings[str(entry)], rounds=self.rounds, device=self.device,
                 bytes=moved[str(entry)], bound_ms=copy,
             ))  # fmt: skip
 
@@ -236,5 +235,5 @@ def why_wrong(entry: Implementation, like: Case, device: str) -> str | None:
 
 def entries_of(primitive: str, backend: str | None) -> list[Implementation]:
     """Who is timed; the truth, which nobody runs for its speed, only where it is asked for."""
-    found = implementations(primitive, backend)
-    return [entry for entry in found if backend or entry.backend != "reference"]
+    entries = implementations(primitive, backend)
+    return [entry for entry in entries if backend or entry.backend != "reference"]

@@ -12,14 +12,14 @@ from typing import Any
 from fastres.cli import html
 from fastres.cli.errors import CommandError
 
-from . import canvas
+from . import plot
 from .bars import figure_text, layers_of, memory_of, ratios_of, speed_of
-from .canvas import Drawing
+from .comparison import settings_of
 from .curves import batches_of, curves_of
+from .plot import Drawing
 from .results import COLUMNS, Row, memory_text, name_of, place, read, ready, setting
 from .shares import shares_of
 from .summary import headline, lead, shared, tiles
-from .verdicts import settings_of
 
 STYLE = """
 body { max-width: 67rem; padding: 2rem 1rem 3rem; }
@@ -124,7 +124,7 @@ def page(result: Mapping[str, Any], figures: Iterable[str]) -> str:
         _table(result["rows"]),
         _conditions(result),
     ]
-    return html.page(f"fastres bench: {headline(settings)}", sections, canvas.STYLE + STYLE)
+    return html.page(f"fastres bench: {headline(settings)}", sections, plot.STYLE + STYLE)
 
 
 class Figures:
@@ -143,11 +143,11 @@ class Figures:
     def _section(self, drawing: Drawing) -> str:
         inline = []
         for kind in ("wide", "narrow"):
-            with canvas.drawing(f"{drawing.name}-{kind}"):
+            with plot.drawing(f"{drawing.name}-{kind}"):
                 figure = drawing.draw(kind == "narrow")
-                inline.append(canvas.as_svg(figure, drawing.title, kind))
+                inline.append(plot.as_svg(figure, drawing.title, kind))
                 if kind == "wide":
-                    self.pictures[drawing.name] = canvas.as_png(figure)
+                    self.pictures[drawing.name] = plot.as_png(figure)
         return (
             f"<h2>{escape(drawing.title)}</h2><figure>{''.join(inline)}"
             f"<figcaption>{escape(drawing.caption)}</figcaption></figure>"
@@ -157,10 +157,10 @@ class Figures:
 def drawings_of(result: Mapping[str, Any]) -> list[Drawing]:
     """The figures that a result has the data for."""
     settings = settings_of(result["rows"])
-    found = [shares_of(settings), ratios_of(settings), speed_of(settings), memory_of(settings)]
-    found += [*batches_of(result["rows"]), layers_of(result.get("layers") or [])]
-    found.append(curves_of(result.get("curves") or {}))
-    return [drawing for drawing in found if drawing is not None]
+    drawings = [shares_of(settings), ratios_of(settings), speed_of(settings), memory_of(settings)]
+    drawings += [*batches_of(result["rows"]), layers_of(result.get("layers") or [])]
+    drawings.append(curves_of(result.get("curves") or {}))
+    return [drawing for drawing in drawings if drawing is not None]
 
 
 # ---------------------------------------------------------------- the table

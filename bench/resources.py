@@ -53,17 +53,17 @@ class Row(NamedTuple):
 
 def launches(dtype: torch.dtype, capability: int) -> list[Launch]:
     """One launch for each binary that ResNet-50 needs."""
-    found: dict[object, Launch] = {}
-    made: list[Launch] = []
+    by_key: dict[object, Launch] = {}
+    launches: list[Launch] = []
     device = DEVICES[capability]
     for level, training in RUNS:
         model = fastres.models.resnet50()
-        made += resnet_launches(model, IMAGES, dtype, device, level, training)
+        launches += resnet_launches(model, IMAGES, dtype, device, level, training)
     if device.copy_engine:
-        made += described_launches(dtype, device)
-    for one in made:
-        found.setdefault((one.kernel, one.dtypes, one.constants, one.num_warps), one)
-    return list(found.values())
+        launches += described_launches(dtype, device)
+    for one in launches:
+        by_key.setdefault((one.kernel, one.dtypes, one.constants, one.num_warps), one)
+    return list(by_key.values())
 
 
 def variant(launch: Launch) -> str:
@@ -107,8 +107,8 @@ def everything() -> list[Row]:
     """All dtypes and capabilities, two compilers at a time."""
     pairs = [(dtype, capability) for dtype in DTYPES for capability in DEVICES]
     with ProcessPoolExecutor(2) as pool:
-        found = pool.map(rows, *zip(*pairs, strict=True))
-        return [row for part in found for row in part]
+        results = pool.map(rows, *zip(*pairs, strict=True))
+        return [row for part in results for row in part]
 
 
 def put_section(path: Path, lines: Sequence[str]) -> None:

@@ -96,10 +96,10 @@ def with_speedups(rows: Iterable[Row]) -> list[Row]:
     def speedup(one: Row) -> float | None:
         if not one["ms"]:
             return None
-        rivals = [other for other in (*eager, *timed) if setting(other) == setting(one)]
-        if rivals[0]["contender"] != "eager" or any(_alike(one, other) for other in eager):
-            rivals = [other for other in rivals if _alike(one, other)]
-        return _per_image(rivals[0]) / _per_image(one)
+        baselines = [other for other in (*eager, *timed) if setting(other) == setting(one)]
+        if baselines[0]["contender"] != "eager" or any(_alike(one, other) for other in eager):
+            baselines = [other for other in baselines if _alike(one, other)]
+        return _per_image(baselines[0]) / _per_image(one)
 
     return [cast(Row, {**one, "speedup": speedup(one)}) for one in kept]
 
@@ -324,18 +324,18 @@ def table(rows: Iterable[Row], title: str | None = None) -> Table:
     kept = list(rows)
     lines = [list(_figures(one)) for one in kept]
     filled = [i for i in range(len(HEADINGS)) if any(line[i].plain != "-" for line in lines)]
-    found = Table(title=title, title_justify="left", caption_justify="left", box=SIMPLE_HEAD,
-                  padding=(0, 1, 0, 0), show_edge=False)  # fmt: skip
-    found.add_column("contender", overflow="fold", min_width=9)
+    out = Table(title=title, title_justify="left", caption_justify="left", box=SIMPLE_HEAD,
+                padding=(0, 1, 0, 0), show_edge=False)  # fmt: skip
+    out.add_column("contender", overflow="fold", min_width=9)
     for i in filled:
-        found.add_column(HEADINGS[i], justify="right", overflow="fold")
+        out.add_column(HEADINGS[i], justify="right", overflow="fold")
     last = None
     for one, line in zip(kept, lines, strict=True):
         if last != (last := setting(one)):
-            found.add_row(Text(subject_of(one), style="bold"))
-        found.add_row(Text(one["contender"]), *(line[i] for i in filled))
-    found.caption = Text("\n".join(_remarks(kept))) or None
-    return found
+            out.add_row(Text(subject_of(one), style="bold"))
+        out.add_row(Text(one["contender"]), *(line[i] for i in filled))
+    out.caption = Text("\n".join(_remarks(kept))) or None
+    return out
 
 
 def _remarks(rows: Sequence[Row]) -> Iterator[str]:

@@ -170,22 +170,22 @@ def _ghost(model: nn.Module) -> nn.Module:
 def _fused(ghost: nn.Module) -> Iterator[tuple[str, nn.Module, Match]]:
     for name, module in ghost.named_modules():
         if isinstance(module, FusedParts):
-            found = module.matched()
-            if found is not None:
-                yield name, module, found
+            matched = module.matched()
+            if matched is not None:
+                yield name, module, matched
 
 
 def _roles(ghost: nn.Module) -> dict[str, tuple[str, str]]:
     """Name of a convolution -> the fused block it is part of, and its role there."""
     by_weight = {id(m.weight): n for n, m in ghost.named_modules() if isinstance(m, nn.Conv2d)}
-    found: dict[str, tuple[str, str]] = {}
+    role_of: dict[str, tuple[str, str]] = {}
     for name, _, (block, layers, *_) in _fused(ghost):
         last = "chain" if block.shortcut == "none" else "end"
         roles = ["inner"] * (len(block.units) - 1) + [last, "projection"]
         for layer, role in zip(layers, roles, strict=False):
             if layer.weight is not None:
-                found[by_weight[id(layer.weight)]] = (name or "model", role)
-    return found
+                role_of[by_weight[id(layer.weight)]] = (name or "model", role)
+    return role_of
 
 
 def _absorbed(ghost: nn.Module) -> Iterator[nn.Module]:
@@ -199,17 +199,17 @@ def _absorbed(ghost: nn.Module) -> Iterator[nn.Module]:
         yield from (m for m in inside if isinstance(m, nn.BatchNorm2d | nn.ReLU))
 
 
-Found = list[tuple[str, nn.Module, tuple[tuple[int, ...], tuple[int, ...]]]]
+Shapes = list[tuple[str, nn.Module, tuple[tuple[int, ...], tuple[int, ...]]]]
 
 
-def _shapes(ghost: nn.Module, image: Tensor) -> Found:
+def _shapes(ghost: nn.Module, image: Tensor) -> Shapes:
     """Every layer that runs, with the shapes of its input and output."""
-    found: Found = []
+    seen: Shapes = []
 
     def watch(name: str) -> Any:
         def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             shapes = tuple(inputs[0].shape[1:]), tuple(output.shape[1:])
-            found.append((name, module, shapes))
+            seen.append((name, module, shapes))
 
         return hook
 
@@ -222,7 +222,7 @@ def _shapes(ghost: nn.Module, image: Tensor) -> Found:
     except (RuntimeError, TypeError, ValueError) as error:
         size = f"{image.shape[2]}x{image.shape[3]}"
         raise ValueError(f"model must take an image of {size}, got: {error}") from error
-    return found
+    return seen
 
 
 def _kind(module: nn.Module) -> str | None:

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import TYPE_CHECKING
 
-from . import canvas
-from .canvas import GOOD, INK, OURS, Drawing
-from .verdicts import Setting
+from . import plot
+from .comparison import Setting
+from .plot import GOOD, INK, OURS, Drawing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,15 +24,15 @@ Shares = Mapping[str, Mapping[str, float]]
 
 def kernel_shares(settings: Sequence[Setting]) -> Shares:
     """Primitive -> shape -> our share of a copy's speed, the median over the call's variants."""
-    found: dict[str, dict[str, list[float]]] = {}
+    shares: dict[str, dict[str, list[float]]] = {}
     for setting in settings:
         if setting.ours is None or setting.ours[1]["kind"] != "kernel":
             continue
         row = setting.ours[1]
         if row["share"] and (row["bytes"] or 0) >= LEAST_BYTES:
             primitive, *_, shape = row["subject"].split(", ")
-            found.setdefault(primitive, {}).setdefault(shape, []).append(row["share"])
-    return {p: {s: median(v) for s, v in shapes.items()} for p, shapes in found.items()}
+            shares.setdefault(primitive, {}).setdefault(shape, []).append(row["share"])
+    return {p: {s: median(v) for s, v in shapes.items()} for p, shapes in shares.items()}
 
 
 def shares_of(settings: Sequence[Setting]) -> Drawing | None:
@@ -49,10 +49,10 @@ def shares_of(settings: Sequence[Setting]) -> Drawing | None:
 
 def _panels(shares: Shares, narrow: bool) -> Figure:
     heights = [float(BAR * len(shapes) + TITLE + AXIS) for shapes in shares.values()]
-    figure, found = canvas.panels(heights, narrow)
+    figure, panels = plot.panels(heights, narrow)
     reach = max(1.0, *(share for shapes in shares.values() for share in shapes.values()))
-    for axes, (primitive, shapes) in zip(found, shares.items(), strict=True):
-        canvas.inset(axes, left=BESIDE, right=8, top=TITLE, bottom=AXIS)
+    for axes, (primitive, shapes) in zip(panels, shares.items(), strict=True):
+        plot.inset(axes, left=BESIDE, right=8, top=TITLE, bottom=AXIS)
         _panel(axes, primitive, shapes)
         axes.set_xlim(0, reach * 1.25)
     return figure
@@ -65,7 +65,7 @@ def _panel(axes: Axes, primitive: str, shapes: Mapping[str, float]) -> None:
     edge = axes.get_yaxis_transform()
     for y, share in zip(places, shapes.values(), strict=True):
         axes.text(1, y, f"{share:.0%}", transform=edge, ha="right", va="center", fontsize=11.5)
-    axes.set_title(primitive, loc="left", x=-BESIDE / canvas.width_of(axes), fontweight="bold")
+    axes.set_title(primitive, loc="left", x=-BESIDE / plot.width_of(axes), fontweight="bold")
     axes.set_yticks(places, list(shapes))
     axes.tick_params(axis="y", length=0, labelcolor=INK, labelsize=11.5)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")

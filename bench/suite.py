@@ -13,9 +13,9 @@ from fastres.kernels import preference
 
 from .bounds import Bounds
 from .contenders import KEPT, Job
+from .interleave import FailedError, Interrupted, NoMemoryError, Timing, Worker, alternate
 from .models import Subject
 from .progress import Doing
-from .race import FailedError, Interrupted, NoMemoryError, Timing, Worker, alternate
 from .results import Row, row
 
 
@@ -42,8 +42,8 @@ class Suite:
     rows: list[Row] = field(default_factory=list)
     machine: dict[str, float] = field(default_factory=dict)
     layers: list[dict[str, Any]] = field(default_factory=list)
-    _verdicts: dict[Job, str] = field(default_factory=dict)
-    _made: list[Callable[[], list[Row]]] = field(default_factory=list)
+    _parities: dict[Job, str] = field(default_factory=dict)
+    _row_builders: list[Callable[[], list[Row]]] = field(default_factory=list)
     _bounds: list[tuple[dict[str, Any], Callable[[], float]]] = field(default_factory=list)
 
     def run(self, subjects: Sequence[Subject], modes: Sequence[str]) -> None:
@@ -56,7 +56,7 @@ class Suite:
             self._look_at_machine()
         finally:
             # All are held to the same bound, the best that the whole run has seen.
-            self.rows[:] = [one for rows in self._made for one in rows()]
+            self.rows[:] = [one for rows in self._row_builders for one in rows()]
             for layer, bound in self._bounds:
                 layer["bound_ms"] = bound()
 
@@ -70,7 +70,7 @@ class Suite:
             )  # fmt: skip
             try:
                 with self._workers() as workers:
-                    return self._race(job, workers, note)
+                    return self._time(job, workers, note)
             except NoMemoryError as error:
                 batch //= 2
                 note = f"batch halved from {subject.batch}, out of memory"
@@ -81,7 +81,7 @@ class Suite:
             row(job.kind, subject.label, each.plain, **settings_of(each), note="out of memory")
             for each in jobs
         ]
-        self._made.append(lambda: none)
+        self._row_builders.append(lambda: none)
 
     def _look_at_machine(self) -> None:
         """A machine's speed comes and goes: what bounds a time is the best of the whole run.
@@ -93,8 +93,8 @@ class Suite:
         self.doing("what the machine can do")
         dtype = str(self.base.compute_dtype).removeprefix("torch.")
         with Worker() as worker:
-            found = worker.ask(what="roof", device=self.base.device, dtype=dtype)
-        for name, value in found.items():
+            roof = worker.ask(what="roof", device=self.base.device, dtype=dtype)
+        for name, value in roof.items():
             self.machine[name] = max(value, self.machine.get(name, 0.0))
 
     @contextmanager
@@ -108,25 +108,25 @@ class Suite:
 
     # ------------------------------------------------------------ one subject, one mode
 
-    def _race(self, job: Job, workers: dict[str, Worker], note: str | None) -> None:
+    def _time(self, job: Job, workers: dict[str, Worker], note: str | None) -> None:
         jobs = {name: replace(job, contender=name) for name in self.names}
-        verdicts = self._gate(jobs)
+        parities = self._gate(jobs)
         facts: dict[str, dict[str, Any]] = {}
-        for name in (n for n in self.names if verdicts[n] == "ok"):
+        for name in (n for n in self.names if parities[n] == "ok"):
             self.doing(f"{job.subject.label}, {job.mode}: {name} warms up")
             facts[name] = self._prepared(workers[name], jobs[name])
-        able = [name for name, found in facts.items() if found.get("error") is None]
+        able = [name for name, fact in facts.items() if fact.get("error") is None]
         steps = {n: partial(workers[n].ask, what="time", job=asdict(jobs[n])) for n in able}
-        made = _Rows(jobs, verdicts, facts, note, Bounds.of(job, self.machine))
+        rows = _Rows(jobs, parities, facts, note, Bounds.of(job, self.machine))
         try:
             samples = alternate(steps, self.rounds, partial(self._round, job))
         except Interrupted as stop:
             if able and len(stop.samples[able[0]]) > 1:
-                self._made.append(partial(made, stop.samples))
+                self._row_builders.append(partial(rows, stop.samples))
             raise KeyboardInterrupt from None
-        self._made.append(partial(made, samples))
+        self._row_builders.append(partial(rows, samples))
         if job.kind == "model" and not self.layers:
-            self._layers({name: jobs[name] for name in able}, made)
+            self._layers({name: jobs[name] for name in able}, rows)
 
     def _round(self, job: Job, number: int) -> None:
         self.doing(f"{job.subject.label}, {job.mode}: round {number} of {self.rounds}")
@@ -139,8 +139,8 @@ class Suite:
             job, level = jobs[name], made.facts[name]["level"]
             self.doing(f"{job.subject.label}, {job.mode}: the blocks of {name}")
             with Worker() as worker:
-                found = worker.ask(what="blocks", job=asdict(job), names=names)
-            for block, ms in found.items():
+                layers = worker.ask(what="blocks", job=asdict(job), names=names)
+            for block, ms in layers.items():
                 bound = partial(made.bounds.of_block, job, level, block)
                 layer = {"name": block, "contender": name, "mode": job.mode, "ms": ms}
                 self.layers.append(layer)
@@ -148,24 +148,24 @@ class Suite:
 
     def _gate(self, jobs: dict[str, Job]) -> dict[str, str]:
         """Parity of every contender, found out in a process that is then thrown away."""
-        found: dict[str, str] = {}
-        with Worker() as judge:
+        parities: dict[str, str] = {}
+        with Worker() as worker:
             for name, job in jobs.items():
                 key = replace(job, contender=job.plain, batch=0)
-                if key not in self._verdicts:
+                if key not in self._parities:
                     self.doing(f"{job.subject.label}, {job.mode}: parity of {key.contender}")
-                    self._verdicts[key] = self._judged(judge, replace(key, batch=job.batch))
-                found[name] = self._verdicts[key]
-        return found
+                    self._parities[key] = self._parity(worker, replace(key, batch=job.batch))
+                parities[name] = self._parities[key]
+        return parities
 
-    def _judged(self, judge: Worker, job: Job) -> str:
+    def _parity(self, worker: Worker, job: Job) -> str:
         try:
-            verdict: str = judge.ask(what="gate", job=asdict(job))
+            parity: str = worker.ask(what="gate", job=asdict(job))
         except FailedError as error:
-            verdict = f"failed: {error}"
-        if verdict != "ok":
-            self.say(f"{job.subject.label}, {job.mode}, {job.contender}: parity {verdict}")
-        return verdict
+            parity = f"failed: {error}"
+        if parity != "ok":
+            self.say(f"{job.subject.label}, {job.mode}, {job.contender}: parity {parity}")
+        return parity
 
     def _prepared(self, worker: Worker, job: Job) -> dict[str, Any]:
         try:
@@ -181,7 +181,7 @@ class _Rows:
     """Makes the rows of one subject and mode out of what is known of each contender."""
 
     jobs: dict[str, Job]
-    verdicts: dict[str, str]
+    parities: dict[str, str]
     facts: dict[str, dict[str, Any]]
     note: str | None
     bounds: Bounds
@@ -197,7 +197,7 @@ class _Rows:
             **(times_of(times) if times else {}),
             **self.bounds.of_contender(job, facts.get("level")),
             peak_bytes=facts.get("peak_bytes"), saved_bytes=facts.get("saved_bytes"),
-            parity=self.verdicts[name], note="; ".join(filter(None, notes)) or None,
+            parity=self.parities[name], note="; ".join(filter(None, notes)) or None,
         )  # fmt: skip
 
 

@@ -11,8 +11,8 @@ from typing import Any, cast
 from fastres.cli import html
 
 from .bars import figure_text
+from .comparison import Setting, competes, is_ours, silence
 from .results import Row, failed, memory_text
-from .verdicts import Setting, competes, is_ours, silence
 
 #: Losses that the page names above its figures, the largest first.
 NAMED = 6
@@ -47,12 +47,12 @@ def headline(settings: Sequence[Setting]) -> str:
         said = "".join(f", {word} in {n}" for word, n in rest)
         return f"fastres is {first[0]} in {first[1]} of {len(known)} comparisons{said}"
     (setting,) = known
-    rival = setting.rival[0] if setting.rival else ""
+    baseline = setting.baseline[0] if setting.baseline else ""
     if setting.outcome == "level":
-        return f"fastres is as fast as {rival}, within the noise ({setting.ratio:.2f}x)"
+        return f"fastres is as fast as {baseline}, within the noise ({setting.ratio:.2f}x)"
     if setting.outcome == "slower":
-        return f"fastres is slower than {rival}: {setting.ratio:.2f}x its speed"
-    return f"fastres is {setting.ratio:.2f}x as fast as {rival}"
+        return f"fastres is slower than {baseline}: {setting.ratio:.2f}x its speed"
+    return f"fastres is {setting.ratio:.2f}x as fast as {baseline}"
 
 
 def _measured(settings: Sequence[Setting]) -> list[tuple[str, Row]]:
@@ -82,48 +82,48 @@ def lead(settings: Sequence[Setting]) -> str:
 
 
 def _losses_in_memory(setting: Setting) -> str:
-    ours, rival = setting.ours, setting.rival
-    a, b = (pair[1]["peak_bytes"] if pair else None for pair in (ours, rival))
+    ours, baseline = setting.ours, setting.baseline
+    a, b = (pair[1]["peak_bytes"] if pair else None for pair in (ours, baseline))
     return html.mark(False, "It takes more memory.") if a and b and a > 1.01 * b else ""
 
 
 def tiles(settings: Sequence[Setting]) -> str:
     """The figures at a glance, as HTML."""
     known = [s for s in settings if s.ratio is not None]
-    found = _one(known[0]) if len(known) == 1 else _many(known)
+    figures = _one(known[0]) if len(known) == 1 else _many(known)
     rows = [row for s in settings for _, row in s.rows]
     gated = [row for row in rows if row["parity"] is not None]
     wrong = sum(map(failed, gated))
     passed = html.mark(not wrong, f"✕ {wrong} failed" if wrong else "✓ all passed")
     if gated:
-        found.append(("parity", f"{len(gated) - wrong} of {len(gated)}", passed))
+        figures.append(("parity", f"{len(gated) - wrong} of {len(gated)}", passed))
     cells = "".join(
         f'<li><span class="what">{escape(what)}</span><b>{escape(value)}</b>'
         f"<span>{remark}</span></li>"
-        for what, value, remark in found
+        for what, value, remark in figures
     )
-    return f'<ul class="tiles">{cells}</ul>' if found else ""
+    return f'<ul class="tiles">{cells}</ul>' if figures else ""
 
 
 def _one(setting: Setting) -> list[tuple[str, str, str]]:
     """What, value and remark (HTML) for a result with one comparison."""
-    if setting.ours is None or setting.rival is None:
+    if setting.ours is None or setting.baseline is None:
         return []
-    (_, ours), (name, rival) = setting.ours, setting.rival
-    found = [("speed", f"{setting.ratio:.2f}x", _said(setting))]
-    if ours["images_per_s"] and rival["images_per_s"]:
-        theirs = f"{escape(name)}: {figure_text(rival['images_per_s'])}"
-        found.append(("images per second", figure_text(ours["images_per_s"]), theirs))
+    (_, ours), (name, baseline) = setting.ours, setting.baseline
+    figures = [("speed", f"{setting.ratio:.2f}x", _said(setting))]
+    if ours["images_per_s"] and baseline["images_per_s"]:
+        theirs = f"{escape(name)}: {figure_text(baseline['images_per_s'])}"
+        figures.append(("images per second", figure_text(ours["images_per_s"]), theirs))
     for what, a, b in (
-        ("peak memory", ours["peak_bytes"], rival["peak_bytes"]),
-        ("saved for backward", ours["saved_bytes"], rival["saved_bytes"]),
+        ("peak memory", ours["peak_bytes"], baseline["peak_bytes"]),
+        ("saved for backward", ours["saved_bytes"], baseline["saved_bytes"]),
     ):
         if a:
             theirs = f"<br>{escape(name)}: {memory_text(b)}"
-            found.append((what, memory_text(a), _less(a / b) + theirs if b else ""))
+            figures.append((what, memory_text(a), _less(a / b) + theirs if b else ""))
     if ours["share"]:
-        found.append(("of the roofline", f"{ours['share']:.0%}", "bound measured in this run"))
-    return found
+        figures.append(("of the roofline", f"{ours['share']:.0%}", "bound measured in this run"))
+    return figures
 
 
 def _many(known: Sequence[Setting]) -> list[tuple[str, str, str]]:

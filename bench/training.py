@@ -24,10 +24,10 @@ from fastres.cli.errors import CommandError
 from fastres.cli.libraries import library
 
 from .contenders import Job
+from .interleave import FailedError, Worker
 from .measure import first_line, out_of_memory
 from .models import DIGITS, network
 from .progress import Doing
-from .race import FailedError, Worker
 from .results import Row, row
 from .suite import settings_of, times_of
 
@@ -71,15 +71,15 @@ def pipeline(model: str | None, folder: Path | None, size: int) -> Pipeline:
     """
     if folder is not None:
         return _images(model or "resnet18", folder, size)
-    found = digits.load(size, SEED)
+    dataset = digits.load(size, SEED)
     channels = 1 if model is None else 3
 
     def images(x: Tensor) -> Tensor:
         return x.expand(-1, channels, -1, -1)
 
     return Pipeline(
-        TensorDataset(images(found.train_x), found.train_y),
-        TensorDataset(images(found.test_x), found.test_y),
+        TensorDataset(images(dataset.train_x), dataset.train_y),
+        TensorDataset(images(dataset.test_x), dataset.test_y),
         lambda fused: network(model or DIGITS, fused, **({"num_classes": 10} if model else {})),
     )
 
@@ -151,14 +151,14 @@ class Training:
 
     def row(self, subject: str, parity: str, workers: int) -> Row:
         """What the whole run comes to."""
-        found = settings_of(self.job)
+        settings = settings_of(self.job)
         accuracies = self.contender.accuracies
         if not self.steps:
-            return row("train", subject, self.job.contender, **found, parity=parity)
+            return row("train", subject, self.job.contender, **settings, parity=parity)
         seconds, images = sum(self.steps), self.job.batch * len(self.steps)
         learned = f"accuracy {accuracies[-1]:.2%}, " if accuracies else ""
         return row(
-            "train", subject, self.job.contender, **found,
+            "train", subject, self.job.contender, **settings,
             **times_of([1e3 * s for s in self.steps]), images_per_s=images / seconds,
             saved_bytes=self.contender.saved_bytes or None, parity=parity,
             note=f"{learned}loss {statistics.mean(self.contender.losses[-5:]):.3f} "
@@ -179,16 +179,16 @@ class Course:
     say: Callable[[str], None]
     doing: Doing
     trainings: dict[str, Training] = field(default_factory=dict)
-    _verdicts: dict[str, str] = field(default_factory=dict)
+    _parities: dict[str, str] = field(default_factory=dict)
 
     @property
     def rows(self) -> list[Row]:
         """A row per contender that was judged."""
-        jobs = {name: self._job(name) for name in self._verdicts}
+        jobs = {name: self._job(name) for name in self._parities}
         empty = {n: Training(j, None) for n, j in jobs.items()}  # type: ignore[arg-type]
         return [
-            (self.trainings.get(name) or empty[name]).row(self.subject, verdict, self.workers)
-            for name, verdict in self._verdicts.items()
+            (self.trainings.get(name) or empty[name]).row(self.subject, parity, self.workers)
+            for name, parity in self._parities.items()
         ]
 
     @property
@@ -215,8 +215,8 @@ class Course:
         steps = len(self.data.batches(batch, 0, 0))
         if not steps:
             raise CommandError(f"--batch-size must be at most the training images, got {batch}")
-        for name, verdict in self._verdicts.items():
-            if verdict == "ok":
+        for name, parity in self._parities.items():
+            if parity == "ok":
                 self.trainings[name] = self._training(name, self.epochs * steps)
         for epoch in range(self.epochs):
             order = list(self.trainings.items())
@@ -231,14 +231,14 @@ class Course:
         return replace(self.base, contender=name)
 
     def _judge(self) -> None:
-        with Worker() as judge:
+        with Worker() as worker:
             for name in self.names:
                 self.doing(f"parity of {name}")
                 try:
-                    verdict = judge.ask(what="gate", job=asdict(self._job(name)))
+                    parity = worker.ask(what="gate", job=asdict(self._job(name)))
                 except FailedError as error:
-                    verdict = f"failed: {error}"
-                self._verdicts[name] = verdict
+                    parity = f"failed: {error}"
+                self._parities[name] = parity
 
     def _training(self, name: str, total: int) -> Training:
         job = self._job(name)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from .contenders import Job
-from .gate import verdict
+from .gate import parity_of
 from .measure import Measured, first_line, out_of_memory, roof
 from .parts import block_times
 
@@ -26,7 +26,7 @@ class Bench:
     """Contenders by job, made when they are first asked for."""
 
     def __init__(self) -> None:
-        self._made: dict[Job, Measured] = {}
+        self._measured: dict[Job, Measured] = {}
 
     def answer(self, what: str, **request: Any) -> Any:
         """What a request is answered with.
@@ -41,14 +41,14 @@ class Bench:
         job = Job(**request["job"])
         if what == "gate":
             torch.compiler.reset()  # another contender's graphs are not this one's
-            return verdict(job)
+            return parity_of(job)
         with job.settings():
             if what == "blocks":
                 return block_times(job, request["names"])
             if what == "time":
-                return self._made[job].milliseconds()
-            self._made[job] = Measured(job)
-            return asdict(self._made[job].facts)
+                return self._measured[job].milliseconds()
+            self._measured[job] = Measured(job)
+            return asdict(self._measured[job].facts)
 
 
 def handled(bench: Bench, request: dict[str, Any]) -> dict[str, Any]:

@@ -20,19 +20,17 @@ from fastres.nn import (
     SqueezeExcitation,
     WideBasicBlock,
     stock,
-    stock_attention,
-    stock_preact,
 )
 
 CHANNELS = 8
 
 STOCK: dict[type, type] = {
     BasicBlock: stock.BasicBlock,
-    PreActBasicBlock: stock_preact.PreActBasicBlock,
-    PreActBottleneck: stock_preact.PreActBottleneck,
-    WideBasicBlock: stock_preact.WideBasicBlock,
-    SEBasicBlock: stock_attention.SEBasicBlock,
-    SEBottleneck: stock_attention.SEBottleneck,
+    PreActBasicBlock: stock.PreActBasicBlock,
+    PreActBottleneck: stock.PreActBottleneck,
+    WideBasicBlock: stock.WideBasicBlock,
+    SEBasicBlock: stock.SEBasicBlock,
+    SEBottleneck: stock.SEBottleneck,
 }
 
 

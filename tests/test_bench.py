@@ -20,7 +20,7 @@ from fastres import cli
 
 pytest.importorskip("fastres.bench", reason="fastres is not installed, or before it had a bench")
 
-from fastres.bench import arguments, command, gate, measure, race, rivals, suite, training
+from fastres.bench import arguments, baselines, command, gate, interleave, measure, suite, training
 from fastres.bench import models as subjects
 from fastres.bench.contenders import CONTENDERS, Job, why_not
 
@@ -153,8 +153,8 @@ def test_blocks_shrink_with_the_image() -> None:
 
 
 def test_what_is_right_passes() -> None:
-    assert gate.verdict(SMALL) == "ok"
-    assert gate.verdict(replace(SMALL, mode="infer", amp=True)) == "ok"
+    assert gate.parity_of(SMALL) == "ok"
+    assert gate.parity_of(replace(SMALL, mode="infer", amp=True)) == "ok"
 
 
 @pytest.mark.parametrize("mode", ["train", "infer"])
@@ -164,8 +164,8 @@ def test_what_is_wrong_gets_no_speed(mode: str, monkeypatch: pytest.MonkeyPatch)
 
     changed = {**CONTENDERS, "eager": replace(CONTENDERS["eager"], change=wrong)}
     monkeypatch.setattr("fastres.bench.contenders.CONTENDERS", changed)
-    verdict = gate.verdict(replace(SMALL, contender="eager", mode=mode))
-    assert verdict.startswith("failed: the output: channel"), verdict
+    parity = gate.parity_of(replace(SMALL, contender="eager", mode=mode))
+    assert parity.startswith("failed: the output: channel"), parity
 
 
 def test_a_wrong_fused_block_is_found_by_its_own_gradients(
@@ -180,12 +180,12 @@ def test_a_wrong_fused_block_is_found_by_its_own_gradients(
 
     monkeypatch.setattr(Job, "module", wrong)
     job = Job("train", subjects.DIGITS, 8, 16, "fastres")
-    assert gate.verdict(job).startswith("failed: layer2.0: bn1.running_mean")
+    assert gate.parity_of(job).startswith("failed: layer2.0: bn1.running_mean")
 
 
 def test_a_contender_that_crashes_is_as_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Job, "module", lambda self: 1 / 0)
-    assert gate.verdict(SMALL) == "failed: ZeroDivisionError: division by zero"
+    assert gate.parity_of(SMALL) == "failed: ZeroDivisionError: division by zero"
 
 
 # ---------------------------------------------------------------- other people's blocks
@@ -201,10 +201,10 @@ def test_folded_inference_is_the_networks_own(monkeypatch: pytest.MonkeyPatch) -
         torch, "cudnn_convolution_relu", lambda x, *rest: torch.conv2d(x, *rest).relu()
     )
     monkeypatch.setattr(torch, "cudnn_convolution_add_relu", conv_add_relu)
-    assert gate.verdict(Job("block", SMALL.name, 2, 32, "cudnn", mode="infer")) == "ok"
+    assert gate.parity_of(Job("block", SMALL.name, 2, 32, "cudnn", mode="infer")) == "ok"
     other = Job("block", "64-64, 56x56, stride 1, projection", 2, 32, "cudnn", mode="infer")
     name = next(n for n in subjects.BLOCKS if n.startswith("64-64"))
-    assert gate.verdict(replace(other, name=name)) == "ok"
+    assert gate.parity_of(replace(other, name=name)) == "ok"
 
 
 def test_inplace_abn_is_held_to_leaky_relu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,8 +221,8 @@ def test_inplace_abn_is_held_to_leaky_relu(monkeypatch: pytest.MonkeyPatch) -> N
             return nn.functional.leaky_relu(super().forward(x), self.slope)
 
     found = type("Package", (), {"InPlaceABN": InPlaceABN})
-    monkeypatch.setattr(rivals, "library", lambda name: found)
-    assert gate.verdict(replace(SMALL, contender="inplace_abn")) == "ok"
+    monkeypatch.setattr(baselines, "library", lambda name: found)
+    assert gate.parity_of(replace(SMALL, contender="inplace_abn")) == "ok"
 
 
 # ---------------------------------------------------------------- steps, memory and time
@@ -261,13 +261,13 @@ def test_contenders_alternate_and_ctrl_c_keeps_whole_rounds() -> None:
             raise KeyboardInterrupt
         return float(len(seen))
 
-    with pytest.raises(race.Interrupted) as stop:
-        race.alternate({"a": lambda: step("a"), "b": lambda: step("b")}, 9)
+    with pytest.raises(interleave.Interrupted) as stop:
+        interleave.alternate({"a": lambda: step("a"), "b": lambda: step("b")}, 9)
     assert seen == ["a", "b"] * 3
     assert stop.value.samples == {"a": [1.0, 3.0], "b": [2.0, 4.0]}
 
 
-# ---------------------------------------------------------------- the race, with played workers
+# ---------------------------------------------------------------- interleaved, with played workers
 
 
 class Played:
@@ -284,11 +284,11 @@ class Played:
             assert not job["contender"].endswith("kept")
             return "failed: it is off" if job["contender"] == "compile" else "ok"
         if job["batch"] > 4:
-            raise race.NoMemoryError("can't allocate memory")
+            raise interleave.NoMemoryError("can't allocate memory")
         if what == "time":
             return 2.0 if job["contender"].startswith("fastres") else 3.0
         if job["contender"] == "channels_last":
-            raise race.FailedError("nothing works")
+            raise interleave.FailedError("nothing works")
         return {"peak_bytes": 5, "saved_bytes": 3, "level": "c", "note": None}
 
     def __enter__(self) -> Played:
@@ -349,7 +349,7 @@ def test_not_one_image_fits(
 
     def full(self: Any, what: str, **more: Any) -> Any:
         if what == "prepare":
-            raise race.NoMemoryError("no")
+            raise interleave.NoMemoryError("no")
         return ask(self, what, **more)
 
     monkeypatch.setattr(Played, "ask", full)
@@ -365,7 +365,7 @@ def test_a_process_that_dies_costs_no_finished_row(
 
     def dies(self: Any, what: str, **more: Any) -> Any:
         if what == "time" and more["job"]["name"].startswith("1024"):
-            raise race.FailedError("the process ended with status -11: it said nothing")
+            raise interleave.FailedError("the process ended with status -11: it said nothing")
         return ask(self, what, **more)
 
     monkeypatch.setattr(Played, "ask", dies)

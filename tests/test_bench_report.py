@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from bench import readme, report, summary
+from bench.comparison import settings_of
 from bench.curves import points_of
 from bench.results import Row, row, with_speedups
-from bench.verdicts import settings_of
 from fastres.cli import html
 from fastres.cli.errors import CommandError
 
@@ -273,7 +273,7 @@ def test_tables_scroll_in_their_own_box() -> None:
 @pytest.mark.parametrize("dark", [False, True])
 def test_text_and_marks_stand_out(dark: bool) -> None:
     # WCAG 2.2: 4.5 to 1 for text, 3 to 1 for the parts of a figure that carry meaning.
-    style = html.STYLE + report.canvas.STYLE
+    style = html.STYLE + report.plot.STYLE
     blocks = re.findall(r":root \{(.*?)\}", style, re.DOTALL)
     chosen = "".join(b for i, b in enumerate(blocks) if (i % 2 == 1) == dark)
     colours = dict(re.findall(r"--([a-z0-9-]+): (#[0-9a-f]+)", chosen))

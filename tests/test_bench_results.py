@@ -266,9 +266,9 @@ def test_a_narrow_terminal_loses_no_digit() -> None:
 # ---------------------------------------------------------------- comparison
 
 
-def verdicts(before: list[Row], after: list[Row]) -> dict[str, str]:
-    """Contender -> verdict."""
-    return {c.row["contender"]: c.verdict for c in compare.compare(before, after)}
+def outcomes(before: list[Row], after: list[Row]) -> dict[str, str]:
+    """Contender -> outcome."""
+    return {c.row["contender"]: c.outcome for c in compare.compare(before, after)}
 
 
 def test_what_moved_beyond_noise() -> None:
@@ -280,7 +280,7 @@ def test_what_moved_beyond_noise() -> None:
         timed("faster", 90.0), timed("slower", 110.0), timed("near", 102.9, spread=0.001),
         timed("noisy", 120.0, spread=0.2), timed("new", 1.0),
     ]  # fmt: skip
-    assert verdicts(before, after) == {
+    assert outcomes(before, after) == {
         "faster": "faster", "slower": "slower", "near": "same", "noisy": "same",
         "gone": "missing", "new": "new",
     }  # fmt: skip
@@ -289,9 +289,9 @@ def test_what_moved_beyond_noise() -> None:
 def test_rows_of_other_settings_are_other_rows() -> None:
     before = [timed("eager", 1.0, level="b"), timed("eager", 9.0, level="c")]
     after = [timed("eager", 9.0, level="c"), timed("eager", 1.0, level="b", batch=64)]
-    assert sorted(c.verdict for c in compare.compare(before, after)) == ["missing", "new", "same"]
+    assert sorted(c.outcome for c in compare.compare(before, after)) == ["missing", "new", "same"]
     twice = [timed("eager", 1.0), timed("eager", 5.0)]
-    assert [c.verdict for c in compare.compare(twice, twice)] == ["same", "same"]
+    assert [c.outcome for c in compare.compare(twice, twice)] == ["same", "same"]
 
 
 def test_parity_and_memory_move_too() -> None:
@@ -300,18 +300,18 @@ def test_parity_and_memory_move_too() -> None:
         timed("a", None, parity="failed: off"), timed("b", 1.0, peak_bytes=90),
         timed("c", None, parity=None),
     ]  # fmt: skip
-    found = {c.row["contender"]: (c.what, c.verdict) for c in compare.compare(before, after)}
+    found = {c.row["contender"]: (c.what, c.outcome) for c in compare.compare(before, after)}
     assert found["a"] == ("parity", "parity lost")
     assert found["b"] == ("peak_bytes", "less")
-    found_back = {c.row["contender"]: c.verdict for c in compare.compare(after, before)}
+    found_back = {c.row["contender"]: c.outcome for c in compare.compare(after, before)}
     assert found_back == {"a": "parity won", "b": "more", "c": "new"}
 
 
 def test_a_contender_that_is_absent_now_is_missing() -> None:
     absent = timed("compile", None, parity=None, note="absent: no compiler")
     change = compare.compare([timed("compile", 1.0, parity=None)], [absent])
-    assert [c.verdict for c in change] == ["missing"]
-    assert [c.verdict for c in compare.compare([absent], [absent])] == ["same"]
+    assert [c.outcome for c in change] == ["missing"]
+    assert [c.outcome for c in compare.compare([absent], [absent])] == ["same"]
 
 
 def test_compare_prints_both_directions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

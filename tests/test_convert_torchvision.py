@@ -180,7 +180,7 @@ def test_our_blocks_in_torchvision_s_network(resnet: ModuleType) -> None:
     for block, last in ((fastres.Bottleneck, "bn3"), (fastres.BasicBlock, "bn2")):
         model = resnet.ResNet(block, [1, 1, 1, 1], num_classes=3, zero_init_residual=True)
         made = model.layer1[0]
-        assert isinstance(made, block) and isinstance(made, getattr(resnet, block.__name__))
+        assert type(made) is block and isinstance(made, getattr(resnet, block.__name__))
         assert not made.get_submodule(last).weight.any()
         twin = pickle.loads(pickle.dumps(made))
         assert type(copy.deepcopy(made)) is type(twin) is type(made)

@@ -29,8 +29,8 @@ from fastres.nn import (
     SEBasicBlock,
     SqueezeExcitation,
     WideBasicBlock,
+    factors,
     fused,
-    gate,
     register_gate,
 )
 from fastres.testing import check_block
@@ -307,7 +307,7 @@ def _se_block(**options: Any) -> tuple[nn.Module, nn.Module, Tensor]:
 
 
 def test_a_gate_may_be_announced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate, "_KNOWN", dict(gate._KNOWN))
+    monkeypatch.setattr(factors, "_GATES", dict(factors._GATES))
     stock, block, x = _se_block(attention=lambda channels: _Doubling())
     assert block.why_not() == "attention is a _Doubling, which is not fused"
     assert_same(step(block, x), step(stock, x))
@@ -315,14 +315,14 @@ def test_a_gate_may_be_announced(monkeypatch: pytest.MonkeyPatch) -> None:
         register_gate(cls, lambda module, mean: 2 * mean)
         assert block.why_not(x) is None
         assert_same(step(block, x), step(stock, x))
-        del gate._KNOWN[cls]
+        del factors._GATES[cls]
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (1, 7, 6), ()], ids=str)
 def test_a_factor_of_another_shape_is_broadcast(
     shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gate, "_KNOWN", dict(gate._KNOWN))
+    monkeypatch.setattr(factors, "_GATES", dict(factors._GATES))
     factor = torch.rand(shape, dtype=F64)
 
     class Fixed(_Doubling):

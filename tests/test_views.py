@@ -11,7 +11,7 @@ from module_parity import FusedCalls, Step, assert_same, randomise, step
 from torch import Tensor, nn
 
 import fastres
-from fastres.testing.maker import column, expanded
+from fastres.testing.builder import column, expanded
 
 NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
 View = Callable[[Tensor], Tensor]

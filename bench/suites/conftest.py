@@ -19,15 +19,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture
 def device(request: pytest.FixtureRequest) -> str:
     """Where it runs."""
-    found: str = request.config.getoption("--device")
-    return found
+    device_name: str = request.config.getoption("--device")
+    return device_name
 
 
 @pytest.fixture
 def batch(request: pytest.FixtureRequest, device: str, quick: bool) -> int:
     """Images."""
-    found: int | None = request.config.getoption("--batch-size")
-    return found or (2 if quick else BATCH[device])
+    batch_size: int | None = request.config.getoption("--batch-size")
+    return batch_size or (2 if quick else BATCH[device])
 
 
 @pytest.fixture

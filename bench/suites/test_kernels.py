@@ -59,8 +59,8 @@ def _wait(device: str) -> None:
 
 
 def _call(entry: Implementation, variant: str, case: Case, device: str) -> Call:
-    made = calls(entry.primitive, case, entry.backend, device)
-    return next(call for call in made if call.label == variant and call.in_place is None)
+    candidates = calls(entry.primitive, case, entry.backend, device)
+    return next(call for call in candidates if call.label == variant and call.in_place is None)
 
 
 def test_kernel(

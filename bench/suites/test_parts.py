@@ -36,7 +36,7 @@ def test_part(
         kind, name, batch, 32 if quick else IMAGE_SIZE, contender, mode,
         "bfloat16" if device == "cuda" else "float32", device=device,
     )  # fmt: skip
-    assert (verdict := gate.verdict(job)) == "ok", verdict
+    assert (parity := gate.parity_of(job)) == "ok", parity
     with job.settings():
         measured = Measured(job)
         benchmark.group = f"{kind} {job.subject.label}, {mode}, batch {batch}"

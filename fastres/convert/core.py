@@ -87,10 +87,10 @@ def revert(model: nn.Module) -> Report:
     """
     _check(model)
     swaps, changed = _swaps(), 0
-    stock = {fused: own for own, fused in swaps.items()}
+    stocks = {fused: stock for stock, fused in swaps.items()}
     for module in model.modules():
-        if type(module) in stock:
-            module.__class__ = stock[type(module)]
+        if type(module) in stocks:
+            module.__class__ = stocks[type(module)]
             changed += 1
     return _report(model, swaps, Target.of(), changed)
 
@@ -138,17 +138,20 @@ def _swaps() -> Swaps:
     """Stock class -> fused class, for the zoos that are loaded: a model can use no other."""
     loaded = [_load(ours) for zoo, ours in ZOOS.items() if zoo in sys.modules]
     return {
-        own: fused for found in loaded if isinstance(found, dict) for own, fused in found.items()
+        stock: fused
+        for swaps in loaded
+        if isinstance(swaps, dict)
+        for stock, fused in swaps.items()
     }
 
 
 def _load(ours: str) -> Swaps | str:
     """The swaps of a zoo, or what is wrong with a version of it that we do not know."""
     try:
-        found: Swaps = importlib.import_module(ours).SWAPS
+        swaps: Swaps = importlib.import_module(ours).SWAPS
     except (ImportError, AttributeError, RuntimeError) as error:
         return f"{ours.rpartition('.')[2]} cannot be converted: {error}"
-    return found
+    return swaps
 
 
 def _blocks(model: nn.Module, swaps: Swaps) -> Iterator[tuple[str, nn.Module]]:
@@ -177,14 +180,14 @@ def _looks_residual(module: nn.Module) -> bool:
 
 def _obstacle(module: nn.Module, fused: Any) -> Decline | None:
     """What keeps a module from running fused, were it of the class `fused`."""
-    found = match(parts_now(module, fused))
-    return found if isinstance(found, Decline) else None
+    matched = match(parts_now(module, fused))
+    return matched if isinstance(matched, Decline) else None
 
 
 def _permanent_obstacle(module: nn.Module, fused: type) -> Decline | None:
     """As `_obstacle`, but for hooks and the like, which a converted block copes with."""
-    found = _obstacle(module, fused)
-    return found if found is not None and found.permanent else None
+    obstacle = _obstacle(module, fused)
+    return obstacle if obstacle is not None and obstacle.permanent else None
 
 
 def _report(model: nn.Module, swaps: Swaps, target: Target, changed: int = 0) -> Report:
@@ -226,8 +229,8 @@ def _why_not_converted(module: nn.Module, swaps: Swaps) -> str:
 
 def type_name(cls: type, swaps: Swaps) -> str:
     """library.Class, for a converted block that of its own library."""
-    own = next((stock for stock, fused in swaps.items() if fused is cls), cls)
-    return f"{own.__module__.split('.')[0]}.{own.__qualname__}"
+    stock = next((stock for stock, fused in swaps.items() if fused is cls), cls)
+    return f"{stock.__module__.split('.')[0]}.{stock.__qualname__}"
 
 
 def _notes(model: nn.Module, rows: tuple[Row, ...]) -> Iterator[str]:

@@ -67,19 +67,16 @@ def describe(matched: Match, target: Target) -> tuple[str, dict[str, str]]:
     plan = _plan(matched, target)
     if not matched.block.batch_stats:
         return plan.level, {"conv_bn_act": _joined([c.infer for c in plan.convs if c is not None])}
-    primitives = dict.fromkeys(name for name, _ in plan.pointwise)
-    found = {
-        name: _joined([entry for (which, _), entry in plan.pointwise.items() if which == name])
-        for name in primitives
-    }
+    entries: dict[str, list[object]] = {}
+    for (name, _), entry in plan.pointwise.items():
+        entries.setdefault(name, []).append(entry)
     convs = [c for c in plan.convs if c is not None]
-    found["conv_forward"] = _joined([c.prologue or c.forward for c in convs])
-    joint = [c for c in convs if c.joint is not None]
     composed = [c for c in convs if c.joint is None]
-    found["conv_backward"] = _joined([c.joint for c in joint])
-    found["conv_backward_data"] = _joined([c.data for c in composed])
-    found["conv_backward_weight"] = _joined([c.weight for c in composed])
-    return plan.level, {name: text for name, text in found.items() if text}
+    entries["conv_forward"] = [c.prologue or c.forward for c in convs]
+    entries["conv_backward"] = [c.joint for c in convs if c.joint is not None]
+    entries["conv_backward_data"] = [c.data for c in composed]
+    entries["conv_backward_weight"] = [c.weight for c in composed]
+    return plan.level, {name: _joined(which) for name, which in entries.items() if which}
 
 
 def _joined(entries: Sequence[object]) -> str:

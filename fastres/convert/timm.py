@@ -18,36 +18,31 @@ class FusedBasicBlock(FusedModule, resnet.BasicBlock):  # type: ignore[misc]
     """timm's BasicBlock, fused."""
 
     def _parts(self) -> Parts | Decline:
-        m = self._modules
-        units = (Steps(m["conv1"], m["bn1"], m["act1"]), Steps(m["conv2"], m["bn2"]))
-        return _parts_of(self, units, m["act2"])
+        return _parts_of(self, 2)
 
 
 class FusedBottleneck(FusedModule, resnet.Bottleneck):  # type: ignore[misc]
     """timm's Bottleneck, fused."""
 
     def _parts(self) -> Parts | Decline:
-        m = self._modules
-        units = (
-            Steps(m["conv1"], m["bn1"], m["act1"]),
-            Steps(m["conv2"], m["bn2"], m["act2"]),
-            Steps(m["conv3"], m["bn3"]),
-        )
-        return _parts_of(self, units, m["act3"])
+        return _parts_of(self, 3)
 
 
-def _parts_of(block: Any, units: tuple[Steps, ...], end: nn.Module | None) -> Parts | Decline:
+def _parts_of(block: Any, count: int) -> Parts | Decline:
     identities: list[nn.Module | None] = [block.aa]
-    drop = block.drop_block
-    if type(drop) is not DropBlock2d:
-        identities.append(drop)
-    elif drop.training and drop.drop_prob:
-        return Decline(drop, "is a DropBlock2d at work", permanent=False)
-    elif (decline := hooked(drop)) is not None:
+    drop_block = block.drop_block
+    if type(drop_block) is not DropBlock2d:
+        identities.append(drop_block)
+    elif drop_block.training and drop_block.drop_prob:
+        return Decline(drop_block, "is a DropBlock2d at work", permanent=False)
+    elif (decline := hooked(drop_block)) is not None:
         return decline
-    units = (*units[:-1], units[-1]._replace(drop=block.drop_path))
+    m = block._modules
+    units = [Steps(m[f"conv{i}"], m[f"bn{i}"], m[f"act{i}"]) for i in range(1, count + 1)]
+    end = units[-1].act
+    units[-1] = units[-1]._replace(act=None, drop=block.drop_path)
     return Parts(
-        units, end, projection=block.downsample, identities=tuple(identities), gate=block.se
+        tuple(units), end, projection=block.downsample, identities=tuple(identities), gate=block.se
     )
 
 
@@ -82,8 +77,8 @@ class FusedResNet(FusedStem, resnet.ResNet):  # type: ignore[misc]
         """As timm's, all but the stem."""
         out = self.fused_stem(x)
         if out is None:
-            found: Tensor = super().forward_features(x)
-            return found
+            features: Tensor = super().forward_features(x)
+            return features
         x = self.maxpool(out)
         stages = [self.layer1, self.layer2, self.layer3, self.layer4]
         if self.grad_checkpointing:

@@ -13,52 +13,45 @@ from fastres.nn.blocks import FusedModule
 from fastres.nn.match import Decline, Parts, Projection, Steps
 
 
-def _parts_of(
-    block: Any, units: tuple[Steps, ...], end: nn.Module | None, source: str
-) -> Parts | Decline:
+def _with_shortcut(block: Any, units: list[Steps], end: Any, source: str) -> Parts | Decline:
     """The parts of a block; a projection starts at `source`, an identity at the input."""
-    units = (*units[:-1], units[-1]._replace(drop=block.drop_path))
+    units[-1] = units[-1]._replace(drop=block.drop_path)
     downsample = block.downsample
     if downsample is None:
-        return Parts(units, end)
+        return Parts(tuple(units), end)
     m = downsample._modules
-    if type(downsample) is resnetv2.DownsampleConv:
-        projection = Projection(m["conv"], m["norm"])
-        return Parts(units, end, source, projection, wrappers=(downsample,))
-    if type(downsample) is not resnetv2.DownsampleAvg:
+    pool: Any = None
+    wrappers: tuple[nn.Module, ...] = (downsample,)
+    if type(downsample) is resnetv2.DownsampleAvg:
+        pool, wrappers = m["pool"], (downsample, m["pool"])
+        if type(pool) not in (nn.Identity, nn.AvgPool2d):
+            return Decline(pool, f"is a {type(pool).__name__}, not an AvgPool2d")
+        pool = pool if type(pool) is nn.AvgPool2d else None
+    elif type(downsample) is not resnetv2.DownsampleConv:
         return Decline(downsample, f"is a {type(downsample).__name__}, which is not fused")
-    pool, wrappers = m["pool"], (downsample, m["pool"])
-    if type(pool) not in (nn.Identity, nn.AvgPool2d):
-        return Decline(pool, f"is a {type(pool).__name__}, not an AvgPool2d")
-    projection = Projection(m["conv"], m["norm"], pool if type(pool) is nn.AvgPool2d else None)
-    return Parts(units, end, source, projection, wrappers=wrappers)
+    projection = Projection(m["conv"], m["norm"], pool)
+    return Parts(tuple(units), end, source, projection, wrappers=wrappers)
+
+
+def _pre_activation(block: Any, count: int) -> Parts | Decline:
+    m = block._modules
+    inner = [Steps(m[f"conv{i}"], m[f"norm{i + 1}"]) for i in range(1, count)]
+    units = [Steps(None, m["norm1"]), *inner, Steps(m[f"conv{count}"])]
+    return _with_shortcut(block, units, None, "activated")
 
 
 class FusedPreActBasic(FusedModule, resnetv2.PreActBasic):  # type: ignore[misc]
     """timm's PreActBasic, fused."""
 
     def _parts(self) -> Parts | Decline:
-        m = self._modules
-        units = (
-            Steps(None, m["norm1"]),
-            Steps(m["conv1"], m["norm2"]),
-            Steps(m["conv2"]),
-        )
-        return _parts_of(self, units, None, "activated")
+        return _pre_activation(self, 2)
 
 
 class FusedPreActBottleneck(FusedModule, resnetv2.PreActBottleneck):  # type: ignore[misc]
     """timm's PreActBottleneck, fused."""
 
     def _parts(self) -> Parts | Decline:
-        m = self._modules
-        units = (
-            Steps(None, m["norm1"]),
-            Steps(m["conv1"], m["norm2"]),
-            Steps(m["conv2"], m["norm3"]),
-            Steps(m["conv3"]),
-        )
-        return _parts_of(self, units, None, "activated")
+        return _pre_activation(self, 3)
 
 
 class FusedBottleneck(FusedModule, resnetv2.Bottleneck):  # type: ignore[misc]
@@ -66,12 +59,8 @@ class FusedBottleneck(FusedModule, resnetv2.Bottleneck):  # type: ignore[misc]
 
     def _parts(self) -> Parts | Decline:
         m = self._modules
-        units = (
-            Steps(m["conv1"], m["norm1"]),
-            Steps(m["conv2"], m["norm2"]),
-            Steps(m["conv3"], m["norm3"]),
-        )
-        return _parts_of(self, units, m["act3"], "input")
+        units = [Steps(m[f"conv{i}"], m[f"norm{i}"]) for i in (1, 2, 3)]
+        return _with_shortcut(self, units, m["act3"], "input")
 
 
 SWAPS: dict[type, type] = {

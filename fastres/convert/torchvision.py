@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torchvision.models import resnet
 
-from fastres.nn.blocks import FusedModule, three_layers, two_layers
+from fastres.nn.blocks import FusedModule, post_activation
 from fastres.nn.match import Parts
 from fastres.nn.stem import FusedResNetStem
 
@@ -13,14 +13,14 @@ class FusedBasicBlock(FusedModule, resnet.BasicBlock):  # type: ignore[misc]
     """torchvision's BasicBlock, fused."""
 
     def _parts(self) -> Parts:
-        return two_layers(self)
+        return post_activation(self, 2)
 
 
 class FusedBottleneck(FusedModule, resnet.Bottleneck):  # type: ignore[misc]
     """torchvision's Bottleneck, fused."""
 
     def _parts(self) -> Parts:
-        return three_layers(self)
+        return post_activation(self, 3)
 
 
 class FusedResNet(FusedResNetStem, resnet.ResNet):  # type: ignore[misc]

@@ -17,51 +17,42 @@ _INNER: dict[Any, Any] = {
 }
 
 
-def _parts_of(layer: Any) -> Parts | Decline:
-    chain = layer._modules["layer"]
-    shortcut = layer._modules["shortcut"]
-    convs = tuple(chain._modules.values())
-    if type(chain) is not Sequential or any([type(c) not in _CONV_LAYERS for c in convs]):
-        return Decline(chain, "is not a Sequential of ResNetConvLayer")
-    units = tuple([_unit_of(c) for c in convs])
-    wrappers: tuple[nn.Module | None, ...] = (chain, *convs)
-    if type(shortcut) is resnet.ResNetShortCut:
-        wrappers = (*wrappers, shortcut)
-        m = shortcut._modules
-        shortcut = Projection(m["convolution"], m["normalization"])
-    return Parts(units, layer._modules["activation"], "input", shortcut, (), wrappers)
-
-
 def _unit_of(layer: nn.Module | None) -> Steps:
     assert layer is not None
     m = layer._modules
     return Steps(m["convolution"], m["normalization"], m["activation"])
 
 
-class FusedBasicLayer(FusedModule, resnet.ResNetBasicLayer):  # type: ignore[misc]
+class _FusedLayer(FusedModule):
+    """A residual layer of either kind."""
+
+    _inner: ClassVar[dict[Any, Any]] = _INNER
+
+    def forward(self, hidden_state: Tensor) -> Tensor:
+        """As the stock class's, whose argument may be given by this name."""
+        return super().forward(hidden_state)
+
+    def _parts(self) -> Parts | Decline:
+        m: dict[str, Any] = self._modules
+        chain, projection = m["layer"], m["shortcut"]
+        convs = tuple(chain._modules.values())
+        if type(chain) is not Sequential or any([type(c) not in _CONV_LAYERS for c in convs]):
+            return Decline(chain, "is not a Sequential of ResNetConvLayer")
+        units = tuple([_unit_of(c) for c in convs])
+        wrappers: tuple[nn.Module | None, ...] = (chain, *convs)
+        if type(projection) is resnet.ResNetShortCut:
+            wrappers = (*wrappers, projection)
+            inner = projection._modules
+            projection = Projection(inner["convolution"], inner["normalization"])
+        return Parts(units, m["activation"], "input", projection, (), wrappers)
+
+
+class FusedBasicLayer(_FusedLayer, resnet.ResNetBasicLayer):  # type: ignore[misc]
     """transformers' ResNetBasicLayer, fused."""
 
-    _inner: ClassVar[dict[Any, Any]] = _INNER
 
-    def forward(self, hidden_state: Tensor) -> Tensor:
-        """As the stock class's, whose argument may be given by this name."""
-        return super().forward(hidden_state)
-
-    def _parts(self) -> Parts | Decline:
-        return _parts_of(self)
-
-
-class FusedBottleNeckLayer(FusedModule, resnet.ResNetBottleNeckLayer):  # type: ignore[misc]
+class FusedBottleNeckLayer(_FusedLayer, resnet.ResNetBottleNeckLayer):  # type: ignore[misc]
     """transformers' ResNetBottleNeckLayer, fused."""
-
-    _inner: ClassVar[dict[Any, Any]] = _INNER
-
-    def forward(self, hidden_state: Tensor) -> Tensor:
-        """As the stock class's, whose argument may be given by this name."""
-        return super().forward(hidden_state)
-
-    def _parts(self) -> Parts | Decline:
-        return _parts_of(self)
 
 
 class FusedConvLayer(FusedModule, resnet.ResNetConvLayer):  # type: ignore[misc]

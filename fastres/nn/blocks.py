@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor
@@ -25,44 +26,49 @@ class FusedModule(FusedParts):
         return super().forward(x) if out is None else out
 
 
-def two_layers(block: Any) -> Parts:
-    """The parts of a block with the attribute names of torchvision's BasicBlock."""
+def post_activation(block: Any, count: int) -> Parts:
+    """The parts of a block of `count` convolutions with torchvision's attribute names."""
     m = block._modules
     relu = m["relu"]
-    units = (Steps(m["conv1"], m["bn1"], relu), Steps(m["conv2"], m["bn2"]))
-    return Parts(units, relu, projection=block.downsample)
+    units = [Steps(m[f"conv{i}"], m[f"bn{i}"], relu) for i in range(1, count + 1)]
+    units[-1] = units[-1]._replace(act=None)
+    return Parts(tuple(units), relu, projection=block.downsample)
 
 
-def three_layers(block: Any) -> Parts:
-    """The parts of a block with the attribute names of torchvision's Bottleneck."""
+def with_attention(parts: Parts, block: Any) -> Parts:
+    """The parts of a block with its attention and its stochastic depth behind the last norm."""
+    m = block._modules
+    last = parts.units[-1]._replace(drop=m["drop_path"])
+    return parts._replace(units=(*parts.units[:-1], last), gate=m["attention"])
+
+
+def pre_activation(block: Any, count: int, shortcut: str) -> Parts:
+    """The parts of a pre-activation block: a unit ends where the next convolution begins."""
     m = block._modules
     relu = m["relu"]
-    units = (
-        Steps(m["conv1"], m["bn1"], relu),
-        Steps(m["conv2"], m["bn2"], relu),
-        Steps(m["conv3"], m["bn3"]),
-    )
-    return Parts(units, relu, projection=block.downsample)
+    inner = [Steps(m[f"conv{i}"], m[f"bn{i + 1}"], relu) for i in range(1, count)]
+    last = Steps(m[f"conv{count}"], drop=m["drop_path"])
+    units = (Steps(None, m["bn1"], relu), *inner, last)
+    return Parts(units, None, shortcut, block.downsample)
 
 
-def _class_for(cls: type[Any], own: type[Any], name: str) -> type[Any]:
-    """`own`, or its subclass that torchvision's ResNet recognises, where that is in use."""
-    if cls is not own or "torchvision.models.resnet" not in sys.modules:
-        return cls
-    try:
-        from fastres.nn import _torchvision
-    except Exception:
-        return cls
-    found: type[Any] = getattr(_torchvision, name)
-    return found
+class _AsTorchvision(FusedModule):
+    """Makes torchvision's classes of the same name bases of ours once torchvision is in use.
+
+    Its ResNet tells blocks apart by isinstance when it sets their last norm to zero.
+    """
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        resnet = sys.modules.get("torchvision.models.resnet")
+        for ours in (BasicBlock, Bottleneck):
+            theirs = getattr(resnet, ours.__name__, None)
+            if theirs is not None and theirs not in ours.__mro__:
+                with suppress(TypeError):  # A user's subclass has the two in another order.
+                    ours.__bases__ = (*ours.__bases__, theirs)  # type: ignore[misc]
+        return super().__new__(cls)
 
 
-def rebuild(cls: Any) -> Any:
-    """An empty block of the class `cls`: the one that suits the process that loads it."""
-    return cls.__new__(cls)
-
-
-class BasicBlock(FusedModule, stock.BasicBlock):
+class BasicBlock(_AsTorchvision, stock.BasicBlock):
     """Drop-in for torchvision's BasicBlock, run as one fused operation.
 
     Arguments, attributes, parameters, errors and results are those of
@@ -70,16 +76,11 @@ class BasicBlock(FusedModule, stock.BasicBlock):
     `fastres.explain` says why.
     """
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> BasicBlock:
-        own = _class_for(cls, BasicBlock, "BasicBlock")
-        made: BasicBlock = super().__new__(own)
-        return made
-
     def _parts(self) -> Parts:
-        return two_layers(self)
+        return post_activation(self, 2)
 
 
-class Bottleneck(FusedModule, stock.Bottleneck):
+class Bottleneck(_AsTorchvision, stock.Bottleneck):
     """Drop-in for torchvision's Bottleneck, run as one fused operation.
 
     Arguments, attributes, parameters, errors and results are those of
@@ -87,10 +88,43 @@ class Bottleneck(FusedModule, stock.Bottleneck):
     `fastres.explain` says why.
     """
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Bottleneck:
-        own = _class_for(cls, Bottleneck, "Bottleneck")
-        made: Bottleneck = super().__new__(own)
-        return made
+    def _parts(self) -> Parts:
+        return post_activation(self, 3)
+
+
+class SEBasicBlock(FusedModule, stock.SEBasicBlock):
+    __doc__ = stock.SEBasicBlock.__doc__
 
     def _parts(self) -> Parts:
-        return three_layers(self)
+        return with_attention(post_activation(self, 2), self)
+
+
+class SEBottleneck(FusedModule, stock.SEBottleneck):
+    __doc__ = stock.SEBottleneck.__doc__
+
+    def _parts(self) -> Parts:
+        return with_attention(post_activation(self, 3), self)
+
+
+class PreActBasicBlock(FusedModule, stock.PreActBasicBlock):
+    __doc__ = stock.PreActBasicBlock.__doc__
+
+    def _parts(self) -> Parts:
+        return pre_activation(self, 2, self.shortcut)
+
+
+class PreActBottleneck(FusedModule, stock.PreActBottleneck):
+    __doc__ = stock.PreActBottleneck.__doc__
+
+    def _parts(self) -> Parts:
+        return pre_activation(self, 3, self.shortcut)
+
+
+class WideBasicBlock(FusedModule, stock.WideBasicBlock):
+    __doc__ = stock.WideBasicBlock.__doc__
+
+    def _parts(self) -> Parts:
+        shortcut = "input" if self.downsample is None else "activated"
+        parts = pre_activation(self, 2, shortcut)
+        first, middle, last = parts.units
+        return parts._replace(units=(first, middle._replace(drop=self._modules["dropout"]), last))

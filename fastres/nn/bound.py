@@ -43,17 +43,17 @@ class Bound:
         """Whether everything is still as it was when the match was made."""
         try:
             for child, cls, attributes, identities in ((module, *self._block), *self._seen):
-                own = child.__dict__
-                now = [*own["_parameters"].values(), *own["_buffers"].values()]
-                now += own["_modules"].values()
-                if type(child) is not cls or own != attributes or [*map(id, now)] != identities:
+                now = child.__dict__
+                tensors = [*now["_parameters"].values(), *now["_buffers"].values()]
+                tensors += now["_modules"].values()
+                if type(child) is not cls or now != attributes or [*map(id, tensors)] != identities:
                     return False
                 # The module's own hooks run around its forward, as ever.
                 if child is not module and (
-                    own["_forward_hooks"]
-                    or own["_forward_pre_hooks"]
-                    or own["_backward_hooks"]
-                    or own["_backward_pre_hooks"]
+                    now["_forward_hooks"]
+                    or now["_forward_pre_hooks"]
+                    or now["_backward_hooks"]
+                    or now["_backward_pre_hooks"]
                 ):
                     return False
             return True

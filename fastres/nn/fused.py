@@ -22,8 +22,7 @@ from fastres.block.call import autocasts, execute
 from fastres.block.check import why_not_settings
 from fastres.kernels import memory_format_of
 from fastres.nn.bound import bound_of, simple
-from fastres.nn.drop import draw
-from fastres.nn.gate import excite
+from fastres.nn.factors import draw, excite
 from fastres.nn.genuine import as_written
 from fastres.nn.match import Decline, Match, Parts, match, why_not_now
 
@@ -81,9 +80,9 @@ def _run_gated(matched: Match, gate: nn.Module, x: Tensor) -> Tensor | None:
         if index == last:
             factor = factor * draw(module, raw, raw.shape, memory_format_of(raw))
     block, residual = _behind(matched.block), _shortcut(matched, x, raw.dtype)
-    found = try_layers(raw, block, [Layer(_SCALED, running_mean=stats, factor=factor)], residual)
-    if found is not None:
-        return found
+    out = try_layers(raw, block, [Layer(_SCALED, running_mean=stats, factor=factor)], residual)
+    if out is not None:
+        return out
     # A factor of an odd shape: torch broadcasts it, or says what is wrong with it.
     z = try_layers(raw, Block((_APPLIED,)), [Layer(_APPLIED, running_mean=stats)])
     assert z is not None
@@ -103,10 +102,10 @@ def _shortcut(matched: Match, x: Tensor, dtype: torch.dtype) -> Tensor | None:
         return None
     if block.projection is None:
         return x.to(dtype)
-    given = x if block.pool is None else block.pool.apply(x)
-    found = try_layers(given, Block((block.projection,)), matched.layers[-1:])
-    assert found is not None
-    return found
+    pooled = x if block.pool is None else block.pool.apply(x)
+    residual = try_layers(pooled, Block((block.projection,)), matched.layers[-1:])
+    assert residual is not None
+    return residual
 
 
 def with_factors(matched: Match, x: Tensor) -> list[Layer]:
@@ -163,8 +162,8 @@ def why_not_written(fused: Any) -> str | None:
     name = fused._replaces
     if fused._stock is not None and getattr(fused._stock, name) is not fused._stock_forward:
         return f"{fused._stock.__name__}.{name} is not what it was written as"
-    for cls, own in fused._inner.items():
-        if cls.forward is not own:
+    for cls, forward in fused._inner.items():
+        if cls.forward is not forward:
             return f"{cls.__name__}.forward is not what it was written as"
     return None
 
@@ -195,9 +194,10 @@ class FusedParts(nn.Module):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         behind = cls.__mro__[cls.__mro__.index(FusedParts) + 1 :]
-        own = [c for c in behind if cls._replaces in c.__dict__ and c is not nn.Module]
-        if own and own[0] is not cls._stock:
-            cls._stock, cls._stock_forward = own[0], as_written(own[0], cls._replaces)
+        plain = getattr(nn.Module, cls._replaces, None)
+        stock = next((c for c in behind if getattr(c, cls._replaces, plain) is not plain), None)
+        if stock not in (None, cls._stock):
+            cls._stock, cls._stock_forward = stock, as_written(stock, cls._replaces)
 
     def _parts(self) -> Parts | Decline:
         raise NotImplementedError(f"{type(self).__name__} must define _parts")
@@ -214,5 +214,5 @@ class FusedParts(nn.Module):
 
     def matched(self) -> Match | None:
         """What would be run fused, in the terms of `fastres.block`; None where it is not."""
-        found = match(parts_now(self, type(self)))
-        return found if isinstance(found, Match) else None
+        matched = match(parts_now(self, type(self)))
+        return matched if isinstance(matched, Match) else None

@@ -31,11 +31,11 @@ __all__ = [
 
 def as_written(owner: Any, name: str) -> Any:
     """owner.<name>, or None where it is already somebody else's when it is first looked at."""
-    found = getattr(owner, name)
-    home = getattr(found, "__globals__", {}).get("__name__")
+    function = getattr(owner, name)
+    home = getattr(function, "__globals__", {}).get("__name__")
     classes = getattr(owner, "__mro__", ())
     written = next((c.__module__ for c in classes if name in c.__dict__), owner.__name__)
-    return found if home in (None, written) else None
+    return function if home in (None, written) else None
 
 
 _WATCHED: tuple[tuple[Any, str], ...] = (
@@ -56,7 +56,7 @@ def replaced() -> str | None:
     )  # fmt: skip
     if now == _WRITTEN:
         return None
-    for (owner, name), own, found in zip(_WATCHED, _WRITTEN, now, strict=True):
-        if own is not found:
+    for (owner, name), written, function in zip(_WATCHED, _WRITTEN, now, strict=True):
+        if written is not function:
             return f"{owner.__name__}.{name} is not torch's own"
     return None

@@ -17,8 +17,7 @@ from torch.nn.modules import module as _module
 from fastres.block import Block, Layer, Norm, PoolSpec, Unit, pair
 from fastres.block.layers import is_size
 from fastres.kernels import Conv
-from fastres.nn.drop import draws, works
-from fastres.nn.gate import is_gate, why_not_gate
+from fastres.nn import factors
 from fastres.nn.genuine import AvgPool2d, BatchNorm2d, Conv2d, Identity, ReLU, Sequential, replaced
 
 
@@ -40,7 +39,7 @@ class Steps(NamedTuple):
     """The children that make up one unit, in the order of the data; nn.Identity is none.
 
     `drop` multiplies what the others give by random numbers: dropout or stochastic depth, see
-    `fastres.nn.drop`.
+    `fastres.nn.factors`.
     """
 
     conv: nn.Module | None = None
@@ -69,7 +68,7 @@ class Parts(NamedTuple):
         identities: parts that must compute nothing: nn.Identity, or None.
         wrappers: modules around the children whose own hooks count too.
         gate: what scales the main path by a factor of its own mean, before the last unit's `drop`;
-            see `fastres.nn.gate`.
+            see `fastres.nn.factors`.
     """
 
     units: tuple[Steps, ...]
@@ -139,9 +138,9 @@ def match(parts: Parts | Decline) -> Match | Decline:
         return decline
     units = _units_of(parts.units)
     end, gate = activation_of(parts.end), gate_of(parts)
-    for found in (units, end, gate):
-        if isinstance(found, Decline):
-            return found
+    for part in (units, end, gate):
+        if isinstance(part, Decline):
+            return part
     assert isinstance(units, _Units) and isinstance(end, str) and not isinstance(gate, Decline)
     if not any([layer.unit.conv is not None for layer in units.layers]):
         return Decline(None, "nothing in it is a convolution")
@@ -203,13 +202,13 @@ def gate_of(parts: Parts) -> nn.Module | Decline | None:
     gate = parts.gate
     if gate is None or type(gate) is Identity:
         return None if gate is None else hooked(gate)
-    if not is_gate(gate):
+    if (known := factors.gate_of(gate)) is None:
         return Decline(gate, f"is a {type(gate).__name__}, which is not fused")
     if parts.shortcut == "activated":
         return Decline(gate, "stands in a block whose shortcut is its first activation")
     if (decline := hooked(gate)) is not None:
         return decline
-    return gate if (reason := why_not_gate(gate)) is None else Decline(gate, reason)
+    return gate if (reason := known.why_not(gate)) is None else Decline(gate, reason)
 
 
 def _with_projection(matched: Match, shortcut: nn.Module | Projection) -> Match | Decline:
@@ -249,7 +248,7 @@ def layer_of(steps: Steps) -> Layer | Decline:
     spec = weight = bias = None
     if conv is not None:
         spec = Conv(pair(conv.stride), pair(conv.padding), pair(conv.dilation), conv.groups)  # type: ignore[arg-type]
-        weight, bias = parameter(conv, "weight"), parameter(conv, "bias")
+        weight, bias = tensor_of(conv, "weight"), tensor_of(conv, "bias")
     if norm is None:
         return Layer(Unit(spec, None, name, scale), weight, bias)
     return _with_norm(norm, spec, name, scale)._replace(weight=weight, bias=bias)  # type: ignore[arg-type]
@@ -277,8 +276,8 @@ def _activation_behind(norm: nn.Module | None, act: nn.Module | None) -> str | D
     behind = _NORM_ACTS.get(type(norm))
     if behind is None or isinstance(outer, Decline):
         return outer
-    *rest, own = behind(norm)
-    inner = _why_not_identities(rest) or activation_of(own)
+    *rest, last = behind(norm)
+    inner = _why_not_identities(rest) or activation_of(last)
     if isinstance(inner, Decline) or outer == "none":
         return inner
     # A second ReLU changes nothing.
@@ -291,7 +290,7 @@ def _with_norm(norm: nn.BatchNorm2d, conv: Conv | None, act: str, scale: bool) -
     source = "running" if known and not norm.training else "batch"
     return Layer(
         Unit(conv, Norm(norm.eps, source), act, scale), None, None,
-        parameter(norm, "weight"), parameter(norm, "bias"), running_mean, running_var, None,
+        tensor_of(norm, "weight"), tensor_of(norm, "bias"), running_mean, running_var, None,
         norm.training, momentum, counter,
     )  # fmt: skip
 
@@ -315,9 +314,9 @@ def drops(module: nn.Module | None) -> bool | Decline:
     """Whether a unit's `drop` multiplies by a factor now; in evaluation it does nothing."""
     if module is None or type(module) is Identity:
         return False if module is None else hooked(module) or False
-    if not draws(module):
+    if (known := factors.drop_of(module)) is None:
         return Decline(module, f"is a {type(module).__name__}, which is not fused")
-    return hooked(module) or works(module)
+    return hooked(module) or known.works(module)
 
 
 #: torch's modules without settings of their own, by the activation that they compute.
@@ -349,7 +348,7 @@ def why_not_state(norm: nn.BatchNorm2d) -> Decline | None:
     """Why the settings and tensors of a batch norm cannot be fused, or None."""
     if norm.momentum is not None and type(norm.momentum) not in (float, int):
         return Decline(norm, f"has a {type(norm.momentum).__name__} for momentum")
-    if (buffer(norm, "running_mean") is None) is not (buffer(norm, "running_var") is None):
+    if (tensor_of(norm, "running_mean") is None) is not (tensor_of(norm, "running_var") is None):
         return Decline(norm, "has only one of its running statistics")
     return odd_tensor(norm, norm._parameters) or odd_tensor(norm, norm._buffers)
 
@@ -362,18 +361,13 @@ def odd_tensor(module: nn.Module, table: dict[str, Any]) -> Decline | None:
     return None
 
 
-def parameter(module: nn.Module, name: str) -> Tensor | None:
-    """module.<name>, without the detour that torch's attribute lookup takes."""
-    own = module._parameters
-    found: Tensor | None = own[name] if name in own else getattr(module, name)
-    return found
-
-
-def buffer(module: nn.Module, name: str) -> Tensor | None:
-    """module.<name> for a buffer; as `parameter`."""
-    own = module._buffers
-    found: Tensor | None = own[name] if name in own else getattr(module, name)
-    return found
+def tensor_of(module: nn.Module, name: str) -> Tensor | None:
+    """A parameter or buffer, without the detour that torch's attribute lookup takes."""
+    for table in (module._parameters, module._buffers):
+        if name in table:
+            return table[name]
+    tensor: Tensor | None = getattr(module, name)
+    return tensor
 
 
 def running_of(
@@ -381,14 +375,14 @@ def running_of(
 ) -> tuple[Tensor | None, Tensor | None, float | None, Tensor | None]:
     """(running_mean, running_var, momentum, counter), as nn.BatchNorm2d.forward uses them."""
     if not norm.training:
-        return buffer(norm, "running_mean"), buffer(norm, "running_var"), 0.0, None
+        return tensor_of(norm, "running_mean"), tensor_of(norm, "running_var"), 0.0, None
     if not norm.track_running_stats:
         return None, None, 0.0, None
     return (
-        buffer(norm, "running_mean"),
-        buffer(norm, "running_var"),
+        tensor_of(norm, "running_mean"),
+        tensor_of(norm, "running_var"),
         norm.momentum,
-        buffer(norm, "num_batches_tracked"),
+        tensor_of(norm, "num_batches_tracked"),
     )
 
 

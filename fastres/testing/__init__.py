@@ -12,10 +12,10 @@ from fastres.testing.blocks import (
     FunctionalBlock,
     StockBlock,
 )
+from fastres.testing.builder import Call
 from fastres.testing.calls import calls
 from fastres.testing.cases import BENCH_CASES, CASES, VALUES, Case
 from fastres.testing.compare import assert_parity, assert_same_bits
-from fastres.testing.maker import Call
 from fastres.testing.modules import check_block
 from fastres.testing.parity import Outcome, check_implementation
 from fastres.testing.poison import poisoned_allocations

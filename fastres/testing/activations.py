@@ -27,27 +27,29 @@ def check_activation(name: str) -> None:
         AssertionError: saying what disagrees, and where.
         ValueError: for an unknown name.
     """
-    found = activation(name)
+    formulas = activation(name)
     v = torch.linspace(-_WIDEST, _WIDEST, _POINTS, dtype=torch.float64)
     v = v[v != 0].requires_grad_()
-    out = found.forward(v)
+    out = formulas.forward(v)
     (expected,) = torch.autograd.grad(out.sum(), v)
     v, out = v.detach(), out.detach()
-    derivative = found.derivative(v)
+    derivative = formulas.derivative(v)
     # Both round a handful of operations on terms of about |act'| and |v|.
     allowed = 64 * torch.finfo(v.dtype).eps * (1 + v.abs())
     _hold(name, "derivative must be that of forward", (derivative - expected).abs(), allowed, v)
-    _hold(name, "slope must bound |act'|", derivative.abs(), allowed + found.slope, v)
-    if found.gate is not None:
-        opened = found.gate(out).to(v.dtype)
+    _hold(name, "slope must bound |act'|", derivative.abs(), allowed + formulas.slope, v)
+    if formulas.gate is not None:
+        opened = formulas.gate(out).to(v.dtype)
         _hold(name, "gate must be the derivative", (opened - derivative).abs(), 0 * v, v)
     else:
         # A quotient divides the rounding of both its ends by the step.
-        smooth = torch.stack([(v[:-1] > k) | (v[1:] < k) for k in (*found.kinks, torch.inf)]).all(0)
+        smooth = torch.stack(
+            [(v[:-1] > k) | (v[1:] < k) for k in (*formulas.kinks, torch.inf)]
+        ).all(0)
         steps, width = derivative.diff().abs()[smooth], v.diff()[smooth]
-        room = found.curvature + 2 * allowed[1:][smooth] / width
+        room = formulas.curvature + 2 * allowed[1:][smooth] / width
         _hold(name, "curvature must bound |act''|", steps / width, room, v[1:][smooth])
-    _check_dtypes(name, found)
+    _check_dtypes(name, formulas)
 
 
 def _hold(name: str, what: str, value: Tensor, allowed: Tensor, v: Tensor) -> None:
@@ -60,13 +62,13 @@ def _hold(name: str, what: str, value: Tensor, allowed: Tensor, v: Tensor) -> No
         )
 
 
-def _check_dtypes(name: str, found: Activation) -> None:
+def _check_dtypes(name: str, formulas: Activation) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         v = torch.ones(2, 3, dtype=dtype)
-        for formula in (found.forward, found.derivative):
-            made = formula(v)
-            if (made.dtype, made.shape) != (dtype, v.shape):
+        for formula in (formulas.forward, formulas.derivative):
+            value = formula(v)
+            if (value.dtype, value.shape) != (dtype, v.shape):
                 raise AssertionError(
-                    f"activation {name!r}: formulas must keep {dtype} [2, 3], got {made.dtype} "
-                    f"{list(made.shape)}"
+                    f"activation {name!r}: formulas must keep {dtype} [2, 3], got {value.dtype} "
+                    f"{list(value.shape)}"
                 )

@@ -132,9 +132,9 @@ def _run(module: FusedParts, x: Tensor, training: bool) -> Tensor:
     matched = module.matched()
     if matched is None:
         raise ValueError(f"model must be fused throughout, got one that is not: {module.why_not()}")
-    chosen = current()
+    settings = current()
     block = matched.block._replace(
-        save=training, memory="balanced", backend=chosen.backend, level=chosen.level
+        save=training, memory="balanced", backend=settings.backend, level=settings.level
     )
     units = split_tensors([t for layer in matched.layers for t in layer.tensors])
     out, *saved = run_forward(block, x, None, units)
@@ -207,13 +207,13 @@ def _resources(binary: Any) -> Resources:
         file.flush()
         command = [knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    usage = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
     # More warps than were asked for, where some are added to load.
     shared, warps = binary.metadata.shared, _threads(binary.asm["ptx"]) // 32
-    return Resources(found["REG"], found["STACK"], found["LOCAL"], shared, warps, binary.asm["ptx"])
+    return Resources(usage["REG"], usage["STACK"], usage["LOCAL"], shared, warps, binary.asm["ptx"])
 
 
 def _threads(ptx: str) -> int:
-    found = re.search(r"\.(?:reqntid|maxntid) (\d+)", ptx)
-    assert found is not None
-    return int(found[1])
+    directive = re.search(r"\.(?:reqntid|maxntid) (\d+)", ptx)
+    assert directive is not None
+    return int(directive[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import zlib
 from dataclasses import dataclass, replace
 from typing import Any
@@ -63,10 +64,10 @@ class BlockCase:
             return self.shape[1]
         return self.width if self.kind == "basic" else 4 * self.width
 
-    def input(self, salt: str = "x", device: str = "cpu") -> Tensor:
+    def input(self, seed: str = "x", device: str = "cpu") -> Tensor:
         """The block's input."""
         case = Case(self.name, self.shape, self.dtype, self.channels_last, self.values)
-        return case.activation(salt, device=device)
+        return case.activation(seed, device=device)
 
     def stock(self, device: str = "cpu") -> StockBlock:
         """The block out of torch's modules, with its parameters drawn from the case's seed."""
@@ -92,11 +93,8 @@ class StockBlock(nn.Module):
         if case.kind == "bottleneck":
             stages = [(c, w, 1, {}), (w, w, 3, {**three, "stride": case.stride}), (w, k, 1, {})]
         pooled = case.shortcut == "pooled" and case.stride > 1
-        self.pool = (
-            nn.AvgPool2d(2, case.stride, ceil_mode=True, count_include_pad=False)
-            if (pooled)
-            else None
-        )
+        pool = nn.AvgPool2d(2, case.stride, ceil_mode=True, count_include_pad=False)
+        self.pool = pool if pooled else None
         if case.shortcut != "identity":
             stages.append((c, k, 1, {"stride": 1 if pooled else case.stride}))
         self.projects = case.shortcut != "identity"
@@ -140,8 +138,6 @@ class FunctionalBlock(StockBlock):
     @classmethod
     def of(cls, stock: StockBlock) -> FunctionalBlock:
         """Share nothing but the values: a copy of `stock` that runs fused."""
-        import copy
-
         fused = copy.deepcopy(stock)
         fused.__class__ = cls
         assert isinstance(fused, cls)
@@ -194,24 +190,24 @@ _SHORTCUTS: dict[str, dict[str, Any]] = {
 
 
 def _build() -> tuple[BlockCase, ...]:
-    found = []
+    cases = []
     for kind in ("basic", "bottleneck"):
         for name, changes in _SHORTCUTS.items():
-            found.append(replace(BlockCase(f"{kind}-{name}", kind), **changes))
+            cases.append(replace(BlockCase(f"{kind}-{name}", kind), **changes))
     for dtype in (torch.bfloat16, torch.float16):
         short = str(dtype).removeprefix("torch.")
         for name in ("identity", "strided"):
             # Large enough for several ReLUs to open in one run and not in another: the few of a
             # small block are luck.
             case = BlockCase(f"bottleneck-{name}-{short}", dtype=dtype, shape=(8, 32, 20, 20))
-            found.append(replace(case, **_SHORTCUTS[name]))
+            cases.append(replace(case, **_SHORTCUTS[name]))
     for values in ("large_mean", "constant", "outlier", "nan", "inf", "negative_zero"):
         shape = (8, 16, 12, 12) if values == "large_mean" else (4, 16, 6, 5)
-        found.append(BlockCase(f"bottleneck-{values}", values=values, shape=shape))
+        cases.append(BlockCase(f"bottleneck-{values}", values=values, shape=shape))
     # 16 values per channel: of 4, torch's own error is a matter of luck.
-    found.append(BlockCase("bottleneck-pixel", shape=(16, 16, 1, 1)))
-    found.append(BlockCase("basic-thin", "basic", (3, 1, 5, 5), 3, "projection"))
-    return tuple(found)
+    cases.append(BlockCase("bottleneck-pixel", shape=(16, 16, 1, 1)))
+    cases.append(BlockCase("basic-thin", "basic", (3, 1, 5, 5), 3, "projection"))
+    return tuple(cases)
 
 
 #: What the tests run on.

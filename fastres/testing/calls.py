@@ -25,42 +25,43 @@ from fastres.kernels import (
     is_channels_last,
     reference,
 )
-from fastres.testing.cases import Case
-from fastres.testing.maker import (
-    F64,
+from fastres.testing.builder import (
+    Builder,
     Call,
-    Maker,
     column,
     expanded,
     is_gate,
     tagged,
     unambiguous,
 )
+from fastres.testing.cases import Case
 
 
 def calls(primitive: str, case: Case, backend: str, device: str = "cpu") -> Iterator[Call]:
     """All calls of a primitive that a case stands for; none where it has no convolution."""
     if case.conv is None and primitive.startswith("conv_"):
         return
-    yield from _CALLS[primitive](Maker(case, backend, device))
+    yield from _CALLS[primitive](Builder(case, backend, device))
 
 
 # ---------------------------------------------------------------- batch norm, forward
 
 
-def _channel_stats(m: Maker) -> Iterator[Call]:
+def _state(m: Builder, y: Tensor) -> Tensor:
+    return m.as_returned("channel_stats", reference.channel_stats(y.to(torch.float64)))
+
+
+def _channel_stats(m: Builder) -> Iterator[Call]:
     y = m.x()
     yield Call("whole", m.request(y), (y,))
     if m.case.count and not m.case.exact:
-        prior = m.x("prior")
-        state = m.own("state", reference.channel_stats(prior.to(F64)))
-        yield Call("merged", m.request(y), (y, state, m.case.count))
+        yield Call("merged", m.request(y), (y, _state(m, m.x("prior")), m.case.count))
 
 
-def _finalize_stats(m: Maker) -> Iterator[Call]:
+def _finalize_stats(m: Builder) -> Iterator[Call]:
     y = m.x()
     c, count, acc = y.shape[1], m.case.count, acc_dtype(y.dtype)
-    state = m.own("state", reference.channel_stats(y.to(F64)))
+    state = _state(m, y)
     weight, bias = m.vector("w", c, 1.0), m.vector("b", c)
     request, more = m.request(y), {"acc": acc}
     yield Call("batch", request, (state, count, None, weight, bias, 1e-5), more)
@@ -74,7 +75,7 @@ def _finalize_stats(m: Maker) -> Iterator[Call]:
     yield Call("batch, expanded", request, (state, count, None, *one, 1e-5), more)
 
 
-def _scale_shift_act(m: Maker) -> Iterator[Call]:
+def _scale_shift_act(m: Builder) -> Iterator[Call]:
     y, r = m.x(), m.x("residual")
     stats, other = m.stats(y), m.stats(r, "residual")
     for act in ("none", *m.acts):
@@ -93,7 +94,7 @@ def _scale_shift_act(m: Maker) -> Iterator[Call]:
             yield Call(tagged("mask", act), request, (y, stats), masked)
 
 
-def _add_act(m: Maker) -> Iterator[Call]:
+def _add_act(m: Builder) -> Iterator[Call]:
     x, r = m.x(), m.x("residual")
     gates = [act for act in m.acts if is_gate(act)]
     for act, want in (("none", False), *((act, want) for act in gates for want in (False, True))):
@@ -102,7 +103,7 @@ def _add_act(m: Maker) -> Iterator[Call]:
         yield Call(label, m.request(x, act=act), (x, r), more)
 
 
-def _update_running(m: Maker) -> Iterator[Call]:
+def _update_running(m: Builder) -> Iterator[Call]:
     """Two batch norms of which the second one's momentum varies; it may have no buffers at all."""
     if m.case.count < 2:
         return
@@ -121,7 +122,7 @@ def _update_running(m: Maker) -> Iterator[Call]:
 # ---------------------------------------------------------------- batch norm, backward
 
 
-def _gates(m: Maker, grad: Tensor, y: Tensor, stats: Tensor) -> Iterator[tuple[Tensor, Gate]]:
+def _gates(m: Builder, grad: Tensor, y: Tensor, stats: Tensor) -> Iterator[tuple[Tensor, Gate]]:
     """(gradient, gate) for every kind of gate that an activation has."""
     last = is_channels_last(y)
     yield grad, Gate("none", None, "none")
@@ -129,31 +130,34 @@ def _gates(m: Maker, grad: Tensor, y: Tensor, stats: Tensor) -> Iterator[tuple[T
         if not is_gate(act):
             yield unambiguous(grad, y, stats, act), Gate("affine", None, act)
             continue
-        yield grad, Gate("mask", reference.pack_mask(m.open_gate(y), last), act)
+        yield grad, m.mask(y, act)
         clear = grad if m.case.exact else unambiguous(grad, y, stats, act)
         yield clear, Gate("affine", None, act)
         out, _ = reference.scale_shift_act(y, stats, act=act, channels_last=last)
         yield grad, Gate("out", out, act)
 
 
-def _bn_act_backward_reduce(m: Maker) -> Iterator[Call]:
-    y, side, grad = m.x(), m.x("side"), m.grad()
-    one, two = Branch(y, m.stats(y)), Branch(side, m.stats(side, "side"))
-    prior = m.own("sums", m.vector("prior", 3 * y.shape[1]).view(3, -1))
+def _branches(m: Builder) -> tuple[Branch, Branch]:
+    """The main path's branch and the projection's."""
+    y, side = m.x(), m.x("side")
+    return Branch(y, m.stats(y)), Branch(side, m.stats(side, "side"))
+
+
+def _bn_act_backward_reduce(m: Builder) -> Iterator[Call]:
+    y, grad, (one, two) = m.x(), m.grad(), _branches(m)
+    prior = m.as_returned("bn_act_backward_reduce", m.vector("prior", 3 * y.shape[1]).view(3, -1))
     for g, gate in _gates(m, grad, y, one.stats):
         request, args = m.request(y, act=gate.act), (g, gate, (one,))
         yield Call(tagged(gate.kind, gate.act), request, args)
         if not is_gate(gate.act):
             yield Call(tagged("added", gate.act), request, args, {"sums": prior})
-    request = m.request(y, act="relu")
-    mask = Gate("mask", reference.pack_mask(m.open_gate(y), is_channels_last(y)))
+    request, mask = m.request(y, act="relu"), m.mask(y)
     yield Call("two branches", request, (grad, mask, (one, two)))
     yield Call("added", request, (grad, mask, (one, two)), {"sums": prior})
 
 
-def _bn_act_backward_apply(m: Maker) -> Iterator[Call]:
-    y, side, grad = m.x(), m.x("side"), m.grad()
-    one, two = Branch(y, m.stats(y)), Branch(side, m.stats(side, "side"))
+def _bn_act_backward_apply(m: Builder) -> Iterator[Call]:
+    y, grad, (one, two) = m.x(), m.grad(), _branches(m)
     count, more = m.case.count, {"want_grads": (True,)}
     for g, gate in _gates(m, grad, y, one.stats):
         request, label = m.request(y, act=gate.act), tagged(gate.kind, gate.act)
@@ -162,8 +166,7 @@ def _bn_act_backward_apply(m: Maker) -> Iterator[Call]:
         yield Call(f"{label}, running statistics", request, (*args, 0), more)
         if not is_gate(gate.act):
             yield Call(tagged("in place", gate.act), request, (*args, count), more, 0)
-    request = m.request(y, act="relu")
-    mask = Gate("mask", reference.pack_mask(m.open_gate(y), is_channels_last(y)))
+    request, mask = m.request(y, act="relu"), m.mask(y)
     sums = _sums(m, grad, mask, (one, two))
     for want in ((True, True), (False, True), (True, False)):
         wishes = {"want_grads": want, "want_residual": want[0]}
@@ -173,7 +176,7 @@ def _bn_act_backward_apply(m: Maker) -> Iterator[Call]:
     yield Call("in place", request, alone, more, 0)
 
 
-def _bn_act_forward(m: Maker) -> Iterator[Call]:
+def _bn_act_forward(m: Builder) -> Iterator[Call]:
     if m.case.exact or not m.case.count:  # it divides and takes a root
         return
     y, r = m.x(), m.x("residual")
@@ -183,36 +186,33 @@ def _bn_act_forward(m: Maker) -> Iterator[Call]:
     yield Call("plain", m.request(y), (y, None, None, 1e-3))
     relu = m.request(y, act="relu")
     for act in m.acts:
-        given = (y, weight, bias, 1e-5)
-        yield Call(tagged("inner", act), m.request(y, act=act), given, {"act": act})
+        args = (y, weight, bias, 1e-5)
+        yield Call(tagged("inner", act), m.request(y, act=act), args, {"act": act})
     views = (y, column(weight), expanded(bias), 1e-5)
     yield Call("inner, views", relu, views, {"act": "relu"})
     yield Call("residual", relu, (y, weight, bias, 1e-5), {**end, "want_mask": True})
     yield Call("projection", relu, (y, weight, bias, 1e-5), {**end, "residual_stats": other})
 
 
-def _bn_act_backward(m: Maker) -> Iterator[Call]:
-    y, side, grad = m.x(), m.x("side"), m.grad()
-    one, two = Branch(y, m.stats(y)), Branch(side, m.stats(side, "side"))
+def _bn_act_backward(m: Builder) -> Iterator[Call]:
+    y, grad, (one, two) = m.x(), m.grad(), _branches(m)
     for g, gate in _gates(m, grad, y, one.stats):
         request = m.request(y, act=gate.act)
         yield Call(tagged(gate.kind, gate.act), request, (g, gate, (one,), m.case.count))
-    request = m.request(y, act="relu")
-    mask = Gate("mask", reference.pack_mask(m.open_gate(y), is_channels_last(y)))
+    request, mask = m.request(y, act="relu"), m.mask(y)
     both, more = (grad, mask, (one, two), m.case.count), {"want_residual": True}
     yield Call("two branches", request, both)
     yield Call("residual", request, (grad, mask, (one,), m.case.count), more)
     yield Call("running statistics", request, (grad, mask, (one,), 0), more)
 
 
-def _sums(m: Maker, grad: Tensor, gate: Gate, branches: tuple[Branch, ...]) -> Tensor:
-    found = reference.bn_act_backward_reduce(
-        grad, gate, branches, channels_last=is_channels_last(grad)
-    )
-    return m.own("sums", found)
+def _sums(m: Builder, grad: Tensor, gate: Gate, branches: tuple[Branch, ...]) -> Tensor:
+    last = is_channels_last(grad)
+    sums = reference.bn_act_backward_reduce(grad, gate, branches, channels_last=last)
+    return m.as_returned("bn_act_backward_reduce", sums)
 
 
-def _act_backward(m: Maker) -> Iterator[Call]:
+def _act_backward(m: Builder) -> Iterator[Call]:
     grad, x = m.grad(), m.x()
     for g, gate in _gates(m, grad, x, m.stats(x)):
         if gate.kind != "affine":
@@ -223,21 +223,21 @@ def _act_backward(m: Maker) -> Iterator[Call]:
 # ---------------------------------------------------------------- convolutions
 
 
-def _conv_request(m: Maker, x: Tensor, *features: str, act: str = "none") -> Request:
+def _conv_request(m: Builder, x: Tensor, *features: str, act: str = "none") -> Request:
     return m.request(
         x, act=act, conv=m.case.conv, weight=m.case.weight_shape, features=frozenset(features)
     )
 
 
-def _output_shape(m: Maker) -> tuple[int, int, int, int]:
+def _output_shape(m: Builder) -> tuple[int, int, int, int]:
     assert m.case.conv is not None
     n, _, *size = m.case.shape
     h, w = m.case.conv.output_size(size, m.case.kernel)
     return n, m.case.out_channels, h, w
 
 
-def _conv_forward(m: Maker) -> Iterator[Call]:
-    x, w, conv = m.x(), m.case.weight(device=m.device), m.case.conv
+def _conv_forward(m: Builder) -> Iterator[Call]:
+    x, w, conv = m.x(), m.weight, m.case.conv
     bias = m.vector("bias", m.case.out_channels).to(x.dtype)
     stats = m.stats(x)
     yield Call("plain", _conv_request(m, x), (x, w, None, conv))
@@ -252,18 +252,18 @@ def _conv_forward(m: Maker) -> Iterator[Call]:
         yield Call(tagged("both", act), both, (x, w, None, conv), more)
 
 
-def _conv_backward_data(m: Maker) -> Iterator[Call]:
-    x, w, conv = m.x(), m.case.weight(device=m.device), m.case.conv
+def _conv_backward_data(m: Builder) -> Iterator[Call]:
+    x, w, conv = m.x(), m.weight, m.case.conv
     grad_y = m.grad(shape=_output_shape(m))
     yield Call("plain", _conv_request(m, x), (grad_y, w, x, conv))
     more: dict[str, Any] = {"accumulate": m.grad("other")}
     yield Call("accumulate", _conv_request(m, x), (grad_y, w, x, conv), more)
-    owned = {**more, "overwrite": True}
-    yield Call("overwrite", _conv_request(m, x), (grad_y, w, x, conv), owned)
+    more = {**more, "overwrite": True}
+    yield Call("overwrite", _conv_request(m, x), (grad_y, w, x, conv), more)
 
 
-def _conv_backward_weight(m: Maker) -> Iterator[Call]:
-    x, w, conv = m.x(), m.case.weight(device=m.device), m.case.conv
+def _conv_backward_weight(m: Builder) -> Iterator[Call]:
+    x, w, conv = m.x(), m.weight, m.case.conv
     grad_y = m.grad(shape=_output_shape(m))
     yield Call("plain", _conv_request(m, x), (grad_y, x, w, conv))
     for act in m.acts:
@@ -272,8 +272,8 @@ def _conv_backward_weight(m: Maker) -> Iterator[Call]:
         yield Call(tagged("prologue", act), request, (grad_y, x, w, conv), more)
 
 
-def _conv_bn_act(m: Maker) -> Iterator[Call]:
-    x, w, conv = m.x(), m.case.weight(device=m.device), m.case.conv
+def _conv_bn_act(m: Builder) -> Iterator[Call]:
+    x, w, conv = m.x(), m.weight, m.case.conv
     shape = _output_shape(m)
     y = reference.conv_forward(x, w, None, conv)[0]
     bias = m.vector("bias", shape[1]).to(x.dtype)
@@ -287,7 +287,7 @@ def _conv_bn_act(m: Maker) -> Iterator[Call]:
         yield Call(f"{act}, bias column", request, (x, w, column(bias), conv, m.stats(y)), more)
 
 
-def _conv_backward(m: Maker) -> Iterator[Call]:
+def _conv_backward(m: Builder) -> Iterator[Call]:
     """The composite: gated gradient of this unit in, gradients and the previous unit's sums out."""
     for act in m.acts:
         below = _below(m, act)
@@ -300,25 +300,24 @@ def _conv_backward(m: Maker) -> Iterator[Call]:
             for label, more in wishes.items():
                 kind = tagged(f"{pending.gate.kind}, {batch}, {label}", act)
                 request = _conv_request(m, below.y, act=act)
-                args = (pending, below.y, m.case.weight(device=m.device), m.case.conv)
+                args = (pending, below.y, m.weight, m.case.conv)
                 yield Call(kind, request, args, more)
 
 
-def _pending(m: Maker, x: Tensor, act: str) -> Iterator[PendingGrad]:
+def _pending(m: Builder, x: Tensor, act: str) -> Iterator[PendingGrad]:
     """Gradients of the output of the unit that is given x, for both kinds of statistics."""
-    y, _ = reference.conv_forward(x, m.case.weight(device=m.device), None, m.case.conv)
+    y, _ = reference.conv_forward(x, m.weight, None, m.case.conv)
     y = dense(y, torch.channels_last if m.case.channels_last else torch.contiguous_format)
     branch, grad = Branch(y, m.stats(y)), m.grad(shape=tuple(y.shape))
     gates = [(unambiguous(grad, y, branch.stats, act), Gate("affine", None, act))]
     if is_gate(act):
-        mask = Gate("mask", reference.pack_mask(m.open_gate(y), is_channels_last(y)), act)
-        gates = [(grad, mask), *gates]
+        gates = [(grad, m.mask(y, act)), *gates]
     for g, gate in gates:
         for count in (y.numel() // y.shape[1], 0):
             yield PendingGrad(g, gate, branch, _sums(m, g, gate, (branch,)), count)
 
 
-def _below(m: Maker, act: str) -> Branch:
+def _below(m: Builder, act: str) -> Branch:
     """The previous unit's raw output, moved off the places where its gate would be ambiguous."""
     raw = m.x()
     stats = m.stats(raw, "below")
@@ -330,17 +329,16 @@ def _below(m: Maker, act: str) -> Branch:
 
 
 def _wishes(
-    m: Maker, x: Tensor, prologue: Prologue, reduce: tuple[Gate, Branch]
+    m: Builder, x: Tensor, prologue: Prologue, reduce: tuple[Gate, Branch]
 ) -> dict[str, dict[str, Any]]:
     """What the engine asks of a unit's backward, by name."""
-    gate = Gate("mask", reference.pack_mask(m.open_gate(x), is_channels_last(x)))
     common: dict[str, Any] = {
         "prologue": None, "want_x": True, "want_weight": True, "accumulate": None, "reduce": None,
     }  # fmt: skip
     return {
         "first": common,
         "added": {**common, "accumulate": m.grad("other")},
-        "gated": {**common, "accumulate": Gated(m.grad("other"), gate)},
+        "gated": {**common, "accumulate": Gated(m.grad("other"), m.mask(x))},
         "inner": {**common, "prologue": prologue, "reduce": reduce},
         "kept": {**common, "reduce": reduce},
         "data only": {**common, "want_weight": False},
@@ -348,7 +346,7 @@ def _wishes(
     }
 
 
-_CALLS: dict[str, Callable[[Maker], Iterator[Call]]] = {
+_CALLS: dict[str, Callable[[Builder], Iterator[Call]]] = {
     "channel_stats": _channel_stats,
     "finalize_stats": _finalize_stats,
     "scale_shift_act": _scale_shift_act,

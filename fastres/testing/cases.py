@@ -1,6 +1,6 @@
 """One table of cases: what every implementation is tested on, and what is benchmarked.
 
-A case is plain data. Its tensors are made from a seed on the CPU and then moved, so that the same
+A case is plain data. Its tensors are drawn from a seed on the CPU and then moved, so that the same
 case holds the same numbers on every device.
 """
 
@@ -65,24 +65,24 @@ class Case:
         """Whether every sum of the case is exact in float32, so that results compare by bits."""
         return self.values == "integers"
 
-    def generator(self, salt: str = "") -> torch.Generator:
-        """A generator seeded by the case's name and `salt`, the same in every process."""
-        return torch.Generator().manual_seed(zlib.crc32(f"{self.name}/{salt}".encode()))
+    def generator(self, seed: str = "") -> torch.Generator:
+        """A generator seeded by the case's name and `seed`, the same in every process."""
+        return torch.Generator().manual_seed(zlib.crc32(f"{self.name}/{seed}".encode()))
 
     def activation(
-        self, salt: str, *, shape: Sequence[int] | None = None, device: str = "cpu"
+        self, seed: str, *, shape: Sequence[int] | None = None, device: str = "cpu"
     ) -> Tensor:
         """An activation of the case's shape (or `shape`), dtype, layout and values."""
-        t = _fill(self.values, tuple(shape or self.shape), self.generator(salt))
+        t = _fill(self.values, tuple(shape or self.shape), self.generator(seed))
         fmt = torch.channels_last if self.channels_last else torch.contiguous_format
         return dense(t.to(self.dtype), fmt).to(device)
 
     def gradient(
-        self, salt: str, *, shape: Sequence[int] | None = None, device: str = "cpu"
+        self, seed: str, *, shape: Sequence[int] | None = None, device: str = "cpu"
     ) -> Tensor:
         """A gradient beside the activations: normal, or integers where those are."""
         plain = replace(self, values="integers" if self.exact else "normal")
-        return plain.activation(salt, shape=shape, device=device)
+        return plain.activation(seed, shape=shape, device=device)
 
     @property
     def weight_shape(self) -> tuple[int, int, int, int]:
@@ -90,11 +90,11 @@ class Case:
         assert self.conv is not None
         return self.out_channels, self.shape[1] // self.conv.groups, *self.kernel
 
-    def weight(self, salt: str = "weight", *, device: str = "cpu") -> Tensor:
+    def weight(self, seed: str = "weight", *, device: str = "cpu") -> Tensor:
         """A convolution weight [K, C/groups, kh, kw], scaled to keep the output's variance."""
         shape = self.weight_shape
         fan_in = shape[1] * shape[2] * shape[3]
-        g = self.generator(salt)
+        g = self.generator(seed)
         if self.exact:
             w = torch.randint(-1, 2, shape, generator=g).float()
         else:
@@ -103,11 +103,11 @@ class Case:
         return w.to(self.dtype).contiguous(memory_format=fmt).to(device)
 
     def vector(
-        self, salt: str, size: int, *, near: float = 0.0, dtype: torch.dtype = torch.float32,
+        self, seed: str, size: int, *, near: float = 0.0, dtype: torch.dtype = torch.float32,
         device: str = "cpu",
     ) -> Tensor:  # fmt: skip
         """A parameter [size] around `near`, a power of two or an integer in exact cases."""
-        g = self.generator(salt)
+        g = self.generator(seed)
         if self.exact:
             v = torch.randint(-1, 2, (size,), generator=g).float()
             v = v if near == 0 else 2.0**v
@@ -162,11 +162,7 @@ _GEOMETRIES = {
     "stride2": {"conv": Conv((2, 2), (1, 1)), "kernel": (3, 3)},
     "dilated": {"conv": Conv((1, 1), (2, 2), (2, 2)), "kernel": (3, 3)},
     "groups": {"conv": Conv((1, 1), (1, 1), (1, 1), 4), "kernel": (3, 3)},
-    "depthwise": {
-        "conv": Conv((2, 1), (1, 1), (1, 1), 16),
-        "kernel": (3, 3),
-        "out_channels": 16,
-    },
+    "depthwise": {"conv": Conv((2, 1), (1, 1), (1, 1), 16), "kernel": (3, 3), "out_channels": 16},
     "groups of 16": {
         "conv": Conv((2, 2), (1, 1), (1, 1), 2),
         "kernel": (3, 3),
@@ -175,12 +171,7 @@ _GEOMETRIES = {
     },
     "1x1": {"conv": _POINTWISE, "kernel": (1, 1)},
     "1x1stride2": {"conv": Conv((2, 2)), "kernel": (1, 1)},
-    "1x1wide": {
-        "conv": _POINTWISE,
-        "kernel": (1, 1),
-        "out_channels": 96,
-        "shape": (2, 32, 4, 4),
-    },
+    "1x1wide": {"conv": _POINTWISE, "kernel": (1, 1), "out_channels": 96, "shape": (2, 32, 4, 4)},
     "5x3": {"conv": Conv((1, 2), (2, 1)), "kernel": (5, 3), "out_channels": 3},
     "unpadded": {"conv": Conv(), "kernel": (3, 3)},
 }
@@ -207,25 +198,25 @@ def _named(**changes: object) -> list[Case]:
 
 def _build() -> tuple[Case, ...]:
     low = (torch.bfloat16, torch.float16)
-    found: list[Case] = []
+    cases: list[Case] = []
     for shape in _SHAPES:
-        found += _named(shape=shape, conv=_POINTWISE, kernel=(1, 1))
+        cases += _named(shape=shape, conv=_POINTWISE, kernel=(1, 1))
     for dtype in (torch.float64, *low):
-        found += _named(dtype=dtype)
-        found += _named(dtype=dtype, shape=(3, 17, 5, 1))
+        cases += _named(dtype=dtype)
+        cases += _named(dtype=dtype, shape=(3, 17, 5, 1))
     for values in VALUES[1:]:
         shape = (8, 16, 4, 4) if values == "integers" else (4, 17, 5, 4)
         for dtype in (torch.float32, torch.bfloat16):
-            found += _named(values=values, dtype=dtype, shape=shape, every_act=values == "tails")
+            cases += _named(values=values, dtype=dtype, shape=shape, every_act=values == "tails")
     vectors = {"values": "tails", "shape": (4, 24, 4, 4), "conv": None, "every_act": True}
     for dtype, layout in zip((torch.float32, torch.float64, *low), (0, 1, 1, 0), strict=True):
-        found.append(_named(dtype=dtype, **vectors)[layout])
+        cases.append(_named(dtype=dtype, **vectors)[layout])
     for geometry, changes in _GEOMETRIES.items():
         for dtype in (torch.float32, torch.bfloat16):
             case = replace(_BASE, dtype=dtype, **changes)  # type: ignore[arg-type]
-            found += _layouts(replace(case, name=f"{geometry}-{_short(dtype)}"))
-    found += _named(shape=(0, 8, 4, 4), conv=None)
-    return tuple(found)
+            cases += _layouts(replace(case, name=f"{geometry}-{_short(dtype)}"))
+    cases += _named(shape=(0, 8, 4, 4), conv=None)
+    return tuple(cases)
 
 
 #: What the tests run on.
@@ -234,7 +225,7 @@ CASES: tuple[Case, ...] = _build()
 
 def _resnet50(batch: int, dtype: torch.dtype) -> tuple[Case, ...]:
     """The convolutions inside ResNet-50's four stages at 224 pixels (He et al. 2015, table 1)."""
-    found = []
+    cases = []
     for width, size in ((64, 56), (128, 28), (256, 14), (512, 7)):
         three = {"conv": Conv(padding=(1, 1)), "kernel": (3, 3), "out_channels": width}
         for name, channels, changes in (
@@ -244,8 +235,8 @@ def _resnet50(batch: int, dtype: torch.dtype) -> tuple[Case, ...]:
         ):
             label = f"resnet50-{name}-{width}x{size}-{_short(dtype)}"
             case = Case(label, (batch, channels, size, size), dtype, bench=True)
-            found.append(replace(case, **changes))  # type: ignore[arg-type]
-    return tuple(found)
+            cases.append(replace(case, **changes))  # type: ignore[arg-type]
+    return tuple(cases)
 
 
 #: What the benchmarks run on.

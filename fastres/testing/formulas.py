@@ -1,7 +1,13 @@
-"""Every primitive by formula, in chosen precisions: the truth, and what unfused torch computes."""
+"""Every primitive by formula, in chosen precisions: the truth, and what unfused torch computes.
+
+The formulas are those of `fastres.kernels.reference`, which faults planted in an implementation do
+not reach. What stands here besides is where unfused torch rounds in between, the composite backward
+of a unit, and the magnitudes of the terms behind each result.
+"""
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +26,6 @@ from fastres.kernels import (
     reference,
 )
 
-_TAKES_LAYOUT = (
-    "scale_shift_act", "bn_act_backward_reduce", "bn_act_backward_apply", "bn_act_forward",
-    "bn_act_backward", "add_act", "act_backward",
-)  # fmt: skip
-
 
 @dataclass(frozen=True)
 class Formulas:
@@ -39,14 +40,15 @@ class Formulas:
 
     def run(self, primitive: str, *args: Any, **kwargs: Any) -> Any:
         """The primitive's result, in the form in which implementations return it."""
-        own = getattr(self, f"_{primitive}", None)
-        if own is not None:
-            return own(*args, **kwargs)
-        if primitive in _TAKES_LAYOUT:
+        unfused = getattr(self, f"_{primitive}", None)
+        if unfused is not None:
+            return unfused(*args, **kwargs)
+        formula = getattr(reference, primitive)
+        if "channels_last" in inspect.signature(formula).parameters:
             kwargs["channels_last"] = is_channels_last(args[0])
         if primitive != "finalize_stats":
             kwargs["acc"] = self.conv_dtype if primitive.startswith("conv_") else self.acc
-        return getattr(reference, primitive)(*args, **kwargs)
+        return formula(*args, **kwargs)
 
     def _input(self, x: Tensor, prologue: Prologue | None) -> Tensor:
         if prologue is None:
@@ -55,19 +57,17 @@ class Formulas:
         return z
 
     def _conv_forward(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv,
-        *, prologue: Prologue | None = None, want_state: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        self, x: Tensor, *args: Any, prologue: Prologue | None = None, want_state: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
         z = self._input(x, prologue)
-        y, _ = reference.conv_forward(z, weight, bias, conv, acc=self.conv_dtype)
+        y, _ = reference.conv_forward(z, *args, acc=self.conv_dtype)
         return y, (self.run("channel_stats", y) if want_state else None)
 
     def _conv_backward_weight(
-        self, grad_y: Tensor, x: Tensor, weight: Tensor, conv: Conv,
-        *, prologue: Prologue | None = None,
-    ) -> Tensor:  # fmt: skip
+        self, grad_y: Tensor, x: Tensor, *args: Any, prologue: Prologue | None = None
+    ) -> Tensor:
         z = self._input(x, prologue)
-        return reference.conv_backward_weight(grad_y, z, weight, conv, acc=self.conv_dtype)
+        return reference.conv_backward_weight(grad_y, z, *args, acc=self.conv_dtype)
 
     def _conv_bn_act(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv, stats: Tensor,
@@ -146,10 +146,10 @@ def _derived(gate: Gate, branches: Any) -> Tensor | float:
     It is at most slope, and by the mean value theorem a rounding e of v moves it by at most
     curvature*e.
     """
-    found = activation(gate.act)
-    if gate.kind == "none" or found.gate is not None:
+    formulas = activation(gate.act)
+    if gate.kind == "none" or formulas.gate is not None:
         return 1.0
-    return found.slope + found.curvature * _affine(branches[0].y, branches[0].stats)
+    return formulas.slope + formulas.curvature * _affine(branches[0].y, branches[0].stats)
 
 
 def _of_stats(y: Tensor, state: Tensor | None = None, prior_count: int = 0) -> dict[str, Tensor]:
@@ -192,19 +192,19 @@ def _of_reduce(
     else:
         last = is_channels_last(grad_out)
         g = reference.gated(grad_out, gate, branches, channels_last=last).abs()
-    found = {"sum_g": g.sum((0, 2, 3))}
+    sizes = {"sum_g": g.sum((0, 2, 3))}
     for row, branch in enumerate(branches, start=1):
         size = (branch.y - branch.stats[0].view(1, -1, 1, 1)).abs()
-        found[f"sum_gx{row}"] = (g * size).sum((0, 2, 3)) * branch.stats[2]
+        sizes[f"sum_gx{row}"] = (g * size).sum((0, 2, 3)) * branch.stats[2]
     if sums is not None:
-        found = {k: v + sums[row].abs() for row, (k, v) in enumerate(found.items())}
-    return found
+        sizes = {k: v + sums[row].abs() for row, (k, v) in enumerate(sizes.items())}
+    return sizes
 
 
 def _of_apply(
     grad_out: Tensor, gate: Gate, branches: Any, sums: Tensor, count: int, **_: Any
 ) -> dict[str, Tensor]:
-    found = {}
+    sizes = {}
     for row, branch in enumerate(branches, start=1):
         mean, _, invstd, scale, _ = branch.stats.abs()
         size = grad_out.abs() * _derived(gate, branches) * _column(scale)
@@ -212,8 +212,8 @@ def _of_apply(
             b = scale * invstd * sums[row].abs() / count
             c = scale * sums[0].abs() / count + b * mean
             size = size + branch.y.abs() * _column(b) + _column(c)
-        found[f"grad_y{row}"] = size
-    return found
+        sizes[f"grad_y{row}"] = size
+    return sizes
 
 
 def _input(x: Tensor, prologue: Prologue | None) -> Tensor:
@@ -235,15 +235,16 @@ def _of_forward(
     well.
     """
     count = y.numel() // max(y.shape[1], 1)
-    state, sizes = reference.channel_stats(y), _of_stats(y)
+    state, of_state = reference.channel_stats(y), _of_stats(y)
     stats = reference.finalize_stats(state, count, None, weight, bias, eps)
     _, var, invstd, scale, _ = stats.abs()
-    factor = 1 + sizes["M2"] / count / (var + eps) / 2
-    shift = sizes["mean"] * scale * factor + (0 if bias is None else bias.abs())
-    found = {"mean": sizes["mean"], "var": sizes["M2"] / count, "invstd": invstd * factor}
-    found |= {"scale": scale * factor, "shift": shift}
+    var_size = of_state["M2"] / count
+    factor = 1 + var_size / (var + eps) / 2
+    shift = of_state["mean"] * scale * factor + (0 if bias is None else bias.abs())
+    sizes = {"mean": of_state["mean"], "var": var_size, "invstd": invstd * factor}
+    sizes |= {"scale": scale * factor, "shift": shift}
     grown = torch.stack([*stats[:3], scale * factor, shift])
-    return found | _of_scale_shift_act(y, grown, **more)
+    return sizes | _of_scale_shift_act(y, grown, **more)
 
 
 def _of_backward(
@@ -251,8 +252,8 @@ def _of_backward(
 ) -> dict[str, Tensor]:
     last = is_channels_last(grad_out)
     sums = reference.bn_act_backward_reduce(grad_out, gate, branches, channels_last=last)
-    found = _of_apply(grad_out, gate, branches, sums, count)
-    return found | _of_reduce(grad_out, gate, branches)
+    sizes = _of_apply(grad_out, gate, branches, sums, count)
+    return sizes | _of_reduce(grad_out, gate, branches)
 
 
 def _of_data(
@@ -287,13 +288,13 @@ def _of_unit(
     size = _of_apply(grad.grad_out, grad.gate, (grad.branch,), grad.sums, grad.values)["grad_y1"]
     if isinstance(accumulate, Gated):
         accumulate = accumulate.grad_out
-    found = _of_weight(size, x, weight, conv, prologue=prologue)
-    found |= _of_data(size, weight, x, conv, accumulate=accumulate)
+    sizes = _of_weight(size, x, weight, conv, prologue=prologue)
+    sizes |= _of_data(size, weight, x, conv, accumulate=accumulate)
     if reduce is not None:
         gate, branch = reduce
-        g = found["grad_x"] * _derived(gate, (branch,))
-        found |= _of_reduce(g, Gate("none"), (branch,))
-    return found
+        g = sizes["grad_x"] * _derived(gate, (branch,))
+        sizes |= _of_reduce(g, Gate("none"), (branch,))
+    return sizes
 
 
 _MAGNITUDES: dict[str, Any] = {

@@ -52,29 +52,29 @@ def check_block(
     """
     if grad_out is None:
         grad_out = _random_like(stock, x)
-    found = _run(fused, x, grad_out, steps)
-    truth = _run(_double(stock), _detached(x, torch.float64), grad_out.double(), steps)
-    if found.keys() != truth.keys():
-        raise AssertionError(f"{what} must give {sorted(truth)}, got {sorted(found)}")
+    results = _run(fused, x, grad_out, steps)
+    truth = _run(copy.deepcopy(stock).double(), _like(x, x.double()), grad_out.double(), steps)
+    if results.keys() != truth.keys():
+        raise AssertionError(f"{what} must give {sorted(truth)}, got {sorted(results)}")
     stocks = [_run(stock, x, grad_out, steps)]
     stocks += [_reordered(stock, x, grad_out, steps, *order) for order in _ORDERS]
-    for name, value in found.items():
+    for name, value in results.items():
         _check_like(value, stocks[0][name], f"{what}: {name}")
         _compare(name, value, truth[name], [s[name] for s in stocks], what)
-    return found
+    return results
 
 
 def _reordered(
     stock: nn.Module, x: Tensor, grad_out: Tensor, steps: int, shift: int, fmt: torch.memory_format
 ) -> dict[str, Tensor]:
     """Stock torch on the batch rolled by `shift`: the same result, summed in another order."""
-    given = x.detach().roll(shift, 0).contiguous(memory_format=fmt)
+    rolled = _like(x, x.roll(shift, 0).contiguous(memory_format=fmt))
     grad = grad_out.roll(shift, 0)
     if grad.dim() == 4:  # Torch's batch norm sums by the format of both.
         grad = grad.contiguous(memory_format=fmt)
-    found = _run(stock, given.requires_grad_(x.requires_grad), grad, steps)
+    results = _run(stock, rolled, grad, steps)
     batch = ("out", "grad of x")
-    return {k: v.roll(-shift, 0) if k in batch else v for k, v in found.items()}
+    return {k: v.roll(-shift, 0) if k in batch else v for k, v in results.items()}
 
 
 def _compare(name: str, value: Tensor, truth: Tensor, stocks: Sequence[Tensor], what: str) -> None:
@@ -111,14 +111,9 @@ def _check_like(value: Tensor, stock: Tensor, what: str) -> None:
         raise AssertionError(f"{what} must have strides {stock.stride()}, got {value.stride()}")
 
 
-def _detached(x: Tensor, dtype: torch.dtype, requires_grad: bool | None = None) -> Tensor:
-    wanted = x.requires_grad if requires_grad is None else requires_grad
-    return x.detach().to(dtype).requires_grad_(wanted)
-
-
-def _double(module: nn.Module) -> nn.Module:
-    """A copy in float64, counters untouched."""
-    return copy.deepcopy(module).double()
+def _like(x: Tensor, value: Tensor) -> Tensor:
+    """`value` as an input that requires a gradient where x does."""
+    return value.detach().requires_grad_(x.requires_grad)
 
 
 def _random_like(stock: nn.Module, x: Tensor) -> Tensor:
@@ -134,12 +129,12 @@ def _run(module: nn.Module, x: Tensor, grad_out: Tensor, steps: int) -> dict[str
     module = copy.deepcopy(module)
     for _ in range(steps):
         module.zero_grad(set_to_none=True)
-        given = x.detach().requires_grad_(x.requires_grad)
-        out = module(given)
+        leaf = _like(x, x)
+        out = module(leaf)
         if out.requires_grad:
             out.backward(grad_out)
-    found = {"out": out.detach()}
-    if given.grad is not None:
-        found["grad of x"] = given.grad
-    found |= {f"grad {n}": p.grad for n, p in module.named_parameters() if p.grad is not None}
-    return found | {n: b.detach() for n, b in module.named_buffers()}
+    results = {"out": out.detach()}
+    if leaf.grad is not None:
+        results["grad of x"] = leaf.grad
+    results |= {f"grad {n}": p.grad for n, p in module.named_parameters() if p.grad is not None}
+    return results | {n: b.detach() for n, b in module.named_buffers()}

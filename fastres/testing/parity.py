@@ -19,11 +19,11 @@ from fastres.kernels import (
     is_channels_last,
     reference,
 )
+from fastres.testing.builder import Call
 from fastres.testing.calls import calls
 from fastres.testing.cases import Case
 from fastres.testing.compare import assert_parity, assert_same_bits
 from fastres.testing.formulas import TRUTH, Formulas, magnitudes, torch_formulas
-from fastres.testing.maker import Call
 
 #: Results that are sums over a whole channel; a backend may hand them over in float64.
 _SUMS = ("mean", "M2", "sum_g", "sum_gx1", "sum_gx2")
@@ -92,21 +92,21 @@ def _check_call(implementation: Implementation, case: Case, call: Call, where: s
     torchs = torch_formulas(case.dtype).run(primitive, *call.args, **call.kwargs)
     baseline = named(primitive, torchs)
     sizes = magnitudes(primitive, exact_args, exact_kwargs)
-    found = named(primitive, result)
+    results = named(primitive, result)
     if primitive in ("bn_act_backward_reduce", "bn_act_backward"):
         # Without a second branch the third row is nobody's.
-        found = {k: v for k, v in found.items() if k != "sum_gx2" or k in sizes}
-    elif found.keys() != truth.keys():
-        raise AssertionError(f"{where}: must return {list(truth)}, got {list(found)}")
-    _check_stored(primitive, call, found, truth, result, where)
-    if "mean" in found and "y" in found:
-        sizes |= magnitudes("channel_stats", (_upcast(found["y"]),), {})
+        results = {k: v for k, v in results.items() if k != "sum_gx2" or k in sizes}
+    elif results.keys() != truth.keys():
+        raise AssertionError(f"{where}: must return {list(truth)}, got {list(results)}")
+    _check_stored(primitive, call, results, truth, result, where)
+    if "mean" in results and "y" in results:
+        sizes |= magnitudes("channel_stats", (_upcast(results["y"]),), {})
     if case.exact and "M2" in sizes:
         # Torch happens to add small integers' squares without an error that one could double; a
         # tree over `count` terms rounds once per level.
         sizes["M2"] = sizes["M2"] * max(1.0, math.log2(max(case.count, 1)))
     exact = case.exact and not (primitive == "conv_backward" and case.dtype != torch.float32)
-    for name, value in found.items():
+    for name, value in results.items():
         if name in _ACTIVATIONS:
             _check_layout(value, case, f"{where}: {name}")
         if exact and name not in _ROUNDED:
@@ -123,14 +123,14 @@ def _check_in_place(call: Call, args: tuple[Any, ...], where: str) -> None:
     baseline = _map(torch.clone, call.args)
     acc = call.request.dtype
     Formulas(acc, acc).run("update_running", *baseline)
-    for i, given in enumerate(call.args[0]):
-        assert_same_bits(args[0][i].stats, given.stats, what=f"{where}: stats {i} after the call")
+    for i, before in enumerate(call.args[0]):
+        assert_same_bits(args[0][i].stats, before.stats, what=f"{where}: stats {i} after the call")
         for name in ("running_mean", "running_var", "counter"):
             value, expected, torchs = (getattr(u[0][i], name) for u in (args, truth, baseline))
             if name == "counter" and value is not None:
                 assert_same_bits(value, expected, what=f"{where}: counter {i}")
             elif value is not None:
-                size = getattr(given, name).abs() + expected.abs()  # of what is added up
+                size = getattr(before, name).abs() + expected.abs()  # of what is added up
                 assert_parity(
                     value, expected, [torchs], what=f"{where}: {name} {i}", magnitude=size
                 )
@@ -138,8 +138,8 @@ def _check_in_place(call: Call, args: tuple[Any, ...], where: str) -> None:
 
 def named(primitive: str, result: Any) -> dict[str, Tensor]:
     """A primitive's results by name, without masks and without what was not asked for."""
-    found: dict[str, Tensor | None] = _NAMES[primitive](result)
-    return {name: t for name, t in found.items() if t is not None}
+    results: dict[str, Tensor | None] = _NAMES[primitive](result)
+    return {name: t for name, t in results.items() if t is not None}
 
 
 def _state(state: Tensor | None) -> dict[str, Tensor | None]:
@@ -153,8 +153,8 @@ def _sums(sums: Tensor | None, rows: int = 3) -> dict[str, Tensor | None]:
 
 def _applied(result: Any) -> dict[str, Tensor | None]:
     grads, residual = result
-    found = {f"grad_y{row}": g for row, g in enumerate(grads, start=1)}
-    return {**found, "grad_residual": residual}
+    named_grads = {f"grad_y{row}": g for row, g in enumerate(grads, start=1)}
+    return {**named_grads, "grad_residual": residual}
 
 
 def _unit(result: Any) -> dict[str, Tensor | None]:
@@ -200,26 +200,26 @@ def _upcast(t: Tensor) -> Tensor:
 
 
 def _leaves(value: Any) -> list[Tensor]:
-    found: list[Tensor] = []
+    leaves: list[Tensor] = []
 
     def collect(t: Tensor) -> Tensor:
-        found.append(t)
+        leaves.append(t)
         return t
 
     _map(collect, value)
-    return found
+    return leaves
 
 
 def _check_untouched(call: Call, args: tuple[Any, ...], where: str) -> None:
-    for i, (given, after) in enumerate(zip(call.args, args, strict=True)):
+    for i, (before, after) in enumerate(zip(call.args, args, strict=True)):
         if i == call.in_place:
             continue
-        for a, b in zip(_leaves(given), _leaves(after), strict=True):
+        for a, b in zip(_leaves(before), _leaves(after), strict=True):
             assert_same_bits(b, a, what=f"{where}: argument {i} after the call")
 
 
 def _check_stored(
-    primitive: str, call: Call, found: dict[str, Tensor], truth: dict[str, Tensor], result: Any,
+    primitive: str, call: Call, results: dict[str, Tensor], truth: dict[str, Tensor], result: Any,
     where: str,
 ) -> None:  # fmt: skip
     """What is said about a stored tensor is held to that tensor: its mask, its statistics."""
@@ -227,14 +227,14 @@ def _check_stored(
     if mask is not None:
         gate = activation(call.request.act).gate
         assert gate is not None, "a call with a mask is of an activation with a gate"
-        expected = reference.pack_mask(gate(found["out"]), is_channels_last(call.args[0]))
+        expected = reference.pack_mask(gate(results["out"]), is_channels_last(call.args[0]))
         assert_same_bits(mask, expected, what=f"{where}: mask")
     if primitive == "add_act":
-        zero = (truth["out"] == 0) & (found["out"] == 0)
-        if not bool((torch.signbit(found["out"]) == torch.signbit(truth["out"]))[zero].all()):
+        zero = (truth["out"] == 0) & (results["out"] == 0)
+        if not bool((torch.signbit(results["out"]) == torch.signbit(truth["out"]))[zero].all()):
             raise AssertionError(f"{where}: signs of zero must be torch's")
-    if primitive == "conv_forward" and "mean" in found:
-        truth |= _state(reference.channel_stats(found["y"].to(torch.float64)))  # type: ignore[arg-type]
+    if primitive == "conv_forward" and "mean" in results:
+        truth |= _state(reference.channel_stats(results["y"].to(torch.float64)))  # type: ignore[arg-type]
 
 
 def _check_layout(value: Tensor, case: Case, what: str) -> None:

@@ -15,13 +15,14 @@ def saved_bytes(module: nn.Module, forward: Callable[[], object]) -> int:
         module: its parameters and buffers exist anyway and do not count.
         forward: calls the module with gradients enabled; its result may be anything.
     """
-    own = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
+    tensors = (*module.parameters(), *module.buffers())
+    permanent = {t.untyped_storage().data_ptr() for t in tensors}
     # The tensors are held, not only their addresses: a freed address would be used again.
     kept: dict[int, Tensor] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         address = tensor.untyped_storage().data_ptr()
-        if address not in own:
+        if address not in permanent:
             kept[address] = tensor
         return tensor
 

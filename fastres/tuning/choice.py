@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cache
 from typing import TypeVar
 
@@ -12,15 +12,7 @@ import torch
 
 from fastres.tuning import measure
 from fastres.tuning.machine import cache_file, forget_machines, gpu_index, machine_of
-from fastres.tuning.store import (
-    Choice,
-    Problem,
-    Store,
-    forget_stores,
-    lock,
-    store_of,
-    table_of,
-)
+from fastres.tuning.store import Choice, Problem, forget_stores, lock, store_of, table_of
 
 T = TypeVar("T")
 
@@ -72,7 +64,7 @@ def choose(
     name: Callable[[T], str] = str,
     prepare: measure.Prepare | None = None,
 ) -> T:
-    """The fastest of several ways to do the same thing on a device.
+    """The fastest of several variants of the same computation on a device.
 
     What is known is taken: from this process, the file of the machine (`cache_file`), the table
     that ships for the device. Otherwise the candidates are measured, which waits for the GPU and
@@ -87,10 +79,11 @@ def choose(
 
     Args:
         problem: what the choice depends on.
-        candidates: the ways; the first is the documented heuristic's. They are equal but for speed.
+        candidates: the variants; the first is the documented heuristic's. They differ in speed
+            alone.
         run: prepares a candidate (it may compile; this is not timed) and returns a function that
             launches it once on the current stream and changes nothing but memory of its own. One
-            that raises takes its candidate out of the race.
+            that raises takes its candidate out of the comparison.
         device: where it runs.
         name: the name under which a candidate is kept. A kept name that no candidate has any more
             is ignored.
@@ -138,7 +131,10 @@ def _find(
     name: Callable[[T], str],
     prepare: measure.Prepare | None,
 ) -> int:
-    """The position to take, from what is kept or shipped, or measured; it is remembered."""
+    """The position to take, from what is kept or shipped, or measured; it is remembered.
+
+    What was measured is kept; where no candidate runs the first one stands in.
+    """
     problem, by_name = key[1], {name(c): c for c in candidates}
     _check(problem, len(candidates), by_name)
     names = list(by_name)
@@ -149,7 +145,15 @@ def _find(
     if position is None:
         if why_not_measure(device) is not None:
             return 0  # not remembered: the next one may measure
-        position = _measure(problem, by_name, run, device, store, prepare)
+        _announce(str(store.path))
+        choice = measure.fastest(by_name, run, device, prepare)
+        if choice is None:
+            _log.info("%s: none of %d candidates ran", problem, len(candidates))
+            position = 0
+        else:
+            _log.info("%s: %s, %.4f ms", problem, choice.name, choice.milliseconds[choice.name])
+            store.keep(problem, choice)
+            position = names.index(choice.name)
     _memory[key] = names[position], position
     return position
 
@@ -169,25 +173,6 @@ def _position(choice: Choice | None, names: Sequence[str]) -> int | None:
 
 def _shipped(problem: Problem, names: Sequence[str], device: torch.device) -> int | None:
     return _position(table_of(machine_of(device)).get(problem), names)
-
-
-def _measure(
-    problem: Problem,
-    candidates: Mapping[str, T],
-    run: Callable[[T], measure.Thunk],
-    device: torch.device,
-    store: Store,
-    prepare: measure.Prepare | None,
-) -> int:
-    """The position of the fastest, which is kept; the first where none runs, which is not."""
-    _announce(str(cache_file(device)))
-    choice = measure.race(candidates, run, device, prepare)
-    if choice is None:
-        _log.info("%s: none of %d candidates ran", problem, len(candidates))
-        return 0
-    _log.info("%s: %s, %.4f ms", problem, choice.name, choice.milliseconds[choice.name])
-    store.keep(problem, choice)
-    return list(candidates).index(choice.name)
 
 
 @cache

@@ -73,13 +73,13 @@ def machine_of(device: torch.device) -> Machine:
 def _machine(index: int | None) -> Machine:
     name, arch = "cpu", platform.machine()
     if index is not None:
-        found = torch.cuda.get_device_properties(index)
-        name = found.name
-        arch = found.gcnArchName if torch.version.hip else f"{found.major}.{found.minor}"
+        gpu = torch.cuda.get_device_properties(index)
+        name = gpu.name
+        arch = gpu.gcnArchName if torch.version.hip else f"{gpu.major}.{gpu.minor}"
     # `import fastres` would be an arrow upwards, and the package is there when this runs.
     package = sys.modules[__name__.partition(".")[0]]
-    ours = getattr(package, "__version__", "unknown")
-    return Machine(name, arch, torch.__version__, _triton_version(), ours)
+    release = getattr(package, "__version__", "unknown")
+    return Machine(name, arch, torch.__version__, _triton_version(), release)
 
 
 def _triton_version() -> str:
@@ -92,12 +92,11 @@ def _triton_version() -> str:
 
 
 def _cache_folder() -> Path:
-    """$FASTRES_CACHE_DIR, else $XDG_CACHE_HOME/fastres, else ~/.cache/fastres."""
-    if ours := os.environ.get("FASTRES_CACHE_DIR"):
-        return Path(os.path.expanduser(ours))
-    users = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if users.is_absolute():  # the XDG specification ignores a relative one
-        return users / "fastres"
+    if folder := os.environ.get("FASTRES_CACHE_DIR"):
+        return Path(os.path.expanduser(folder))
+    caches = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if caches.is_absolute():  # the XDG specification ignores a relative one
+        return caches / "fastres"
     try:
         return Path.home() / ".cache" / "fastres"
     except RuntimeError:  # a user without a home, as in some containers

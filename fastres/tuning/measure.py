@@ -82,7 +82,7 @@ class _Runner:
         return statistics.median(self.times)
 
 
-def race(
+def fastest(
     candidates: Mapping[str, T],
     run: Callable[[T], Thunk],
     device: torch.device,
@@ -102,8 +102,8 @@ def race(
     """
     try:
         with gpu_timer(device) as time:
-            made = [_made(name, candidate, run) for name, candidate in candidates.items()]
-            runners = [runner for runner in made if runner is not None]
+            prepared = [_prepared(name, candidate, run) for name, candidate in candidates.items()]
+            runners = [runner for runner in prepared if runner is not None]
             if prepare is not None:
                 prepare([runner.thunk for runner in runners])
             runners = [runner for runner in runners if _warm(runner, time)]
@@ -117,7 +117,7 @@ def race(
     return Choice(best.name, {r.name: r.median for r in runners if r.times})
 
 
-def _made(name: str, candidate: T, run: Callable[[T], Thunk]) -> _Runner | None:
+def _prepared(name: str, candidate: T, run: Callable[[T], Thunk]) -> _Runner | None:
     """A candidate with what launches it; None, and a line in the log, for one that fails."""
     try:
         return _Runner(name, run(candidate))

@@ -88,15 +88,15 @@ def parse(text: str, header: Header) -> Choices:
     """
     try:
         data = json.loads(text)
-        found = {key: data[key] for key in header}
+        written_for = {key: data[key] for key in header}
         choices = {
             Problem(e["kernel"], tuple(e["sizes"]), e["source"]): Choice(e["choice"], dict(e["ms"]))
             for e in data["choices"]
         }
     except (KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"it is not a file of choices: {error!r}") from error
-    if found != header:
-        raise ValueError(f"it was written for {found}, not for {header}")
+    if written_for != header:
+        raise ValueError(f"it was written for {written_for}, not for {header}")
     return choices
 
 

@@ -1,4 +1,4 @@
-"""Alternating timing: every round runs each contender once, so that noise meets all of them."""
+"""Interleaved timing: every round runs each contender once, so that noise meets all of them."""
 
 from __future__ import annotations
 
@@ -83,12 +83,12 @@ class Worker:
 
     def __init__(self, kept: bool = False) -> None:
         environment = {**os.environ, **(KEEP if kept else {})}
-        self._said = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115  (closed in __exit__)
+        self._stderr = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115  (closed in __exit__)
         self._process = subprocess.Popen(
             [sys.executable, "-m", f"{__package__}.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self._said,
+            stderr=self._stderr,
             text=True,
             env=environment,
             # The folder of the package, where that is a checkout and not installed.
@@ -112,18 +112,18 @@ class Worker:
         try:
             self._process.stdin.write(line + "\n")
             self._process.stdin.flush()
-            found = self._process.stdout.readline()
+            reply = self._process.stdout.readline()
         except BrokenPipeError:
-            found = ""
-        if not found:
-            return self._obituary()
-        answer: dict[str, Any] = json.loads(found)
+            reply = ""
+        if not reply:
+            return self._failure()
+        answer: dict[str, Any] = json.loads(reply)
         return answer
 
-    def _obituary(self) -> dict[str, Any]:
+    def _failure(self) -> dict[str, Any]:
         status = self._process.wait()
-        self._said.seek(0)
-        last = (self._said.read().strip().splitlines() or ["it said nothing"])[-1]
+        self._stderr.seek(0)
+        last = (self._stderr.read().strip().splitlines() or ["it said nothing"])[-1]
         message = f"the process ended with status {status}: {last}"
         return {"error": "memory" if status == _KILLED else "other", "message": message}
 
@@ -138,4 +138,4 @@ class Worker:
     ) -> None:
         self._process.kill()
         self._process.wait()
-        self._said.close()
+        self._stderr.close()

@@ -1,24 +1,65 @@
-"""Squeeze and excite: modules that multiply an activation by a factor of its own mean.
+"""Modules that multiply an activation by a factor: dropout, stochastic depth, squeeze and excite.
 
-A fused block takes the mean over each image from its last convolution's raw output, and applies the
-factor in its last pass; what lies between, the gate's small layers, are called as modules.
+Dropout and stochastic depth draw their factor themselves, from ones of the shape that their mask
+has, so the random numbers are those that they would have drawn in the block's place.
+
+A gate computes its factor from the mean over each image. A fused block takes that mean from its
+last convolution's raw output, and applies the factor in its last pass; what lies between, the
+gate's small layers, are called as modules.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor, nn
 
+from fastres.kernels import dense
 
-class _Gate(NamedTuple):
+T = TypeVar("T")
+Shape = Sequence[int]
+
+
+class Drop(NamedTuple):
+    """What is known of a class that multiplies by random numbers; see `register_drop`."""
+
+    works: Callable[[nn.Module], bool]
+    shape: Callable[[nn.Module, Shape], Shape]
+
+
+class Gate(NamedTuple):
+    """What is known of a class that multiplies by a factor of the mean; see `register_gate`."""
+
     excite: Callable[[Any, Tensor], Tensor]
     why_not: Callable[[Any], str | None]
 
 
-_KNOWN: dict[type | str, _Gate] = {}
+_DROPS: dict[type | str, Drop] = {}
+_GATES: dict[type | str, Gate] = {}
+
+
+def _of_class(table: Mapping[type | str, T], module: nn.Module) -> T | None:
+    cls = type(module)
+    return table.get(cls) or table.get(f"{cls.__module__}.{cls.__qualname__}")
+
+
+def register_drop(
+    cls: type | str,
+    works: Callable[[nn.Module], bool],
+    shape: Callable[[nn.Module, Shape], Shape],
+) -> None:
+    """Announce a class of modules that multiply by random numbers.
+
+    Args:
+        cls: module(x) must be x times a mask that depends on the shape, dtype and layout of x
+            alone. The class itself, or "module.Name" of one that need not be there.
+        works: whether a module of the class draws anything, in the mode in which it is.
+        shape: of a module's mask, for an activation of shape [N, C, H, W].
+    """
+    _DROPS[cls] = Drop(works, shape)
 
 
 def register_gate(
@@ -35,31 +76,76 @@ def register_gate(
             [N, C, 1, 1]. It calls the module's children as modules, hooks and all.
         why_not: what keeps a module of the class from being that, or None.
     """
-    _KNOWN[cls] = _Gate(excite, why_not)
+    _GATES[cls] = Gate(excite, why_not)
 
 
-def _known(module: nn.Module) -> _Gate | None:
-    cls = type(module)
-    return _KNOWN.get(cls) or _KNOWN.get(f"{cls.__module__}.{cls.__qualname__}")
+def drop_of(module: nn.Module) -> Drop | None:
+    """What is known of a module that multiplies by random numbers and does nothing else."""
+    return _of_class(_DROPS, module)
 
 
-def is_gate(module: nn.Module) -> bool:
-    """Whether a module is known to multiply by a factor of the mean."""
-    return _known(module) is not None
+def gate_of(module: nn.Module) -> Gate | None:
+    """What is known of a module that multiplies by a factor of the mean and does nothing else."""
+    return _of_class(_GATES, module)
 
 
-def why_not_gate(module: nn.Module) -> str | None:
-    """What a gate computes besides, or None."""
-    known = _known(module)
-    assert known is not None
-    return known.why_not(module)
+def draw(module: nn.Module, x: Tensor, shape: Shape, fmt: torch.memory_format) -> Tensor:
+    """The factor by which a module multiplies an activation of [N, C, H, W] `shape`.
+
+    It has the dtype and device of x, and the layout `fmt` that the activation would have.
+    """
+    drop = drop_of(module)
+    assert drop is not None
+    ones = x.new_ones(tuple(drop.shape(module, shape)))
+    factor: Tensor = module(dense(ones, fmt))
+    return factor
 
 
 def excite(module: nn.Module, mean: Tensor) -> Tensor:
     """The factor that a gate gives for the mean [N, C, 1, 1]."""
-    known = _known(module)
-    assert known is not None
-    return known.excite(module, mean)
+    gate = gate_of(module)
+    assert gate is not None
+    return gate.excite(module, mean)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: zeroes whole images of a residual branch at random, in training.
+
+    Args:
+        p: probability that an image is zeroed; the others are divided by 1 - p.
+
+    Input and output are [N, ...] of any floating dtype.
+
+    Raises:
+        ValueError: for p outside of [0, 1].
+
+    Huang et al. 2016, "Deep Networks with Stochastic Depth".
+    """
+
+    def __init__(self, p: float = 0.0) -> None:
+        super().__init__()
+        if not 0.0 <= p <= 1.0:
+            raise ValueError(f"p must be between 0 and 1, got {p}")
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x times 0 or 1/(1 - p) per image; x itself in evaluation."""
+        if not self.training or not self.p:
+            return x
+        kept = 1.0 - self.p
+        mask = x.new_empty((x.shape[0], *[1 for _ in x.shape[1:]])).bernoulli_(kept)
+        return x * (mask.div_(kept) if kept > 0.0 else mask)
+
+    def extra_repr(self) -> str:
+        """The rate."""
+        return f"p={self.p}"
+
+
+def drop_path_of(drop_path: nn.Module | float) -> nn.Module:
+    """A module for a rate: `DropPath`, or nn.Identity for the rate 0."""
+    if isinstance(drop_path, nn.Module):
+        return drop_path
+    return DropPath(drop_path) if drop_path else nn.Identity()
 
 
 class SqueezeExcitation(nn.Module):
@@ -129,6 +215,27 @@ class EfficientChannelAttention(nn.Module):
         return x * self.excite(x.mean((2, 3), keepdim=True))
 
 
+def _drops(module: nn.Module) -> bool:
+    return module.training and bool(module.p)
+
+
+def _per_image(module: nn.Module, shape: Shape) -> Shape:
+    return (shape[0], 1, 1, 1)
+
+
+def _per_image_or_batch(module: nn.Module, shape: Shape) -> Shape:
+    return (shape[0] if module.mode == "row" else 1, 1, 1, 1)
+
+
+def _drops_in_timm(module: nn.Module) -> bool:
+    return module.training and bool(module.drop_prob)
+
+
+register_drop(nn.Dropout, _drops, lambda module, shape: shape)
+register_drop(nn.Dropout2d, _drops, lambda module, shape: (*shape[:2], 1, 1))
+register_drop(DropPath, _drops, _per_image)
+register_drop("torchvision.ops.stochastic_depth.StochasticDepth", _drops, _per_image_or_batch)
+register_drop("timm.layers.drop.DropPath", _drops_in_timm, _per_image)
 register_gate(SqueezeExcitation, SqueezeExcitation.excite)
 register_gate(EfficientChannelAttention, EfficientChannelAttention.excite)
 

@@ -1,4 +1,4 @@
-"""What calls of primitives are made of: the tensors of a case, and what is asked about them."""
+"""Case builder: the tensors of a case that calls of primitives take, and what is asked of them."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class Call:
 
 
 @dataclass(frozen=True)
-class Maker:
-    """Makes the tensors of a case, in the dtypes that a backend's own primitives use."""
+class Builder:
+    """Builds the tensors of a case, in the dtypes that a backend's own primitives use."""
 
     case: Case
     backend: str
@@ -56,36 +56,35 @@ class Maker:
         """A request for activations like this one."""
         return Request(self.device, like.dtype, is_channels_last(like), **more)
 
-    def x(self, salt: str = "x", shape: tuple[int, ...] | None = None) -> Tensor:
+    def x(self, seed: str = "x", shape: tuple[int, ...] | None = None) -> Tensor:
         """An activation."""
-        return self.case.activation(salt, shape=shape, device=self.device)
+        return self.case.activation(seed, shape=shape, device=self.device)
 
-    def grad(self, salt: str = "grad", shape: tuple[int, ...] | None = None) -> Tensor:
+    def grad(self, seed: str = "grad", shape: tuple[int, ...] | None = None) -> Tensor:
         """A gradient."""
-        return self.case.gradient(salt, shape=shape, device=self.device)
+        return self.case.gradient(seed, shape=shape, device=self.device)
 
-    def vector(self, salt: str, size: int, near: float = 0.0) -> Tensor:
+    def vector(self, seed: str, size: int, near: float = 0.0) -> Tensor:
         """A parameter of a batch norm: float32, or float64 beside float64 activations."""
         dtype = acc_dtype(self.case.dtype)
-        return self.case.vector(salt, size, near=near, dtype=dtype, device=self.device)
+        return self.case.vector(seed, size, near=near, dtype=dtype, device=self.device)
 
-    def own(self, primitive: str, value: Tensor) -> Tensor:
-        """`value` (a state or sums) in the dtype in which the backend itself hands it over."""
-        name = "channel_stats" if primitive == "state" else "bn_act_backward_reduce"
+    def as_returned(self, primitive: str, value: Tensor) -> Tensor:
+        """`value`, a state or sums, in the dtype of the backend's own `primitive`."""
         probe = self.case.activation("probe", shape=(1, 1, 1, 2), device=self.device)
         stats = torch.ones(5, 1, dtype=acc_dtype(probe.dtype), device=self.device)
-        for entry in implementations(name, self.backend):
+        args = () if primitive == "channel_stats" else (Gate("none"), (Branch(probe, stats),))
+        for entry in implementations(primitive, self.backend):
             if entry.why_not(self.request(probe)) is None:
-                args = () if primitive == "state" else (Gate("none"), (Branch(probe, stats),))
                 return value.to(entry.run(probe, *args).dtype)
         return value.to(acc_dtype(self.case.dtype))
 
-    def stats(self, y: Tensor, salt: str = "stats") -> Tensor:
+    def stats(self, y: Tensor, seed: str = "stats") -> Tensor:
         """`stats` [5, C] of y; in exact cases powers of two and integers, whatever y is."""
         c, dtype = y.shape[1], acc_dtype(y.dtype)
-        weight, bias = self.vector(salt + "w", c, 1.0), self.vector(salt + "b", c, 0.2)
+        weight, bias = self.vector(seed + "w", c, 1.0), self.vector(seed + "b", c, 0.2)
         if self.case.exact:
-            mean, invstd = self.vector(salt + "m", c), self.vector(salt + "i", c, 1.0)
+            mean, invstd = self.vector(seed + "m", c), self.vector(seed + "i", c, 1.0)
             scale = weight * invstd
             return torch.stack([mean, invstd.pow(-2), invstd, scale, bias - mean * scale])
         count = y.numel() // max(c, 1)
@@ -96,17 +95,23 @@ class Maker:
         """(running_mean, running_var)."""
         return self.vector("mean", size), self.vector("var", size, 1.0).abs()
 
-    def open_gate(self, like: Tensor) -> Tensor:
-        """A random boolean activation, true for about 6 of 10."""
-        return self.grad("gate", tuple(like.shape)) < 0.25
+    def mask(self, like: Tensor, act: str = "relu") -> Gate:
+        """A gate by random bits for an activation like this one; about 6 of 10 are set."""
+        bits = self.grad("gate", tuple(like.shape)) < 0.25
+        return Gate("mask", reference.pack_mask(bits, is_channels_last(like)), act)
+
+    @property
+    def weight(self) -> Tensor:
+        """The convolution's weight."""
+        return self.case.weight(device=self.device)
 
     @property
     def acts(self) -> list[str]:
         """ReLU and what is registered from outside, or in a case for activations every one but
         "none"; in exact cases those that round nothing.
         """
-        others = [name for name in BUILT_IN if name != "relu"]
-        left_out = ["none"] if self.case.every_act else others
+        without_relu = [name for name in BUILT_IN if name != "relu"]
+        left_out = ["none"] if self.case.every_act else without_relu
         names = [name for name in activations() if name not in left_out]
         return [name for name in names if is_gate(name) or not self.case.exact]
 
@@ -145,16 +150,16 @@ def unambiguous(grad: Tensor, y: Tensor, stats: Tensor, act: str) -> Tensor:
     A gate that is recomputed may go either way there, and so may a derivative beside a kink, and
     the gradient with it: 4 roundings, of the product, the sum, the scale and the shift.
     """
-    found = activation(act)
+    formulas = activation(act)
     scale, shift = (row.view(1, -1, 1, 1).to(F64) for row in stats[3:])
     product = y.to(F64) * scale
     band = 4 * torch.finfo(stats.dtype).eps * (product.abs() + shift.abs())
     low, high = product + shift - band, product + shift + band
-    if found.gate is None:
+    if formulas.gate is None:
         jumps = torch.zeros_like(low, dtype=torch.bool)
-        for kink in found.kinks:
+        for kink in formulas.kinks:
             jumps |= (low <= kink) & (kink <= high)
     else:
-        one, other = (found.gate(reference.activate(v, act).to(y.dtype)) for v in (low, high))
+        one, other = (formulas.gate(reference.activate(v, act).to(y.dtype)) for v in (low, high))
         jumps = one != other
     return grad.clone().masked_fill_(jumps, 0)

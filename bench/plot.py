@@ -68,11 +68,11 @@ class Drawing:
 
 
 @contextmanager
-def drawing(salt: str) -> Iterator[None]:
-    """matplotlib's settings while figures are made; `salt` makes their identifiers their own."""
+def drawing(seed: str) -> Iterator[None]:
+    """matplotlib's settings while figures are made; `seed` makes their identifiers their own."""
     from matplotlib import rc_context
 
-    with rc_context({**_SETTINGS, "svg.hashsalt": salt}):
+    with rc_context({**_SETTINGS, "svg.hashsalt": seed}):
         yield
 
 
@@ -94,13 +94,13 @@ def panels(
     total = top + sum(map(max, rows))
     figure = Figure(figsize=(width / 72, total / 72), facecolor="none")
     each = (width - GAP * (columns - 1)) / columns
-    found, y = [], total - top
+    frames, y = [], total - top
     for row in rows:
         for i, height in enumerate(row):
             box = (i * (each + GAP) / width, (y - height) / total, each / width, height / total)
-            found.append(figure.add_axes(box))
+            frames.append(figure.add_axes(box))
         y -= max(row)
-    return figure, found
+    return figure, frames
 
 
 def inset(axes: Axes, left: float = 0, right: float = 0, top: float = 0, bottom: float = 0) -> None:
@@ -159,23 +159,23 @@ def as_png(figure: Figure) -> bytes:
 
 def series(labels: Iterable[str]) -> dict[str, dict[str, Any]]:
     """How each contender's curve is drawn: fastres solid and in its own colour."""
-    found: dict[str, dict[str, Any]] = {}
+    styles: dict[str, dict[str, Any]] = {}
     for label in dict.fromkeys(labels):
-        n = sum(1 for known in found if not known.startswith("fastres"))
+        n = sum(1 for known in styles if not known.startswith("fastres"))
         if label.startswith("fastres"):
-            k = len(found) - n
-            found[label] = {
+            k = len(styles) - n
+            styles[label] = {
                 "color": OURS,
                 "linestyle": ("-", *DASHES)[k % 8],
                 "marker": MARKERS[k % 8],
             }
         else:
-            found[label] = {
+            styles[label] = {
                 "color": SERIES[n % 7],
                 "linestyle": DASHES[n % 7],
                 "marker": MARKERS[(n + 1) % 8],
             }
-    return found
+    return styles
 
 
 def legend(figure: Figure, found: Sequence[Axes], narrow: bool) -> None:

@@ -1,4 +1,4 @@
-"""What a result says: rows that belong together, who was fastest, and whether that is a gain."""
+"""Comparison of a result's rows: which belong together, the fastest, and whether it is a gain."""
 
 from __future__ import annotations
 
@@ -52,24 +52,24 @@ class Setting:
         return _fastest(pair for pair in self.timed if is_ours(pair[1]))
 
     @property
-    def rival(self) -> tuple[str, Row] | None:
+    def baseline(self) -> tuple[str, Row] | None:
         """The fastest row of anyone else."""
         return _fastest(pair for pair in self.timed if not is_ours(pair[1]) and competes(pair[1]))
 
     @property
     def ratio(self) -> float | None:
-        """Speed of `ours` over that of `rival`; None where one of them is not there."""
-        if self.ours is None or self.rival is None:
+        """Speed of `ours` over that of `baseline`; None where one of them is not there."""
+        if self.ours is None or self.baseline is None:
             return None
-        return _speed(self.ours[1]) / _speed(self.rival[1])
+        return _speed(self.ours[1]) / _speed(self.baseline[1])
 
     @property
     def outcome(self) -> Outcome | None:
         """A gain or a loss only where medians and quartiles both say so."""
         ratio = self.ratio
-        if ratio is None or self.ours is None or self.rival is None:
+        if ratio is None or self.ours is None or self.baseline is None:
             return None
-        apart = not _overlap(spread(self.ours[1]), spread(self.rival[1]))
+        apart = not _overlap(spread(self.ours[1]), spread(self.baseline[1]))
         if not apart or 1 / (1 + THRESHOLD) <= ratio <= 1 + THRESHOLD:
             return "level"
         return "faster" if ratio > 1 else "slower"
@@ -105,7 +105,7 @@ def is_ours(row: Row) -> bool:
 
 
 def competes(row: Row) -> bool:
-    """Whether a row does the whole work; of kernels, torch's formula is a definition, no rival."""
+    """Whether a row does the whole work; of kernels, torch's formula is only the definition."""
     return row["kind"] != "kernel" and not row["contender"].startswith(_LIMITS)
 
 
@@ -117,10 +117,10 @@ def silence(row: Row) -> str:
 
 
 def _speed(row: Row) -> float:
-    found = speed(row)
-    if found is None:
+    per_second = speed(row)
+    if per_second is None:
         raise ValueError(f"row must have a time, got {row['contender']} without one")
-    return found
+    return per_second
 
 
 def _fastest(pairs: Iterable[tuple[str, Row]]) -> tuple[str, Row] | None:
