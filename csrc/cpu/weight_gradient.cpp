@@ -12,8 +12,12 @@ namespace {
 // Output channels that lie side by side: a cache line of them.
 constexpr int64_t kRowBlock = 16;
 constexpr int kRowsOfTiles[] = {6, 5, 5};
-// Pixels of a panel: a band of 64 channels is 128 KB.
-constexpr int64_t kPanelPixels = 448;
+// Pixels of a panel: as many as two panels of both operands have room for in L2, within bounds;
+// with fewer, loading and storing the sums would show. A result that itself is larger than L2 is
+// read and written with each panel: there are few then.
+constexpr int64_t kBothFloats = 64 * 1024;
+constexpr int64_t kFewest = 112, kMost = 448;
+constexpr int64_t kLargeResult = 512 * 1024;
 // Partial results over groups of panels take this much at most.
 constexpr int64_t kPartialFloats = 512 * 1024;
 constexpr int64_t kMostGroups = 16;
@@ -35,7 +39,9 @@ struct WeightJob {
       : shape(s), sweep(forward_sweep(s)), input(input), grad(grad), result(result) {
     row_floats = s.taps() * s.c;
     const int64_t total = sweep.n * sweep.lines;
-    lines = at_least(1, kPanelPixels / at_least(1, sweep.out_w));
+    const int64_t fitting = at_least(kFewest, kBothFloats / (s.c + s.k));
+    const int64_t pixels = size() > kLargeResult ? kMost : at_most(kMost, fitting);
+    lines = at_least(1, pixels / at_least(1, sweep.out_w));
     lines = at_least(1, ceil_div(total, at_least(1, ceil_div(total, lines))));
     panels = ceil_div(total, lines);
     groups = at_most(kMostGroups, kPartialFloats / at_least(1, s.k * row_floats));

@@ -131,7 +131,8 @@ def conv_forward(
     bias = None if bias is None else bias.contiguous()
     packed = _packed_for_now(weight, job)
     _kernels.conv_forward(
-        *_input(x, prologue), _code(weight), address(packed), address(bias), y.data_ptr(), address(state),
+        *_input(x, prologue), _code(weight), address(packed), address(bias), y.data_ptr(),
+        address(state),
         0, 0, 0, 0, job.shape, job.threads,
     )  # fmt: skip
     return y, state
