@@ -1,0 +1,42 @@
+"""The C++ of the CPU's convolutions under AddressSanitizer and UBSan, per instruction set."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from fastres.kernels.cpu import module
+
+ROOT = Path(__file__).resolve().parent.parent
+CXX = os.environ.get("CXX") or shutil.which("g++")
+SOURCES = ["activation", "convolution", "weight_gradient", "pack_weight"]
+FLAGS = ["-std=c++20", "-O1", "-g", "-fopenmp", "-ffp-contract=off", "-Wno-psabi"]
+FLAGS += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-static-libasan"]
+ISAS = {
+    "baseline": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"],
+}
+
+if module.why_not_built() is not None or CXX is None:
+    pytest.skip("fastres._cpu and a C++ compiler are needed", allow_module_level=True)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("isa", module.module().isas())
+def test_convolutions_stay_within_their_memory(isa: str, tmp_path: Path) -> None:
+    program = tmp_path / "convolutions"
+    sources = [ROOT / "csrc" / "cpu" / f"{name}.cpp" for name in SOURCES]
+    main = ROOT / "tests" / "cpu_sanitizers" / "convolutions.cpp"
+    includes = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'include'}"]
+    command = [CXX, *FLAGS, f"-DFASTRES_ISA={isa}", *ISAS[isa], *includes]
+    subprocess.run([*command, main, *sources, "-o", program], check=True)
+    # OpenMP's runtime keeps its threads' memory until the process ends.
+    env = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
+    done = subprocess.run([program], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr[:4000]
+    assert done.stdout.endswith("0 wrong\n")
