@@ -6,13 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from backend_checks import check_cases
 from torch import nn
 
 import fastres
-from fastres.kernels import Conv, Implementation, implementations
+from fastres.kernels import Conv
 from fastres.kernels.cpu import module
-from fastres.testing import CASES, check_block
+from fastres.testing import check_block
 
 if module.why_not_built() is not None:
     pytest.skip("fastres._cpu was not built", allow_module_level=True)
@@ -93,69 +92,18 @@ def test_turned_data_gradient_equals_torch_on_small_integers(
     assert torch.equal(data.result, expected)
 
 
-# ---------------------------------------------------------------- 1x1 as a matrix product
-
-
-CONVOLVING = [e for e in implementations(backend="cpu") if e.primitive.startswith("conv_")]
-
-
-@pytest.mark.parametrize("entry", CONVOLVING, ids=lambda e: e.primitive)
-def test_onednn_is_right_where_a_product_would_be_taken(
-    entry: Implementation, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The cases are small: left to themselves, all of their 1x1 convolutions are products."""
-    monkeypatch.setattr(convolution, "_FEW_PIXELS", 0)
-    assert check_cases(entry, CASES, "cpu") > 0
-
-
 @pytest.mark.parametrize("stride", [(1, 1), (2, 1)], ids=str)
-@pytest.mark.parametrize("few", [0, 512])
-def test_both_ways_give_the_integers_of_torch(
-    few: int, stride: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(convolution, "_FEW_PIXELS", few)
+def test_outputs_are_the_integers_of_torch(stride: tuple[int, int]) -> None:
     conv = Conv(stride)
     x = torch.randint(-3, 4, (2, 8, 5, 6)).float().contiguous(memory_format=torch.channels_last)
     weight = torch.randint(-3, 4, (16, 8, 1, 1)).float()
     expected = torch.conv2d(x, weight, None, stride)
-    assert convolution._is_product(x, weight, conv) == (few > 0)
-    found = convolution._convolved(x, weight, None, conv)
-    assert torch.equal(found, expected)
-    assert found.is_contiguous(memory_format=torch.channels_last)
-    onto = torch.ones_like(found)
+    y = convolution._convolved(x, weight, None, conv)
+    assert torch.equal(y, expected)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    onto = torch.ones_like(y)
     convolution._convolve_into(onto, x, weight, None, conv)
     assert torch.equal(onto, expected + 1)
-    grad = torch.randint_like(expected, -3, 4)
-    found = convolution._weight_gradient(grad, x, weight, conv)
-    assert torch.equal(found, torch.nn.grad.conv2d_weight(x, weight.shape, grad, stride))
-
-
-def test_where_a_convolution_is_no_product() -> None:
-    def taken(size: int = 4, kernel: int = 1, padding: int = 0, groups: int = 1, **more: object):
-        x = torch.zeros(2, 8, size, size, **more)
-        weight = torch.zeros(8, 8 // groups, kernel, kernel, **more)
-        return convolution._is_product(x, weight, Conv((1, 1), (padding,) * 2, (1, 1), groups))
-
-    assert taken() and taken(size=16)
-    assert not taken(size=17)
-    assert not taken(kernel=3, padding=1)
-    assert not taken(padding=1)
-    assert not taken(groups=2)
-    assert not taken(dtype=torch.bfloat16)
-
-
-@pytest.mark.parametrize("precision", ["tf32", "bf16"])
-def test_a_product_with_fewer_bits_is_not_taken(precision: str) -> None:
-    """By the newer switch; the older one may then not be read any more."""
-    x, weight = torch.zeros(2, 8, 4, 4), torch.zeros(8, 8, 1, 1)
-    switch = torch.backends.mkldnn.matmul
-    before = switch.fp32_precision
-    try:
-        switch.fp32_precision = precision
-        assert not convolution._is_product(x, weight, Conv())
-    finally:
-        switch.fp32_precision = before
-    assert convolution._is_product(x, weight, Conv())
 
 
 def test_backward_under_autocast_stays_in_float32() -> None:

@@ -15,8 +15,9 @@
 
 namespace fastres::cpu::FASTRES_ISA {
 
-// Steps of k that are summed up in registers at a time: 256 KB of a block of the weight.
-inline constexpr int64_t kDepth = 1024;
+// Steps of k that are summed up in registers at a time: 128 KB of a block of the weight, and a sum
+// short enough for its error not to show.
+inline constexpr int64_t kDepth = 512;
 // Floats of a panel: with the block of the weight it fits L2.
 inline constexpr int64_t kPanelFloats = 64 * 1024;
 // Pixels of a panel: enough to use a block of the weight often, few enough to share them out.

@@ -22,6 +22,9 @@ constexpr int64_t kLargeResult = 512 * 1024;
 constexpr int64_t kPartialFloats = 512 * 1024;
 constexpr int64_t kMostGroups = 16;
 
+// Pixels summed up in registers at a time; beyond, the error of one long sum would show.
+constexpr int64_t kDepthOfSum = 128;
+
 // Columns of the result that one tile has: where they begin in a band and in a row of the result.
 struct Segment {
   int64_t band, out, width;
@@ -121,16 +124,7 @@ class WeightWorker {
 
   void multiply(Range lines, Range rows, const Segment& segment, bool accumulate, float* out) {
     const Sweep& s = job_.sweep;
-    stretches_.clear();
-    if (s.in_w == 1 && s.in_step_h == 1 && s.n == 1) {  // lines of one pixel, which lie together
-      stretches_.push_back({0, band_.line(lines.begin) + segment.band, lines.end - lines.begin, 0});
-    } else {
-      for (int64_t line = lines.begin; line < lines.end; ++line) {
-        const float* b = band_.line(line) + segment.band;
-        stretches_.push_back({(line - lines.begin) * s.out_w * kRowBlock, b, s.out_w, 0});
-      }
-    }
-    const TileEnd end{accumulate, nullptr, nullptr, nullptr, false};
+    find_stretches(lines, segment);
     const int64_t step = s.in_step_w * job_.channels();
     Tile tile{};
     tile.columns = int(segment.width);
@@ -148,10 +142,37 @@ class WeightWorker {
           tile.c[i] = out + (row + at) * job_.row_floats + segment.out;
         }
         ahead_.give(tile, pixels_);
-        tile_for<kRowBlock>(tile.rows, tile.columns)(tile, stretches_.data(),
-                                                     int64_t(stretches_.size()), step, end);
+        run_tile(tile, step, accumulate);
         row += height;
       }
+    }
+  }
+
+  // A panel's pixels in groups that are summed up in registers.
+  void find_stretches(Range lines, const Segment& segment) {
+    const Sweep& s = job_.sweep;
+    const bool product = s.in_w == 1 && s.in_step_h == 1 && s.n == 1;  // lines of one pixel
+    const int64_t at_once = product ? kDepthOfSum : at_least(1, kDepthOfSum / s.out_w);
+    stretches_.clear();
+    ends_.clear();
+    for (int64_t first = lines.begin; first < lines.end; first += at_once) {
+      const int64_t last = at_most(first + at_once, lines.end), count = product ? 1 : last - first;
+      for (int64_t line = first; line < first + count; ++line) {
+        const float* b = band_.line(line) + segment.band;
+        const int64_t pixel = (line - lines.begin) * s.out_w;
+        stretches_.push_back({pixel * kRowBlock, b, product ? last - first : s.out_w, 0});
+      }
+      ends_.push_back(stretches_.size());
+    }
+  }
+
+  void run_tile(Tile& tile, int64_t step, bool accumulate) const {
+    const RunTile run = tile_for<kRowBlock>(tile.rows, tile.columns);
+    size_t begin = 0;
+    for (const size_t end : ends_) {
+      const TileEnd sums{accumulate || begin > 0, nullptr, nullptr, nullptr, false};
+      run(tile, stretches_.data() + begin, int64_t(end - begin), step, sums);
+      begin = end;
     }
   }
 
@@ -161,6 +182,7 @@ class WeightWorker {
   Ahead ahead_;
   int64_t pixels_ = 0;
   std::vector<Stretch> stretches_;
+  std::vector<size_t> ends_;
 };
 
 // The groups' results added up, in their order.

@@ -5,8 +5,7 @@ a reduction costs no pass over memory: level c of docs/design.md on a CPU. Sever
 convolved into one tensor: oneDNN's "sum" post-operation adds onto memory of ours, which is zeroed
 or holds the residual's gradient, and where one of its own would page-fault at every step.
 
-oneDNN reorders the weight in every call. Where there are few pixels that is most of the time, and a
-1x1 convolution is left to a matrix product instead.
+It takes what `fastres.kernels.cpu.native` leaves: groups, and bfloat16.
 """
 
 from __future__ import annotations
@@ -33,11 +32,6 @@ from fastres.kernels.types import Branch, Conv, Gate, Gated, PendingGrad, Prolog
 
 #: Bytes of the largest tensor of a chunk. Two of them fit the last-level cache of small machines.
 CHUNK_BYTES = 16 << 20
-
-#: Pixels of a batch up to which a 1x1 convolution is a matrix product. Beside oneDNN's on two
-#: AVX-512 cores, 2048 to 512 channels: forward 3.6 to 1.0 ms at 49 pixels, 6.2 to 4.9 at 392; the
-#: gradient of the weight 5.9 to 1.0, and 7.0 to 5.7. At 1,568 pixels the product is the slower one.
-_FEW_PIXELS = 512
 
 #: other = conv(X, W) + B + other, and the same with an output of its own
 _onednn = torch.ops.mkldnn._convolution_pointwise_.binary
@@ -81,81 +75,15 @@ def _image_bytes(t: Tensor) -> int:
 
 def _convolve_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv) -> None:
     """out += conv(x, weight) + bias, in one call."""
-    if bias is None and _is_product(x, weight, conv):
-        _rows(out).addmm_(_rows(_seen(x, conv)), _matrix(weight).t())
-        return
     stride, padding, dilation, groups = conv
     _onednn(out, x, weight, bias, padding, stride, dilation, groups, "add", 1.0, None, [], None)
 
 
 def _convolved(x: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv) -> Tensor:
     """conv(x, weight) + bias, small enough that its memory is some that was used before."""
-    if bias is None and _is_product(x, weight, conv):
-        seen = _seen(x, conv)
-        n, _, h, w = seen.shape
-        y = _product(_rows(seen), _matrix(weight).t())
-        return y.view(n, h, w, weight.shape[0]).permute(0, 3, 1, 2)
     stride, padding, dilation, groups = conv
     y = _onednn_new(x, weight, bias, padding, stride, dilation, groups, "none", [], None)
     return dense(y, torch.channels_last)
-
-
-# ---------------------------------------------------------------- 1x1 as a matrix product
-
-
-def _is_product(x: Tensor, weight: Tensor, conv: Conv) -> bool:
-    """Whether a convolution is a matrix product, and worth it; `x` is its input."""
-    n, _, h, w = x.shape
-    sh, sw = conv.stride
-    return (
-        weight.shape[2:] == (1, 1)
-        and n * -(-h // sh) * -(-w // sw) <= _FEW_PIXELS
-        and not weight.is_mkldnn  # in oneDNN's own order
-        and (conv.padding, conv.groups) == ((0, 0), 1)
-        and x.dtype == torch.float32
-        and _products_are_exact()
-    )
-
-
-def _products_are_exact() -> bool:
-    """A product obeys a switch of its own, which may allow it fewer bits than a convolution has.
-
-    Not read through torch.get_float32_matmul_precision, which raises where a user has set the newer
-    switches.
-    """
-    switch = getattr(torch.backends.mkldnn, "matmul", None)
-    return getattr(switch, "fp32_precision", "none") in ("none", "ieee")
-
-
-def _seen(x: Tensor, conv: Conv) -> Tensor:
-    """The pixels that a 1x1 convolution looks at."""
-    sh, sw = conv.stride
-    return x if (sh, sw) == (1, 1) else x[:, :, ::sh, ::sw]
-
-
-def _rows(t: Tensor) -> Tensor:
-    """[pixels, C]; a view of what lies channels_last."""
-    return t.permute(0, 2, 3, 1).reshape(-1, t.shape[1])
-
-
-def _matrix(weight: Tensor) -> Tensor:
-    """[K, C] of a 1x1 weight."""
-    return weight.reshape(weight.shape[:2])
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in their own dtype: into memory that is there, which autocast leaves alone.
-
-    And which autograd refuses for what requires a gradient.
-    """
-    return torch.mm(a.detach(), b.detach(), out=a.new_empty(a.shape[0], b.shape[1]))
-
-
-def _weight_gradient(grad_y: Tensor, x: Tensor, weight: Tensor, conv: Conv) -> Tensor:
-    """The gradient of the weight."""
-    if _is_product(x, weight, conv):
-        return _product(_rows(grad_y).t(), _rows(_seen(x, conv))).view(weight.shape)
-    return aten_weight(grad_y, x, weight, conv)
 
 
 def _packed(weight: Tensor, conv: Conv, chunk_shape: Sequence[int], uses: int) -> Tensor:
@@ -283,7 +211,7 @@ def conv_backward(
             source = x[a:b]
             if prologue is not None and z is not None:
                 source = _applied(prologue, source, z[: b - a])
-            part = _weight_gradient(gy, source, weight, conv).float()
+            part = aten_weight(gy, source, weight, conv).float()
             grad_weight = part if grad_weight is None else grad_weight.add_(part)
         if data is not None:
             grad_x = data.chunk(gy, a, b)
