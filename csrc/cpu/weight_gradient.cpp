@@ -22,8 +22,8 @@ constexpr int64_t kLargeResult = 512 * 1024;
 constexpr int64_t kPartialFloats = 512 * 1024;
 constexpr int64_t kMostGroups = 16;
 
-// Pixels summed up in registers at a time; beyond, the error of one long sum would show.
-constexpr int64_t kDepthOfSum = 128;
+// Pixels summed up in registers at a time; beyond, the error of one long sum shows.
+constexpr int64_t kDepthOfSum = 32;
 
 // Columns of the result that one tile has: where they begin in a band and in a row of the result.
 struct Segment {
