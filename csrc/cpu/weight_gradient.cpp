@@ -22,8 +22,9 @@ constexpr int64_t kLargeResult = 512 * 1024;
 constexpr int64_t kPartialFloats = 512 * 1024;
 constexpr int64_t kMostGroups = 16;
 
-// Pixels summed up in registers at a time; beyond, the error of one long sum shows.
-constexpr int64_t kDepthOfSum = 32;
+// Pixels summed up in registers at a time: an eighth of all, within bounds. The error of a longer
+// sum shows, the more so the fewer the parts are.
+constexpr int64_t kFewestAtOnce = 32, kMostAtOnce = 128;
 
 // Columns of the result that one tile has: where they begin in a band and in a row of the result.
 struct Segment {
@@ -37,6 +38,7 @@ struct WeightJob {
   float* result;
   int64_t row_floats;  // of one output channel
   int64_t lines, panels, groups;
+  int64_t depth;  // pixels summed up at a time
 
   WeightJob(const ConvShape& s, const Source& input, const Source& grad, float* result)
       : shape(s), sweep(forward_sweep(s)), input(input), grad(grad), result(result) {
@@ -47,6 +49,7 @@ struct WeightJob {
     lines = at_least(1, pixels / at_least(1, sweep.out_w));
     lines = at_least(1, ceil_div(total, at_least(1, ceil_div(total, lines))));
     panels = ceil_div(total, lines);
+    depth = at_most(kMostAtOnce, at_least(kFewestAtOnce, total * sweep.out_w / 8));
     groups = at_most(kMostGroups, kPartialFloats / at_least(1, s.k * row_floats));
     groups = at_least(1, at_most(groups, panels));
   }
@@ -152,7 +155,7 @@ class WeightWorker {
   void find_stretches(Range lines, const Segment& segment) {
     const Sweep& s = job_.sweep;
     const bool product = s.in_w == 1 && s.in_step_h == 1 && s.n == 1;  // lines of one pixel
-    const int64_t at_once = product ? kDepthOfSum : at_least(1, kDepthOfSum / s.out_w);
+    const int64_t at_once = product ? job_.depth : at_least(1, job_.depth / s.out_w);
     stretches_.clear();
     ends_.clear();
     for (int64_t first = lines.begin; first < lines.end; first += at_once) {
