@@ -70,7 +70,8 @@ void conv_forward(const ConvForwardArgs& a) {
                          a.scale,
                          a.shift,
                          a.act == Activation::kRelu,
-                         a.threads};
+                         a.threads,
+                         a.residual};
     if (a.state) {
       run_with_stats(s, args, a);
     } else if (known) {
@@ -152,7 +153,8 @@ void conv_backward_data(const ConvDataArgs& a) {
                          nullptr,
                          nullptr,
                          false,
-                         a.threads};
+                         a.threads,
+                         (const float*)a.reduce.y[0]};
     const auto before = [&](Range rows, Range columns) {
       if (residual) {
         form_residual(a.residual, a.grad_x, s.out_c, rows, columns);

@@ -111,6 +111,12 @@ class Band {
     const int64_t left = at_least(0, -s_.low_w), c = channels_;
     const bool whole = c > columns_.end - columns_.begin;
     const int64_t begin = at_least(0, s_.low_w), end = at_most(s_.in_w, s_.low_w + width_);
+    if (left == 0 && begin == 0 && end == width_ && end == s_.in_w && top >= 0 &&
+        top + rows <= s_.in_h) {  // whole rows, which lie together
+      const int64_t pixel = (image * s_.in_h + top) * s_.in_w, pixels = rows * s_.in_w;
+      source.form({pixel, pixel + pixels}, columns_, to, c, whole);
+      return to + pixels * c;
+    }
     for (int64_t row = top; row < top + rows; ++row, to += pitch_) {
       if (row < 0 || row >= s_.in_h || begin >= end) {
         memset(to, 0, sizeof(float) * size_t(pitch_));
