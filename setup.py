@@ -43,7 +43,8 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     ISAS["avx512"] += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 KERNELS = ["activation", "channel_stats", "scale_shift_act", "backward_reduce", "backward_apply"]
 KERNELS += ["pointwise", "pack_weight", "convolution", "weight_gradient"]
-ONCE = ["cpu/dispatch", "cpu/finalize_stats", "cpu/update_running", "cpu/allocator"]
+ONCE = ["cpu/dispatch", "cpu/finalize_stats", "cpu/update_running", "cpu/parameters"]
+ONCE += ["cpu/program", "cpu/allocator"]
 
 #: What FASTRES_CUDA_ARCHS is where it is not set: the first that nvcc knows all of. PTX is compiled
 #: by the driver, for every later GPU. nvcc knows 100 from 12.8 on.
@@ -176,7 +177,7 @@ def cpu_recipe() -> Recipe:
     openmp = openmp_flags(cxx)
     flags = [*CODE, *HOST, *X86, *openmp, *included()]
     units = [Unit(CSRC / f"{name}.cpp", name.replace("/", "_"), []) for name in ONCE]
-    units.append(binding("cpu_module", []))
+    units += [binding("cpu_module", []), binding("cpu_program", [])]
     for isa, isa_flags in ISAS.items():
         own = [f"-DFASTRES_ISA={isa}", *isa_flags]
         units += [Unit(CSRC / "cpu" / f"{name}.cpp", f"{isa}_{name}", own) for name in KERNELS]

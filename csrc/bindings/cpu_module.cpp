@@ -2,7 +2,6 @@
 // only what would be an undefined code or a null pointer dereference is refused.
 #include <array>
 #include <cstdlib>
-#include <cstring>
 #include <new>
 #include <stdexcept>
 #include <string>
@@ -19,9 +18,11 @@
 #endif
 
 #include "bindings/checks.h"
+#include "bindings/cpu_program.h"
 #include "bindings/running.h"
 #include "cpu/allocator.h"
 #include "cpu/kernels.h"
+#include "cpu/program.h"
 #include "fastres/dlpack.h"
 
 namespace fastres::cpu {
@@ -42,7 +43,7 @@ void channel_stats_py(Address y, Address state, int64_t prior_count, int64_t n, 
   if (c > 0) {
     require_address("state", state);
   }
-  active_table().channel_stats({at(y), static_cast<double*>(at(state)), prior_count, problem});
+  perform(ChannelStatsArgs{at(y), static_cast<double*>(at(state)), prior_count, problem});
 }
 
 void finalize_stats_py(Address state, int64_t count, Address running_mean, Address running_var,
@@ -58,8 +59,8 @@ void finalize_stats_py(Address state, int64_t count, Address running_mean, Addre
       require_address("running_var", running_var);
     }
   }
-  finalize_stats({static_cast<const double*>(at(state)), count, at(running_mean), at(running_var),
-                  at(weight), at(bias), eps, at(stats), c, type});
+  perform(FinalizeStatsArgs{static_cast<const double*>(at(state)), count, at(running_mean),
+                            at(running_var), at(weight), at(bias), eps, at(stats), c, type});
 }
 
 void scale_shift_act_py(Address y, Address scale, Address shift, Address residual,
@@ -77,9 +78,9 @@ void scale_shift_act_py(Address y, Address scale, Address shift, Address residua
   if (residual_scale) {
     require_data("residual", residual, problem);
   }
-  active_table().scale_shift_act({at(y), at(scale), at(shift), at(residual), at(residual_scale),
-                                  at(residual_shift), at(out), static_cast<uint8_t*>(at(mask)),
-                                  activation, problem});
+  perform(ScaleShiftActArgs{at(y), at(scale), at(shift), at(residual), at(residual_scale),
+                            at(residual_shift), at(out), static_cast<uint8_t*>(at(mask)),
+                            activation, problem});
 }
 
 void bn_act_backward_reduce_py(Address grad_out, int gate, Address gate_ptr, Address y1,
@@ -100,15 +101,15 @@ void bn_act_backward_reduce_py(Address grad_out, int gate, Address gate_ptr, Add
   if (c > 0) {
     require_address("sums", sums);
   }
-  active_table().backward_reduce({at(grad_out),
-                                  gate_code,
-                                  checked_act(act),
-                                  at(gate_ptr),
-                                  {at(y1), at(y2)},
-                                  {at(stats1), at(stats2)},
-                                  static_cast<double*>(at(sums)),
-                                  accumulate,
-                                  problem});
+  perform(BackwardReduceArgs{at(grad_out),
+                             gate_code,
+                             checked_act(act),
+                             at(gate_ptr),
+                             {at(y1), at(y2)},
+                             {at(stats1), at(stats2)},
+                             static_cast<double*>(at(sums)),
+                             accumulate,
+                             problem});
 }
 
 void bn_act_backward_apply_py(Address grad_out, int gate, Address gate_ptr, Address y1,
@@ -132,17 +133,17 @@ void bn_act_backward_apply_py(Address grad_out, int gate, Address gate_ptr, Addr
       }
     }
   }
-  active_table().backward_apply({at(grad_out),
-                                 gate_code,
-                                 checked_act(act),
-                                 at(gate_ptr),
-                                 {at(y1), at(y2)},
-                                 {at(stats1), at(stats2)},
-                                 static_cast<const double*>(at(sums)),
-                                 count,
-                                 {at(grad_y1), at(grad_y2)},
-                                 at(grad_residual),
-                                 problem});
+  perform(BackwardApplyArgs{at(grad_out),
+                            gate_code,
+                            checked_act(act),
+                            at(gate_ptr),
+                            {at(y1), at(y2)},
+                            {at(stats1), at(stats2)},
+                            static_cast<const double*>(at(sums)),
+                            count,
+                            {at(grad_y1), at(grad_y2)},
+                            at(grad_residual),
+                            problem});
 }
 
 void add_act_py(Address x, Address r, Address out, Address mask, int act, int64_t n, int64_t c,
@@ -152,8 +153,7 @@ void add_act_py(Address x, Address r, Address out, Address mask, int act, int64_
   require_data("x", x, problem);
   require_data("r", r, problem);
   require_data("out", out, problem);
-  active_table().add_act(
-      {at(x), at(r), at(out), static_cast<uint8_t*>(at(mask)), activation, problem});
+  perform(AddActArgs{at(x), at(r), at(out), static_cast<uint8_t*>(at(mask)), activation, problem});
 }
 
 void act_backward_py(Address grad_out, int gate, Address gate_ptr, Address grad, int64_t n,
@@ -164,8 +164,8 @@ void act_backward_py(Address grad_out, int gate, Address gate_ptr, Address grad,
   require_data("grad_out", grad_out, problem);
   require_data("grad", grad, problem);
   require_gate_source(gate_code, gate_ptr, 0, 0, problem);
-  active_table().act_backward(
-      {at(grad_out), gate_code, checked_act(act), at(gate_ptr), at(grad), problem});
+  perform(
+      ActBackwardArgs{at(grad_out), gate_code, checked_act(act), at(gate_ptr), at(grad), problem});
 }
 
 // ---- convolutions ----
@@ -218,25 +218,14 @@ void pack_weight_py(const WeightCode& weight, bool transposed, Address packed,
                     const ShapeCode& code, int threads) {
   const ConvShape shape = checked_conv(code);
   require_address("packed", packed);
-  active_table().pack_weight({checked_weight(weight), transposed, static_cast<float*>(at(packed)),
-                              shape, checked_threads(threads)});
+  perform(PackWeightArgs{checked_weight(weight), transposed, static_cast<float*>(at(packed)), shape,
+                         checked_threads(threads)});
 }
 
-// One value of each output channel, at another place in each, as one number.
 int64_t sample_weight_py(Address weight, const std::array<int64_t, 4>& shape,
                          const std::array<int64_t, 4>& strides) {
   require_address("weight", weight);
-  const int64_t places = shape[1] * shape[2] * shape[3];
-  uint64_t sum = 14695981039346656037u;  // FNV-1a
-  for (int64_t k = 0; k < shape[0] && places > 0; ++k) {
-    const int64_t place = k % places, tap = place / shape[1];
-    const int64_t offset = k * strides[0] + place % shape[1] * strides[1] +
-                           tap / shape[3] * strides[2] + tap % shape[3] * strides[3];
-    uint32_t bits;
-    memcpy(&bits, floats(weight) + offset, sizeof(bits));
-    sum = (sum ^ bits) * 1099511628211u;
-  }
-  return int64_t(sum);
+  return sample_weight(floats(weight), shape.data(), strides.data());
 }
 
 ConvInput checked_input(Address x, Address scale, Address shift, int act) {
@@ -253,10 +242,10 @@ void conv_forward_py(Address x, Address scale, Address shift, int act, const Wei
   require(!is_empty(shape), "shape must not be empty");
   require_address("y", y);
   require(!out_scale == !out_shift, "out_scale and out_shift must be given together");
-  active_table().conv_forward(
-      {checked_input(x, scale, shift, act), checked_weight(weight), floats(packed), floats(bias),
-       static_cast<float*>(at(y)), static_cast<double*>(at(state)), floats(out_scale),
-       floats(out_shift), floats(residual), checked_act(out_act), shape, checked_threads(threads)});
+  perform(ConvForwardArgs{checked_input(x, scale, shift, act), checked_weight(weight),
+                          floats(packed), floats(bias), static_cast<float*>(at(y)),
+                          static_cast<double*>(at(state)), floats(out_scale), floats(out_shift),
+                          floats(residual), checked_act(out_act), shape, checked_threads(threads)});
 }
 
 // How grad_y is formed: grad_out, gate, its activation and source, y, stats, sums, count.
@@ -329,7 +318,7 @@ void conv_backward_data_py(const GradientCode& grad, const WeightCode& weight, A
                    false,
                    problem};
   }
-  active_table().conv_backward_data(args);
+  perform(args);
 }
 
 void conv_backward_weight_py(const GradientCode& grad, Address x, Address scale, Address shift,
@@ -337,14 +326,14 @@ void conv_backward_weight_py(const GradientCode& grad, Address x, Address scale,
   const ConvShape shape = checked_conv(code);
   require(!is_empty(shape), "shape must not be empty");
   require_address("grad_weight", grad_weight);
-  active_table().conv_backward_weight({checked_gradient(grad, shape, checked_threads(threads)),
-                                       checked_input(x, scale, shift, act),
-                                       static_cast<float*>(at(grad_weight)), shape, threads});
+  perform(ConvWeightArgs{checked_gradient(grad, shape, checked_threads(threads)),
+                         checked_input(x, scale, shift, act), static_cast<float*>(at(grad_weight)),
+                         shape, threads});
 }
 
 void update_running_py(const std::vector<UpdateCode>& updates) {
   for (const RunningUpdate& update : checked_updates(updates)) {
-    update_running(update);
+    perform(update);
   }
 }
 
@@ -578,6 +567,7 @@ PYBIND11_MODULE(_cpu, m) {
   fastres::cpu::define_kernels(m);
   fastres::cpu::define_convolutions(m);
   fastres::cpu::define_runtime(m);
+  fastres::cpu::define_program(m);
   if (const char* isa = std::getenv("FASTRES_CPU_ISA")) {
     if (*isa) {
       try {

@@ -162,6 +162,14 @@ struct ConvWeightArgs {
   int threads;
 };
 
+// A copy between strides, of at most four axes, of float32 or float64 into either.
+struct CopyArgs {
+  const void* from;
+  void* to;
+  DType from_dtype, to_dtype;
+  int64_t shape[4], from_strides[4], to_strides[4];
+};
+
 struct KernelTable {
   const char* name;
   bool (*supported)();
@@ -182,6 +190,9 @@ struct KernelTable {
 // Per channel and tiny: not worth an instruction set of its own.
 void finalize_stats(const FinalizeStatsArgs& args);
 void update_running(const RunningUpdate& update);
+void copy(const CopyArgs& args);
+// One value of each output channel of a weight, at another place in each, as one number.
+int64_t sample_weight(const float* weight, const int64_t* shape, const int64_t* strides);
 
 // Built tables, best first; `baseline` is always the last one.
 const KernelTable* const* built_tables(int* count);

@@ -12,12 +12,12 @@ from fastres.block.check import why_not_block
 from fastres.block.forward import plan_of
 from fastres.block.layers import Layer
 from fastres.block.op import Run, run_block
-from fastres.block.running import update_running
+from fastres.block.running import Updates
 from fastres.block.settings import current
 from fastres.block.spec import Block
 from fastres.block.stock import activate, run_stock
 from fastres.block.tensors import identity_stats, output_shapes
-from fastres.kernels import RunningUpdate, activation, memory_format_of
+from fastres.kernels import activation, memory_format_of
 
 
 class Call(NamedTuple):
@@ -26,12 +26,18 @@ class Call(NamedTuple):
     Attributes:
         run: what is run.
         late: activation that torch applies behind it, or "none".
-        counts: values per channel of each unit's output.
+        tensors: seven per unit, see `fastres.block.UnitTensors`.
+        updates: of the running statistics, or None.
     """
 
     run: Run
     late: str
-    counts: tuple[int, ...]
+    tensors: list[Tensor | None]
+    updates: Updates | None
+
+    def with_programs(self, device: torch.device) -> Call:
+        """The same, to be kept for later calls: then kernel calls are written down and kept too."""
+        return self._replace(run=self.run.with_programs(device))
 
 
 def run_layers(
@@ -70,7 +76,7 @@ def try_layers(
     if isinstance(x, Tensor) and autocasts(x.device.type):
         x, layers = _autocast(x, layers)
     call = prepare(x, block, layers, residual)
-    return None if call is None else execute(call, x, layers, residual)
+    return None if call is None else execute(call, x, residual)
 
 
 def run_open(
@@ -89,7 +95,7 @@ def run_open(
     call = prepare(x, block._replace(open_end=True), layers)
     if call is None:
         return None
-    out, mean, *stats = _run(call, x, layers, None)
+    out, mean, *stats = run_block(call.run, x, None, call.tensors, call.updates)
     known = stats[-1] if block.units[-1].norm is not None else identity_stats(out)
     return out, known, mean
 
@@ -97,7 +103,7 @@ def run_open(
 def prepare(
     x: Tensor, block: Block, layers: Sequence[Layer], residual: Tensor | None = None
 ) -> Call | None:
-    """How to run a block on these inputs, or on any that are alike, or None where it cannot be."""
+    """How to run a block on these layers and an x that is alike, or None where it cannot be."""
     block, late = _without_late_activation(block)
     if why_not_block(x, block, layers, residual) is not None:
         return None
@@ -114,28 +120,15 @@ def prepare(
     plan = None
     if not torch.compiler.is_compiling():
         plan = plan_of(block, x, weights)
-    return Call(Run.of(block, plan, memory_format_of(x, weights)), late, counts)
-
-
-def execute(
-    call: Call, x: Tensor, layers: Sequence[Layer], residual: Tensor | None = None
-) -> Tensor:
-    """Run a block that was prepared for these inputs, and update its running statistics."""
-    out = _run(call, x, layers, residual)[0]
-    return out if call.late == "none" else activate(out, call.late)
-
-
-def _run(
-    call: Call, x: Tensor, layers: Sequence[Layer], residual: Tensor | None
-) -> Sequence[Tensor]:
+    run = Run.of(block, plan, memory_format_of(x, weights))
     tensors = [t for layer in layers for t in layer.tensors]
+    return Call(run, late, tensors, Updates.of(layers, counts, settings.backend))
 
-    def update(stats: Sequence[Tensor]) -> None:
-        updates = running_updates(layers, stats, call.counts)
-        update_running(updates, call.run.block.backend)
 
-    trains = any([layer.training for layer in layers])
-    return run_block(call.run, x, residual, tensors, update if trains else None)
+def execute(call: Call, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    """Run a block that was prepared for these inputs, and update its running statistics."""
+    out = run_block(call.run, x, residual, call.tensors, call.updates)[0]
+    return out if call.late == "none" else activate(out, call.late)
 
 
 def _without_late_activation(block: Block) -> tuple[Block, str]:
@@ -184,26 +177,3 @@ def _autocast(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, Sequence[Laye
     if layers[0].weight is not None:
         x = x if (lowered := cast(x)) is None else lowered
     return x, [layer._replace(weight=cast(layer.weight), bias=cast(layer.bias)) for layer in layers]
-
-
-def running_updates(
-    layers: Sequence[Layer], stats: Sequence[Tensor], counts: Sequence[int]
-) -> list[RunningUpdate]:
-    """What the batches of a block do to the running statistics of its layers.
-
-    Args:
-        layers: the block's units with their tensors.
-        stats: [5, K] of each unit that has a norm.
-        counts: values per channel of each unit's output.
-    """
-    updates, known = [], iter(stats)
-    for layer, count in zip(layers, counts, strict=True):
-        if layer.unit.norm is None:
-            continue
-        batch = next(known)
-        if layer.training:
-            mean, var = layer.running_mean, layer.running_var
-            if mean is None or var is None:
-                mean = var = None
-            updates.append(RunningUpdate(batch, mean, var, layer.counter, layer.momentum, count))
-    return updates

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,17 +13,17 @@ from fastres.block.forward import run_forward
 from fastres.block.layers import Layer
 from fastres.block.once import once_differentiable
 from fastres.block.plan import Plan
+from fastres.block.programs import Programs, recorder
+from fastres.block.running import Updates
 from fastres.block.spec import UNIT_TENSORS, Block, Unit
 from fastres.block.stock import run_stock
 from fastres.block.tensors import UnitTensors, split_tensors
+from fastres.kernels import dense
 
 #: Of a unit's tensors, these may want a gradient: all but the running statistics.
 _WANTING = (True, True, True, True, False, False, True)
 #: Their places: those that a backward reads.
 _WEIGHT, _BIAS, _FACTOR = 0, 1, 6
-
-#: What follows a forward: the update of running statistics from those of the batch, per norm.
-Update = Callable[[Sequence[Tensor]], None]
 
 
 class Run(NamedTuple):
@@ -37,6 +37,7 @@ class Run(NamedTuple):
         keeps: of each tensor of its units, whether a backward reads it.
         plan: who computes it, where that was decided; None leaves it to the operators.
         fmt: layout of its activations.
+        programs: its kernel calls written down, for inputs of one kind, or None.
     """
 
     block: Block
@@ -46,6 +47,7 @@ class Run(NamedTuple):
     keeps: tuple[bool, ...]
     plan: Plan | None
     fmt: torch.memory_format
+    programs: Programs | None = None
 
     @classmethod
     def of(cls, block: Block, plan: Plan | None, fmt: torch.memory_format) -> Run:
@@ -57,6 +59,13 @@ class Run(NamedTuple):
         norms = sum([unit.norm is not None for unit in units])
         return cls(block, block.encode(), int(block.open_end), norms, tuple(keeps), plan, fmt)
 
+    def with_programs(self, device: torch.device) -> Run:
+        """The same, for inputs of one kind: their kernel calls are written down where they can."""
+        record = None if self.plan is None else recorder(self.block, self.plan, device)
+        if record is None or self.plan is None:
+            return self
+        return self._replace(programs=Programs(record, self.block, self.plan, self.fmt))
+
     @property
     def direct(self) -> bool:
         """Whether it runs without the dispatcher: nobody watches or rewrites operators."""
@@ -64,11 +73,25 @@ class Run(NamedTuple):
 
 
 def _forward(
-    run: Run, x: Tensor, residual: Tensor | None, tensors: Sequence[Tensor | None]
-) -> list[Tensor]:
+    run: Run,
+    x: Tensor,
+    residual: Tensor | None,
+    tensors: Sequence[Tensor | None],
+    updates: Updates | None,
+) -> tuple[list[Tensor], bool]:
+    """[out, mean, what is saved], and whether that is one tensor; with the updates made."""
+    if run.direct and run.programs is not None and residual is None:
+        results = run.programs.forward(dense(x, run.fmt), tensors, updates)
+        if results is not None:
+            return results, True
     if run.direct:
-        return run_forward(run.block, x, residual, split_tensors(tensors), run.plan, run.fmt)
-    return torch.ops.fastres.block_forward(x, residual, list(tensors), run.text)
+        units = split_tensors(tensors)
+        results = run_forward(run.block, x, residual, units, run.plan, run.fmt)
+    else:
+        results = torch.ops.fastres.block_forward(x, residual, list(tensors), run.text)
+    if updates is not None:
+        updates(results[1 + run.means : 1 + run.means + run.norms])
+    return results, False
 
 
 class _BlockFunction(torch.autograd.Function):
@@ -83,16 +106,14 @@ class _BlockFunction(torch.autograd.Function):
     def forward(
         ctx: Any,
         run: Run,
-        update: Update | None,
+        updates: Updates | None,
         x: Tensor,
         residual: Tensor | None,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        out, *rest = _forward(run, x, residual, tensors)
+        (out, *rest), ctx.together = _forward(run, x, residual, tensors, updates)
         mean, saved = rest[: run.means], rest[run.means :]
-        stats = saved[: run.norms]
-        if update is not None:
-            update(stats)
+        stats = [] if ctx.together else saved[: run.norms]
         ctx.run = run
         if run.plan is not None:
             ctx.given = [(t, 0 if t is None else t._version) for t in tensors]
@@ -126,14 +147,36 @@ class _BlockFunction(torch.autograd.Function):
         for i in range(2, len(wanted), UNIT_TENSORS):
             unit = wanted[i : i + UNIT_TENSORS]
             needs += [want for want, may in zip(unit, _WANTING, strict=True) if may]
-        given = (grad_out, grad_mean, x)
-        if run.direct:
-            units = split_tensors(tensors)
-            computed = run_backward(run.block, *given, units, saved, needs, run.plan, run.fmt)
-        else:
-            computed = torch.ops.fastres.block_backward(*given, tensors, saved, run.text, needs)
-        grads = iter(computed)
+        grads = iter(_backward(ctx, grad_out, grad_mean, x, tensors, saved, needs))
         return (None, None, *[next(grads) if want else None for want in wanted])
+
+
+def _backward(
+    ctx: Any,
+    grad_out: Tensor,
+    grad_mean: Tensor | None,
+    x: Tensor,
+    tensors: Sequence[Tensor | None],
+    saved: Sequence[Tensor],
+    needs: Sequence[bool],
+) -> Sequence[Tensor]:
+    """The wanted gradients, in the order of `needs`."""
+    run = ctx.run
+    if ctx.together:
+        (kept,) = saved
+        if run.direct:
+            grad, source = dense(grad_out, run.fmt), dense(x, run.fmt)
+            grads = run.programs.backward(grad, source, tensors, kept, needs)
+            if grads is not None:
+                return grads  # type: ignore[no-any-return]
+        saved = run.programs.views(kept)
+    if run.direct:
+        units = split_tensors(tensors)
+        return run_backward(
+            run.block, grad_out, grad_mean, x, units, saved, needs, run.plan, run.fmt
+        )
+    given = (grad_out, grad_mean, x, tensors, saved, run.text, needs)
+    return torch.ops.fastres.block_backward(*given)  # type: ignore[no-any-return]
 
 
 def _takes_torch(ctx: Any, grad_out: Tensor | None) -> bool:
@@ -163,7 +206,9 @@ def _torch_backward(ctx: Any, grad_out: Tensor | None) -> tuple[Tensor | None, .
             "one of the variables needed for gradient computation has been modified by an inplace "
             "operation: a parameter of a fused block, in front of a gradient of its gradients"
         )
-    units, stats = split_tensors([t for t, _ in ctx.given]), iter(rest[len(run.keeps) :])
+    saved = rest[len(run.keeps) :]
+    stats = iter(run.programs.views(*saved) if ctx.together else saved)
+    units = split_tensors([t for t, _ in ctx.given])
     layers = [
         _layer(unit, own, None if unit.norm is None else next(stats))
         for unit, own in zip(run.block.all_units, units, strict=True)
@@ -196,7 +241,7 @@ def run_block(
     x: Tensor,
     residual: Tensor | None,
     tensors: Sequence[Tensor | None],
-    update: Update | None,
+    updates: Updates | None,
 ) -> Sequence[Tensor]:
     """Run a block under autograd.
 
@@ -205,23 +250,20 @@ def run_block(
         x: [N, C, H, W].
         residual: shape of the output, for the "tensor" shortcut.
         tensors: seven per unit, see `fastres.block.UnitTensors`.
-        update: called once with the stats [5, K] of each unit that has a norm, where that is
-            wanted. Activation checkpointing ends a recomputation where the last tensor is saved, so
-            in eager mode it is called before that; a compiler wants mutations outside the autograd
-            Function.
+        updates: of the running statistics. Activation checkpointing ends a recomputation where the
+            last tensor is saved, so in eager mode they are made before that; a compiler wants
+            mutations outside the autograd Function.
 
     Returns:
-        The block's output; with an open end the mean of what it stands for, [N, K]; the stats.
+        The block's output; with an open end the mean of what it stands for, [N, K], and the stats.
     """
     if run.block.save and not torch.compiler.is_compiling():
         # What autograd's own apply does besides concerns torch.func, which never comes here.
         apply = _apply if run.direct else _BlockFunction.apply
-        return apply(run, update, x, residual, *tensors)  # type: ignore[no-any-return]
-    if run.block.save:
-        results = _BlockFunction.apply(run, None, x, residual, *tensors)  # type: ignore[no-untyped-call]
-    else:
-        results = _forward(run, x, residual, tensors)
-    results = results[: 1 + run.means + run.norms]
-    if update is not None:
-        update(results[1 + run.means :])
+        return apply(run, updates, x, residual, *tensors)  # type: ignore[no-any-return]
+    if not run.block.save:
+        return _forward(run, x, residual, tensors, updates)[0][: 1 + run.means + run.norms]
+    results = _BlockFunction.apply(run, None, x, residual, *tensors)  # type: ignore[no-untyped-call]
+    if updates is not None:
+        updates(results[1 + run.means :])
     return results  # type: ignore[no-any-return]

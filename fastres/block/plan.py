@@ -125,6 +125,18 @@ class Plan:
         return None if found is None else found.run
 
     @property
+    def implementations(self) -> set[Implementation]:
+        """All that may run."""
+        own = {
+            one
+            for c in self.convs
+            if c is not None
+            for one in (c.forward, c.prologue, c.data, c.weight, c.joint, c.infer)
+            if one is not None
+        }
+        return own | set(self.pointwise.values())
+
+    @property
     def level(self) -> str:
         """The lowest level among the block's convolutions; "b" for a batch norm alone."""
         levels = [c.level for c in self.convs if c is not None]

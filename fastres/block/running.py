@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastres.block.layers import Layer
 from fastres.block.library import _library
 from fastres.block.settings import current
 from fastres.kernels import (
@@ -30,6 +32,56 @@ _COUNTER = 3
 Kind = tuple[torch.device, torch.dtype]
 
 
+class Updates(NamedTuple):
+    """What a block's batches do to the running statistics of its layers.
+
+    Attributes:
+        layers: the block's units with their tensors.
+        counts: values per channel of each unit's output.
+        backend: whose kernels update.
+        buffers: running means, variances and counters that change.
+    """
+
+    layers: Sequence[Layer]
+    counts: Sequence[int]
+    backend: str
+    buffers: list[Tensor]
+
+    @classmethod
+    def of(cls, layers: Sequence[Layer], counts: Sequence[int], backend: str) -> Updates | None:
+        """None where no layer trains."""
+        training = [layer for layer in layers if layer.training]
+        if not training:
+            return None
+        buffers = [
+            t
+            for layer in training
+            for t in (layer.running_mean, layer.running_var, layer.counter)
+            if t is not None
+        ]
+        return cls(layers, counts, backend, buffers)
+
+    def after(self, stats: Sequence[Tensor]) -> list[RunningUpdate]:
+        """The updates by the statistics [5, K] of each unit that has a norm."""
+        updates, known = [], iter(stats)
+        for layer, count in zip(self.layers, self.counts, strict=True):
+            if layer.unit.norm is None:
+                continue
+            batch = next(known)
+            if layer.training:
+                mean, var = layer.running_mean, layer.running_var
+                if mean is None or var is None:
+                    mean = var = None
+                updates.append(
+                    RunningUpdate(batch, mean, var, layer.counter, layer.momentum, count)
+                )
+        return updates
+
+    def __call__(self, stats: Sequence[Tensor]) -> None:
+        """Take the batches in."""
+        update_running(self.after(stats), self.backend)
+
+
 def update_running(updates: Sequence[RunningUpdate], backend: str | None = None) -> None:
     """Take batches into running statistics in place, as nn.BatchNorm2d does, one after another.
 
@@ -50,6 +102,14 @@ def update_running(updates: Sequence[RunningUpdate], backend: str | None = None)
         reference.update_running(updates)
     elif torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
         _dispatch(updates, backend)
+    else:
+        _run(updates, backend)
+
+
+def update_now(updates: Sequence[RunningUpdate], backend: str) -> None:
+    """The same without an operator, where nobody traces or where a kernel is only written down."""
+    if any([isinstance(u.momentum, Tensor) for u in updates]):
+        reference.update_running(updates)
     else:
         _run(updates, backend)
 

@@ -7,7 +7,7 @@ with the reason where one is not available. docs/design.md section 5 lists the p
 
 from fastres.kernels import aten, cpu, cuda, formulas, reference, triton
 from fastres.kernels.activation import activation, activations, register_activation
-from fastres.kernels.backend import BACKENDS, Backend, declare, preference
+from fastres.kernels.backend import BACKENDS, Backend, Record, declare, preference
 from fastres.kernels.reference import Activation
 from fastres.kernels.registry import (
     COMPOSITES,
@@ -52,6 +52,7 @@ __all__ = [
     "Implementation",
     "PendingGrad",
     "Prologue",
+    "Record",
     "Request",
     "RunningUpdate",
     "acc_dtype",

@@ -4,6 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Program(Protocol):
+    """Kernel calls that were written down, as by `fastres.kernels.cpu.program.record`."""
+
+    def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor] | None:
+        """The outputs, and in one tensor of bytes what is kept; None where it holds no longer."""
+
+    def views(self, kept: Tensor) -> list[Tensor]:
+        """The tensors in what is kept."""
+
+
+#: (outputs, what is to be kept in one tensor)
+Results = tuple[Sequence[Tensor], Sequence[Tensor]]
+#: (function, the tensors that it reads or writes, the tensors that are the same in every run)
+Record = Callable[[Callable[[], Results], Sequence[Tensor], Sequence[Tensor]], Program | None]
 
 
 @dataclass(frozen=True)
@@ -21,6 +40,8 @@ class Backend:
         source: identifies the text or the binary of its kernels, for what is kept about them.
         prepare: makes ready, say compiles side by side, all that some functions would launch,
             whatever launch shapes are open; None where there is nothing to do.
+        record: writes down what a function launches, to be run again on other tensors in one call;
+            None where a backend cannot.
     """
 
     name: str
@@ -31,6 +52,7 @@ class Backend:
     proven: bool = True
     source: Callable[[], str] = str
     prepare: Callable[[Sequence[Callable[[], object]]], None] | None = None
+    record: Record | None = None
 
 
 BACKENDS: dict[str, Backend] = {}

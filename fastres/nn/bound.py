@@ -73,6 +73,7 @@ class Bound:
             return self._calls[key]
         except KeyError:
             call = prepare(x, self.match.block, layers)
+            call = None if call is None else call.with_programs(x.device)
         if x.device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
             if len(self._calls) >= _MOST_KEPT:
                 self._calls.clear()

@@ -45,7 +45,7 @@ def run_fused(module: FusedParts, x: Tensor) -> Tensor | None:
     if bound.match.drops or bound.match.gate is not None:
         return run_match(bound.match, x)
     call = bound.call(x)
-    return None if call is None else execute(call, x, bound.match.layers)
+    return None if call is None else execute(call, x)
 
 
 def run_match(matched: Match, x: Tensor) -> Tensor | None:

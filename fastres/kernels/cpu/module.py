@@ -43,19 +43,34 @@ def module() -> ModuleType:
     return _cpu
 
 
-def empty(shape: Sequence[int], dtype: torch.dtype, channels_last: bool) -> Tensor:
-    """An uninitialised [N, C, H, W] tensor in memory that does not page-fault at every step.
+def own_memory(size: int) -> bool:
+    """Whether a tensor of `size` bytes is to lie in memory of ours."""
+    return size >= _OWN_BYTES
+
+
+def strided(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype, own: bool) -> Tensor:
+    """An uninitialised tensor; in memory of our own it does not page-fault at every step.
 
     Freed memory stays with the allocator of `fastres._cpu` and comes back warm: on a CPU, fresh
     pages cost more than the arithmetic of a batch norm.
     """
-    n, c, h, w = shape
-    if n * c * h * w * dtype.itemsize < _OWN_BYTES:
-        fmt = torch.channels_last if channels_last else torch.contiguous_format
-        return torch.empty(shape, dtype=dtype, memory_format=fmt)
-    strides = (c * h * w, 1, w * c, c) if channels_last else (c * h * w, h * w, w, 1)
+    if not own:
+        return torch.empty_strided(shape, strides, dtype=dtype)
     capsule = module().empty(list(shape), list(strides), DTYPE_CODES[dtype])
     return torch.utils.dlpack.from_dlpack(capsule)
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype, channels_last: bool) -> Tensor:
+    """An uninitialised [N, C, H, W] tensor, large ones in memory of our own."""
+    n, c, h, w = shape
+    own = own_memory(n * c * h * w * dtype.itemsize)
+    # Who watches torch, as one does who writes a program down, is to see what is allocated.
+    if not own or torch._C._len_torch_dispatch_stack():
+        fmt = torch.channels_last if channels_last else torch.contiguous_format
+        return torch.empty(shape, dtype=dtype, memory_format=fmt)
+    return strided(
+        shape, (c * h * w, 1, w * c, c) if channels_last else (c * h * w, h * w, w, 1), dtype, own
+    )
 
 
 def empty_like(t: Tensor) -> Tensor:

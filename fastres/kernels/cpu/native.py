@@ -16,6 +16,7 @@ from fastres.kernels import aten
 from fastres.kernels.common import ACT_CODES, address, gate_act_code, gate_code
 from fastres.kernels.cpu.module import empty, module
 from fastres.kernels.cpu.pointwise import bn_act_backward_reduce, channel_stats, coefficients
+from fastres.kernels.cpu.program import computing, note_packed
 from fastres.kernels.registry import Request, register
 from fastres.kernels.types import Branch, Conv, Gate, Gated, PendingGrad, Prologue
 
@@ -103,7 +104,9 @@ def _packed_once(weight: Tensor, job: _Job) -> Tensor:
     kept = _kept.get(key)
     if kept is None or kept.owner() is not weight or kept.state != state:
         owner = ref(weight, lambda _: _kept.pop(key, None))
-        kept = _kept[key] = _Kept(owner, state, _pack(weight, job))
+        with computing():
+            kept = _kept[key] = _Kept(owner, state, _pack(weight, job))
+    note_packed(weight, kept.packed, samples)
     return kept.packed
 
 

@@ -1,0 +1,264 @@
+"""Programs: what a function calls of our kernels, written down once and run again in one call.
+
+The function runs once with kernels that write themselves down instead of computing
+(`csrc/cpu/program.h`), so it may look at shapes but at no value. What it asks of torch meanwhile is
+watched: allocations and views are free, copies of parameters become steps, and with anything else
+there is no program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from threading import local
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastres.kernels.backend import Results
+from fastres.kernels.common import DTYPE_CODES
+from fastres.kernels.cpu.module import module, own_memory, strided
+
+_kernels = module()
+_aten = torch.ops.aten
+
+#: Operators that only make memory.
+_ALLOCATE = {
+    _aten.empty.memory_format,
+    _aten.empty_strided.default,
+    _aten.empty_like.default,
+    _aten.new_empty.default,
+    _aten.new_empty_strided.default,
+}
+#: Elements that a copy step moves at most: it is for parameters, on one thread.
+_MOST_COPIED = 1 << 22
+#: Places in the tensor of what is kept are multiples of this many bytes, as vectors are long.
+_ALIGNMENT = 64
+
+
+class NotRecordableError(Exception):
+    """Something was called that no step can stand for."""
+
+
+# ---------------------------------------------------------------- what torch is asked for
+
+
+_ZEROS = {dtype: torch.zeros((), dtype=dtype) for dtype in (torch.float32, torch.float64)}
+
+
+def _zeros(like: Tensor) -> Tensor:
+    if like.dtype not in _ZEROS:
+        raise NotRecordableError(f"zeros in {like.dtype}")
+    return _ZEROS[like.dtype].expand(like.shape)
+
+
+def _stacked(tensors: Sequence[Tensor], dim: int = 0) -> list[Tensor]:
+    if dim != 0:
+        raise NotRecordableError("a stack along another axis than the first")
+    return list(tensors)
+
+
+#: Operators that become copies: where the parts of their result come from.
+_SOURCES: dict[Any, Callable[..., list[Tensor]]] = {
+    _aten._to_copy.default: lambda t: [t],
+    _aten.clone.default: lambda t: [t],
+    _aten.zeros_like.default: lambda t: [_zeros(t)],
+    _aten.stack.default: _stacked,
+}
+
+
+class _Packed(NamedTuple):
+    """A weight, the copy of it that a kernel reads, and the weight's sample when that was made."""
+
+    weight: Tensor
+    copy: Tensor
+    sample: int
+
+
+class _Watch(TorchDispatchMode):
+    """What torch is asked for while a program is written down."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recording = _kernels.Recording()
+        #: Held, so that no address stands for two tensors.
+        self.memory: list[Tensor] = []
+        self.packed: list[_Packed] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.is_view:
+            return result
+        sources = _SOURCES.get(func)
+        if sources is None and func not in _ALLOCATE:
+            raise NotRecordableError(str(func))
+        self.memory.append(result)
+        if sources is not None:
+            parts = result.unbind() if func is _aten.stack.default else (result,)
+            for source, part in zip(sources(*args), parts, strict=True):
+                self._copy(source, part)
+        return result
+
+    def _copy(self, source: Tensor, to: Tensor) -> None:
+        """A step that copies."""
+        if to.numel() > _MOST_COPIED or to.dim() > 4 or not {source.dtype, to.dtype} <= {*_ZEROS}:
+            raise NotRecordableError("a copy of another kind than of a parameter")
+        missing = 4 - to.dim()
+        _kernels.copy(
+            source.data_ptr(), DTYPE_CODES[source.dtype], [*[0] * missing, *source.stride()],
+            to.data_ptr(), DTYPE_CODES[to.dtype], [*[0] * missing, *to.stride()],
+            [*[1] * missing, *to.shape],
+        )  # fmt: skip
+
+
+class _Current(local):
+    """The program that a thread is writing down."""
+
+    watch: _Watch | None = None
+
+
+_current = _Current()
+
+
+def note_packed(weight: Tensor, copy: Tensor, sample: int) -> None:
+    """Tell a program that is being written down of a packed copy that stays.
+
+    It will not run once the weight's version or its sample has changed.
+    """
+    if _current.watch is not None:
+        _current.watch.packed.append(_Packed(weight, copy, sample))
+
+
+@contextmanager
+def computing() -> Iterator[None]:
+    """Inside a `with`, kernels compute, although a program may be being written down."""
+    watch = _current.watch
+    if watch is None:
+        yield
+        return
+    watch.recording.exit()
+    try:
+        yield
+    finally:
+        watch.recording.enter()
+
+
+# ---------------------------------------------------------------- programs
+
+
+class Program:
+    """Kernel calls on memory that each run is given.
+
+    Attributes:
+        steps: how many.
+    """
+
+    def __init__(
+        self,
+        core: Any,
+        outputs: Sequence[Tensor],
+        kept: Sequence[Tensor],
+        versions: list[tuple[int, int]],
+        held: Sequence[Tensor],
+    ) -> None:
+        self._core, self._versions, self._held = core, versions, held
+        self.steps: int = core.steps
+        self._outputs = [
+            (tuple(t.shape), t.stride(), t.dtype, own_memory(_bytes(t))) for t in outputs
+        ]
+        self._kept = [(tuple(t.shape), t.stride(), t.dtype) for t in kept]
+        self._offsets, self._bytes = [], 0
+        for t in kept:
+            self._offsets.append(self._bytes)
+            self._bytes += -(-_bytes(t) // _ALIGNMENT) * _ALIGNMENT
+
+    def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor] | None:
+        """The outputs, and in one tensor of bytes what is kept, if anything is.
+
+        None, and nothing was run, where a weight has changed whose packed copy it reads.
+        """
+        for index, version in self._versions:
+            if inputs[index]._version != version:
+                return None
+        results = [strided(*like) for like in self._outputs]
+        addresses = [t.data_ptr() for t in inputs]
+        addresses += [t.data_ptr() for t in results]
+        if self._offsets:
+            kept = strided((self._bytes,), (1,), torch.uint8, own_memory(self._bytes))
+            start = kept.data_ptr()
+            addresses += [start + offset for offset in self._offsets]
+            results.append(kept)
+        return results if self._core.run(addresses, torch.get_num_threads()) else None
+
+    def views(self, kept: Tensor) -> list[Tensor]:
+        """The tensors in what is kept."""
+        return [
+            kept[offset:].view(dtype).as_strided(shape, strides)
+            for offset, (shape, strides, dtype) in zip(self._offsets, self._kept, strict=True)
+        ]
+
+
+def record(
+    function: Callable[[], Results], inputs: Sequence[Tensor], fixed: Sequence[Tensor] = ()
+) -> Program | None:
+    """A program of what a function would compute, or None where that cannot be written down.
+
+    Args:
+        function: called once; it returns the outputs, and what is to be kept in one tensor.
+        inputs: all tensors that it reads or writes, in the order in which a run is given others.
+        fixed: tensors with which every run computes.
+    """
+    watch = _current.watch = _Watch()
+    try:
+        watch.recording.enter()
+        try:
+            with watch:
+                outputs, kept = function()
+        finally:
+            watch.recording.exit()
+            _current.watch = None
+        return _program(watch, inputs, outputs, kept, fixed)
+    except NotRecordableError:
+        return None
+
+
+def _program(
+    watch: _Watch,
+    inputs: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    kept: Sequence[Tensor],
+    fixed: Sequence[Tensor],
+) -> Program:
+    made = {_memory(t) for t in watch.memory}
+    if not {(t.data_ptr(), _bytes(t)) for t in (*outputs, *kept)} <= made:
+        raise NotRecordableError("a result that is part of something else")
+    given = [(t.data_ptr(), _bytes(t)) for t in (*inputs, *outputs, *kept)]
+    if any(a + size > b for (a, size), (b, _) in pairwise(sorted(given)) if size):
+        raise NotRecordableError("memory with two names")
+    fixed = [*fixed, *_ZEROS.values(), *[one.copy for one in watch.packed]]
+    stays = [_memory(t) for t in fixed]
+    places = {id(t): i for i, t in enumerate(inputs)}
+    packed = [(places[id(w)], w.shape, w.stride(), sample) for w, _, sample in watch.packed]
+    versions = [(places[id(w)], w._version) for w, _, _ in watch.packed]
+    try:
+        core = watch.recording.program(given, sorted(made.difference(given, stays)), stays, packed)
+    except ValueError as error:
+        raise NotRecordableError(str(error)) from error
+    return Program(core, outputs, kept, versions, fixed)
+
+
+def _memory(t: Tensor) -> tuple[int, int]:
+    """Address and bytes of a tensor's storage."""
+    storage = t.untyped_storage()
+    return storage.data_ptr(), storage.nbytes()
+
+
+def _bytes(t: Tensor) -> int:
+    """Bytes from the first element to the last."""
+    if t.numel() == 0:
+        return 0
+    reach = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+    return (reach + 1) * t.element_size()
