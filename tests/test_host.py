@@ -13,7 +13,7 @@ pytest.importorskip("fastres._cpu", reason="counted on the kernels of the cpu ba
 from fastres.bench.host import blocks, main, python_calls, thunks
 
 #: What a bottleneck enters on the CPU, torch's own functions included. Backward is the difference.
-LIMITS = {"forward": 185, "forward + backward": 560, "inference": 130}
+LIMITS = {"forward": 52, "forward + backward": 112, "inference": 44}
 
 
 @pytest.fixture

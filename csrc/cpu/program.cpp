@@ -165,7 +165,7 @@ struct Lifetime {
 int64_t rounded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 // Gives each a place in one piece of memory, no two that live at once the same; returns its size.
-// The largest first, each as low as it can be.
+// The largest first, of equal ones the earliest, each as low as it can be.
 int64_t lay_out(std::vector<Lifetime>& all) {
   std::vector<Lifetime*> order, placed;
   for (Lifetime& one : all) {
@@ -173,8 +173,9 @@ int64_t lay_out(std::vector<Lifetime>& all) {
       order.push_back(&one);
     }
   }
-  std::stable_sort(order.begin(), order.end(),
-                   [](const Lifetime* a, const Lifetime* b) { return a->bytes > b->bytes; });
+  std::stable_sort(order.begin(), order.end(), [](const Lifetime* a, const Lifetime* b) {
+    return a->bytes != b->bytes ? a->bytes > b->bytes : a->first < b->first;
+  });
   int64_t total = 0;
   for (Lifetime* one : order) {
     // `placed` is in the order of offsets.

@@ -67,6 +67,11 @@ class Run(NamedTuple):
         return self._replace(programs=Programs(record, self.block, self.plan, self.fmt))
 
     @property
+    def written(self) -> Programs | None:
+        """The programs by which it runs, where nobody watches or rewrites operators."""
+        return None if torch._C._len_torch_dispatch_stack() else self.programs
+
+    @property
     def direct(self) -> bool:
         """Whether it runs without the dispatcher: nobody watches or rewrites operators."""
         return self.plan is not None and torch._C._len_torch_dispatch_stack() == 0
@@ -78,12 +83,8 @@ def _forward(
     residual: Tensor | None,
     tensors: Sequence[Tensor | None],
     updates: Updates | None,
-) -> tuple[list[Tensor], bool]:
-    """[out, mean, what is saved], and whether that is one tensor; with the updates made."""
-    if run.direct and run.programs is not None and residual is None:
-        results = run.programs.forward(dense(x, run.fmt), tensors, updates)
-        if results is not None:
-            return results, True
+) -> list[Tensor]:
+    """[out, mean, what is saved]; with the updates made."""
     if run.direct:
         units = split_tensors(tensors)
         results = run_forward(run.block, x, residual, units, run.plan, run.fmt)
@@ -91,7 +92,7 @@ def _forward(
         results = torch.ops.fastres.block_forward(x, residual, list(tensors), run.text)
     if updates is not None:
         updates(results[1 + run.means : 1 + run.means + run.norms])
-    return results, False
+    return results  # type: ignore[no-any-return]
 
 
 class _BlockFunction(torch.autograd.Function):
@@ -111,7 +112,11 @@ class _BlockFunction(torch.autograd.Function):
         residual: Tensor | None,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        (out, *rest), ctx.together = _forward(run, x, residual, tensors, updates)
+        results = None
+        if (programs := run.written) is not None:
+            results = programs.forward(dense(x, run.fmt), tensors, updates)
+        ctx.together = results is not None
+        out, *rest = results or _forward(run, x, residual, tensors, updates)
         mean, saved = rest[: run.means], rest[run.means :]
         stats = [] if ctx.together else saved[: run.norms]
         ctx.run = run
@@ -164,9 +169,9 @@ def _backward(
     run = ctx.run
     if ctx.together:
         (kept,) = saved
-        if run.direct:
+        if (programs := run.written) is not None:
             grad, source = dense(grad_out, run.fmt), dense(x, run.fmt)
-            grads = run.programs.backward(grad, source, tensors, kept, needs)
+            grads = programs.backward(grad, source, tensors, kept, needs)
             if grads is not None:
                 return grads  # type: ignore[no-any-return]
         saved = run.programs.views(kept)
@@ -262,7 +267,11 @@ def run_block(
         apply = _apply if run.direct else _BlockFunction.apply
         return apply(run, updates, x, residual, *tensors)  # type: ignore[no-any-return]
     if not run.block.save:
-        return _forward(run, x, residual, tensors, updates)[0][: 1 + run.means + run.norms]
+        results = None
+        if (programs := run.written) is not None:
+            results = programs.forward(dense(x, run.fmt), tensors, updates)
+        results = results or _forward(run, x, residual, tensors, updates)
+        return results[: 1 + run.means + run.norms]
     results = _BlockFunction.apply(run, None, x, residual, *tensors)  # type: ignore[no-untyped-call]
     if updates is not None:
         updates(results[1 + run.means :])

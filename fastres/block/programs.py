@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +17,18 @@ from fastres.block.tensors import identity_stats, split_tensors
 from fastres.kernels import BACKENDS, Record
 from fastres.kernels.backend import Program, Results
 
+#: A program, or one of the two functions that stand for none.
+Run = Callable[[Sequence[Tensor]], list[Tensor] | None]
+
+
+def _unwritten(inputs: Sequence[Tensor]) -> None:
+    """There is no program yet."""
+
+
+def _refused(inputs: Sequence[Tensor]) -> None:
+    """There can be none."""
+
+
 #: Whose implementations call nothing of a compiled module but what writes itself down.
 _OURS = "fastres.kernels."
 
@@ -25,7 +37,8 @@ def recorder(block: Block, plan: Plan, device: torch.device) -> Record | None:
     """What writes down programs of a block, or None where it is run kernel by kernel."""
     backends = {one.backend for one in plan.implementations}
     ours = all([one.run.__module__.startswith(_OURS) for one in plan.implementations])
-    if device.type != "cpu" or block.open_end or not ours or "cpu" not in backends:
+    given = block.open_end or block.shortcut == "tensor"
+    if device.type != "cpu" or given or not ours or "cpu" not in backends:
         return None
     return BACKENDS["cpu"].record
 
@@ -40,8 +53,8 @@ class Programs:
 
     def __init__(self, record: Record, block: Block, plan: Plan, fmt: torch.memory_format) -> None:
         self._record, self._block, self._plan, self._fmt = record, block, plan, fmt
-        self._forward: Program | None = _UNKNOWN
-        self._backward: dict[Any, Program | None] = {}
+        self._forward: Run = _unwritten
+        self._backward: dict[Any, Run] = {}
 
     def forward(
         self, x: Tensor, tensors: Sequence[Tensor | None], updates: Updates | None
@@ -53,9 +66,10 @@ class Programs:
         inputs = [x, *[t for t in tensors if t is not None]]
         if updates is not None:
             inputs += updates.buffers
-        self._forward, results = self._run(
-            self._forward, inputs, lambda: self._run_forward(x, tensors, updates)
-        )
+        results = self._forward(inputs)
+        if results is None and self._forward is not _refused:
+            self._forward = self._written(lambda: self._run_forward(x, tensors, updates), inputs)
+            results = self._forward(inputs)
         if results is not None and updates is not None:
             torch.autograd.graph.increment_version(updates.buffers)
         return results
@@ -80,11 +94,13 @@ class Programs:
         """What `run_backward` gives for these flags, or None where it cannot be written down."""
         inputs = [grad_out, x, *[t for t in tensors if t is not None], kept]
         key = (*needs, grad_out.stride())
-        self._backward[key], results = self._run(
-            self._backward.get(key, _UNKNOWN),
-            inputs,
-            lambda: (self._run_backward(grad_out, x, tensors, kept, needs), []),
-        )
+        program = self._backward.get(key, _unwritten)
+        results = program(inputs)
+        if results is None and program is not _refused:
+            program = self._backward[key] = self._written(
+                lambda: (self._run_backward(grad_out, x, tensors, kept, needs), []), inputs
+            )
+            results = program(inputs)
         return results
 
     def _run_backward(
@@ -100,28 +116,19 @@ class Programs:
             self._block, grad_out, None, x, units, saved, needs, self._plan, self._fmt
         )
 
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """How many kernels forward calls, and each backward; 0 where nothing was written down."""
+        return tuple([getattr(p, "steps", 0) for p in (self._forward, *self._backward.values())])
+
     def views(self, kept: Tensor) -> list[Tensor]:
         """The tensors that a forward kept in one."""
-        assert self._forward is not None
-        return self._forward.views(kept)
+        return cast(Program, self._forward).views(kept)
 
-    def _run(
-        self, program: Program | None, inputs: list[Tensor], function: Callable[[], Results]
-    ) -> tuple[Program | None, list[Tensor] | None]:
-        """A program, and what it gives: this one, or one written down anew."""
-        results = None if program in (None, _UNKNOWN) else program(inputs)
-        if results is not None or program is None:
-            return program, results
-        program = self._written(function, inputs)
-        return program, None if program is None else program(inputs)
-
-    def _written(self, function: Callable[[], Results], inputs: list[Tensor]) -> Program | None:
+    def _written(self, function: Callable[[], Results], inputs: list[Tensor]) -> Run:
         """A program, unless a tensor is empty: torch has answers of its own for those."""
         if any([t.numel() == 0 for t in inputs]):
-            return None
+            return _refused
         channels = {t.shape[d] for t in inputs if t.dim() == 4 for d in (0, 1)}
         fixed = [identity_stats(inputs[0].new_empty(0, c, 0, 0)) for c in channels]
-        return self._record(function, inputs, fixed)
-
-
-_UNKNOWN: Any = object()
+        return self._record(function, inputs, fixed) or _refused

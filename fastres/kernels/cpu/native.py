@@ -83,7 +83,7 @@ class _Kept(NamedTuple):
     """A packed weight, and what it was packed from."""
 
     owner: ref[Tensor]
-    state: tuple[int, ...]
+    state: tuple[int | str, ...]
     packed: Tensor
 
 
@@ -93,13 +93,14 @@ _kept: dict[int, _Kept] = {}
 def _packed_once(weight: Tensor, job: _Job) -> Tensor:
     """The packed weight, kept while the weight stands: for inference.
 
-    It is packed anew where the version counter moved, the memory is another, or one of the samples
-    changed that are taken of each output channel: a change through `.data` moves no counter.
+    It is packed anew where the version counter moved, the memory or the instruction set is another,
+    or one of the samples changed that are taken of each output channel: a change through `.data`
+    moves no counter.
     """
     if weight.is_inference():
         return _pack(weight, job)
     samples = _kernels.sample_weight(weight.data_ptr(), weight.shape, weight.stride())
-    state = (weight._version, weight.data_ptr(), samples, *weight.stride())
+    state = (weight._version, weight.data_ptr(), samples, *weight.stride(), _kernels.isa())
     key = id(weight)
     kept = _kept.get(key)
     if kept is None or kept.owner() is not weight or kept.state != state:

@@ -2,8 +2,8 @@
 
 The function runs once with kernels that write themselves down instead of computing
 (`csrc/cpu/program.h`), so it may look at shapes but at no value. What it asks of torch meanwhile is
-watched: allocations and views are free, copies of parameters become steps, and with anything else
-there is no program.
+watched: allocations and views are free, sums and copies of parameters become steps, and with
+anything else there is no program.
 """
 
 from __future__ import annotations
@@ -49,24 +49,51 @@ class NotRecordableError(Exception):
 _ZEROS = {dtype: torch.zeros((), dtype=dtype) for dtype in (torch.float32, torch.float64)}
 
 
-def _zeros(like: Tensor) -> Tensor:
-    if like.dtype not in _ZEROS:
-        raise NotRecordableError(f"zeros in {like.dtype}")
-    return _ZEROS[like.dtype].expand(like.shape)
+def _copy(to: Tensor, source: Tensor, **how: object) -> None:
+    """A step that copies; `how` shows in `to` already."""
+    if to.numel() > _MOST_COPIED or to.dim() > 4 or not {source.dtype, to.dtype} <= {*_ZEROS}:
+        raise NotRecordableError("a copy of another kind than of a parameter")
+    missing = 4 - to.dim()
+    _kernels.copy(
+        source.data_ptr(), DTYPE_CODES[source.dtype], [*[0] * missing, *source.stride()],
+        to.data_ptr(), DTYPE_CODES[to.dtype], [*[0] * missing, *to.stride()],
+        [*[1] * missing, *to.shape],
+    )  # fmt: skip
 
 
-def _stacked(tensors: Sequence[Tensor], dim: int = 0) -> list[Tensor]:
-    if dim != 0:
-        raise NotRecordableError("a stack along another axis than the first")
-    return list(tensors)
+def _zeros(to: Tensor, like: Tensor, **how: object) -> None:
+    """A step that copies a zero."""
+    if to.dtype not in _ZEROS:
+        raise NotRecordableError(f"zeros in {to.dtype}")
+    _copy(to, _ZEROS[to.dtype].expand(to.shape))
 
 
-#: Operators that become copies: where the parts of their result come from.
-_SOURCES: dict[Any, Callable[..., list[Tensor]]] = {
-    _aten._to_copy.default: lambda t: [t],
-    _aten.clone.default: lambda t: [t],
-    _aten.zeros_like.default: lambda t: [_zeros(t)],
-    _aten.stack.default: _stacked,
+def _stack(to: Tensor, tensors: Sequence[Tensor], dim: int = 0) -> None:
+    """A step for each part."""
+    for part, source in zip(to.unbind(dim), tensors, strict=True):
+        _copy(part, source)
+
+
+def _add(to: Tensor, x: Tensor, r: Any, **how: object) -> None:
+    """A step that adds two tensors which lie alike."""
+    alike = isinstance(r, Tensor) and {x.stride(), r.stride()} == {to.stride()} and not how
+    if not alike or x.shape != r.shape or {x.dtype, r.dtype} != {torch.float32}:
+        raise NotRecordableError("a sum of another kind than of two activations")
+    if _bytes(to) != to.numel() * to.element_size():
+        raise NotRecordableError("a sum with gaps in its memory")
+    _kernels.add_act(
+        x.data_ptr(), r.data_ptr(), to.data_ptr(), 0, 0, 1, to.numel(), 1, 0,
+        DTYPE_CODES[to.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+
+
+#: Operators that become steps.
+_STEPS: dict[Any, Callable[..., None]] = {
+    _aten._to_copy.default: _copy,
+    _aten.clone.default: _copy,
+    _aten.zeros_like.default: _zeros,
+    _aten.stack.default: _stack,
+    _aten.add.Tensor: _add,
 }
 
 
@@ -89,29 +116,16 @@ class _Watch(TorchDispatchMode):
         self.packed: list[_Packed] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func.is_view:
-            return result
-        sources = _SOURCES.get(func)
-        if sources is None and func not in _ALLOCATE:
+        step = _STEPS.get(func)
+        if step is None and not func.is_view and func not in _ALLOCATE:
             raise NotRecordableError(str(func))
-        self.memory.append(result)
-        if sources is not None:
-            parts = result.unbind() if func is _aten.stack.default else (result,)
-            for source, part in zip(sources(*args), parts, strict=True):
-                self._copy(source, part)
+        # Of an operator with a step no more than the memory of its result is wanted.
+        result = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            self.memory.append(result)
+        if step is not None:
+            step(result, *args, **(kwargs or {}))
         return result
-
-    def _copy(self, source: Tensor, to: Tensor) -> None:
-        """A step that copies."""
-        if to.numel() > _MOST_COPIED or to.dim() > 4 or not {source.dtype, to.dtype} <= {*_ZEROS}:
-            raise NotRecordableError("a copy of another kind than of a parameter")
-        missing = 4 - to.dim()
-        _kernels.copy(
-            source.data_ptr(), DTYPE_CODES[source.dtype], [*[0] * missing, *source.stride()],
-            to.data_ptr(), DTYPE_CODES[to.dtype], [*[0] * missing, *to.stride()],
-            [*[1] * missing, *to.shape],
-        )  # fmt: skip
 
 
 class _Current(local):
