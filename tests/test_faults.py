@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastres.block import backward, call, make_plan, use_backend
+from fastres.block import backward, make_plan, use_backend
 from fastres.block.backward import _Backward
+from fastres.block.running import Updates
 from fastres.kernels import (
     Branch,
     Gate,
@@ -315,7 +316,7 @@ class Planted:
 
 
 def _changed(change: Callable[[RunningUpdate], RunningUpdate]) -> Callable[[Any], Any]:
-    return lambda real: lambda updates, *more: real([change(u) for u in updates], *more)
+    return lambda real: lambda self, stats: [change(u) for u in real(self, stats)]
 
 
 #: As if the batch variance were not multiplied by M/(M-1).
@@ -343,9 +344,9 @@ _ENGINE_FAULTS = [
     Planted("count dropped", _Backward, "_count", lambda f: lambda s, i: 0),
     Planted("count off by one", _Backward, "_count", lambda f: lambda s, i: f(s, i) + 1),
     Planted("count in eval", _Backward, "_count", lambda f: lambda s, i: 120, _EVAL),
-    Planted("running_var biased", call, "update_running", _biased_running_var),
-    Planted("momentum inverted", call, "update_running", _momentum_inverted),
-    Planted("running statistics not updated", call, "update_running", lambda f: lambda *a: None),
+    Planted("running_var biased", Updates, "after", _biased_running_var),
+    Planted("momentum inverted", Updates, "after", _momentum_inverted),
+    Planted("running statistics not updated", Updates, "after", lambda f: lambda *a: []),
     Planted("pooling's gradient not scaled", backward, "_unpool",
             lambda f: lambda spec, g, x: 4 * f(spec, g, x), _POOLED),
     Planted("bias gradient in eval unscaled", _Backward, "_bias_gradient",
