@@ -42,7 +42,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     # gcc 12 takes the deliberately undefined registers of its own intrinsics for a mistake.
     ISAS["avx512"] += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
 KERNELS = ["activation", "channel_stats", "scale_shift_act", "backward_reduce", "backward_apply"]
-KERNELS += ["pointwise", "pack_weight", "convolution", "weight_gradient"]
+KERNELS += ["pointwise", "pack_weight", "pack_winograd", "convolution", "weight_gradient"]
 ONCE = ["cpu/dispatch", "cpu/finalize_stats", "cpu/update_running", "cpu/parameters"]
 ONCE += ["cpu/program", "cpu/allocator"]
 

@@ -1,5 +1,5 @@
-"""The CPU's own convolutions: odd shapes, every instruction set, any number of threads, NaN, and
-weights that change behind a packed copy.
+"""The CPU's own convolutions: odd shapes, every instruction set, any number of threads, NaN, values
+that Winograd's form is not for, and weights that change behind a packed copy.
 """
 
 from __future__ import annotations
@@ -13,8 +13,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastres.kernels import Branch, Conv, Gate, Gated, PendingGrad, Prologue, reference
+from fastres.kernels import (
+    Branch,
+    Conv,
+    Gate,
+    Gated,
+    PendingGrad,
+    Prologue,
+    implementations,
+    reference,
+)
 from fastres.kernels.cpu import module
+from fastres.testing import VALUES, Case, check_implementation
+from fastres.testing.compare import assert_parity
 
 if module.why_not_built() is not None:
     pytest.skip("fastres._cpu was not built", allow_module_level=True)
@@ -36,6 +47,11 @@ class Shape(NamedTuple):
     stride: tuple[int, int] = (1, 1)
     padding: int = 0
     dilation: int = 1
+
+    @property
+    def squares(self) -> bool:
+        """Whether Winograd's form can compute it."""
+        return (self.kernel, self.stride, self.dilation) == (3, (1, 1), 1)
 
     @property
     def conv(self) -> Conv:
@@ -71,6 +87,21 @@ SHAPES = [
 ]
 
 
+#: For Winograd's form: odd edges, tails of channels and of columns, every kind of padding, several
+#: panels, several images in one, and more channels than a panel has room for at all points.
+SQUARES = [
+    Shape(1, 33, 1, 2, 40, 3, padding=1),
+    Shape(3, 33, 7, 9, 35, 3, padding=1),
+    Shape(2, 64, 8, 5, 130, 3),
+    Shape(1, 40, 5, 5, 32, 3, padding=2),
+    Shape(2, 36, 4, 3, 40, 3, padding=4),
+    Shape(2, 32, 41, 30, 64, 3, padding=1),
+    Shape(3, 600, 6, 7, 70, 3, padding=1),
+]
+#: Shapes, and whether they are computed in Winograd's form, worth it or not.
+FORMS = [(s, False) for s in SHAPES] + [(s, True) for s in (*SHAPES, *SQUARES) if s.squares]
+
+
 def channels_last(t: Tensor) -> Tensor:
     return t.contiguous(memory_format=torch.channels_last)
 
@@ -81,6 +112,11 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     _cpu.set_isa(request.param)
     yield request.param
     _cpu.set_isa(before)
+
+
+def take(monkeypatch: pytest.MonkeyPatch, winograd: bool) -> None:
+    """Winograd's form, or the other one, whatever the shape."""
+    monkeypatch.setattr(native, "_is_winograd", lambda *_, **__: winograd)
 
 
 def on_threads(run) -> list[list[Tensor]]:
@@ -107,8 +143,11 @@ def integers(*shape: int) -> Tensor:
     return torch.randint(-3, 4, shape).float()
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_small_integers_are_exact_whatever_the_threads(isa: str, shape: Shape) -> None:
+@pytest.mark.parametrize(("shape", "winograd"), FORMS, ids=str)
+def test_small_integers_are_exact_whatever_the_threads(
+    isa: str, shape: Shape, winograd: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take(monkeypatch, winograd)
     x, weight, grad = shape.tensors(integers)
     conv, bias = shape.conv, integers(shape.k)
     start = channels_last(integers(*x.shape))
@@ -141,9 +180,16 @@ def test_small_integers_are_exact_whatever_the_threads(isa: str, shape: Shape) -
 
 
 @pytest.mark.parametrize("act", ["none", "relu", "silu"])
-@pytest.mark.parametrize("shape", SHAPES[2:6], ids=str)
-def test_whole_unit_equals_the_reference(isa: str, shape: Shape, act: str) -> None:
+@pytest.mark.parametrize(
+    ("shape", "winograd"),
+    [*((s, False) for s in SHAPES[2:6]), *((s, True) for s in SQUARES[1:])],
+    ids=str,
+)
+def test_whole_unit_equals_the_reference(
+    isa: str, shape: Shape, winograd: bool, act: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Prologue, gradient formed on the way, gated residual, sums for the norm in front."""
+    take(monkeypatch, winograd)
     x, weight, grad_out = shape.tensors()
     conv, before, behind = shape.conv, stats_of(shape.c), stats_of(shape.k)
     prologue = Prologue(before, act)
@@ -225,6 +271,134 @@ def test_nan_reaches_what_it_reaches_in_torch(isa: str, act: str) -> None:
     assert torch.equal(y.isnan(), expected.isnan()) and y.isnan().any()
 
 
+@pytest.mark.parametrize("act", ["none", "relu", "silu"])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("shape", SQUARES[1:3], ids=str)
+def test_squares_end_as_the_reference_does(
+    isa: str, shape: Shape, residual: bool, act: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take(monkeypatch, True)
+    x, weight, like = shape.tensors()
+    bias, stats, added = torch.randn(shape.k), stats_of(shape.k), like if residual else None
+    y = native.conv_bn_act(x, weight, bias, shape.conv, stats, residual=added, act=act)
+    wide = None if added is None else added.double()
+    expected = reference.conv_bn_act(
+        x.double(), weight.double(), bias.double(), shape.conv, stats.double(), residual=wide,
+        act=act, acc=torch.float64,
+    )  # fmt: skip
+    torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5 * float(y.abs().max()))
+
+
+@pytest.mark.parametrize("values", [v for v in VALUES if v != "integers"])
+def test_squares_are_right_on_every_call(values: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    take(monkeypatch, True)
+    case = Case(
+        "squares", (4, 36, 24, 9), values=values, conv=Conv(padding=(1, 1)), kernel=(3, 3),
+        out_channels=40,
+    )  # fmt: skip
+    own = [entry for entry in implementations(backend="cpu") if entry.name == "native"]
+    assert len(own) == 5
+    for entry in own:
+        assert check_implementation(entry, case).ran
+
+
+#: Inputs and weights of [2, 64, 40, 30] by [64, 64, 3, 3] that are like none of a network's.
+ODD_VALUES = {
+    "large mean": lambda x, w: (x + 1e4, w),
+    "wide range": lambda x, w: (x * torch.randint(-12, 13, x.shape).exp2(), w),
+    "sparse": lambda x, w: (x * (torch.rand(x.shape) < 1 / 64), w),
+    "nearly sparse": lambda x, w: (x * (torch.rand(x.shape) < 1 / 16), w),
+    "identity": lambda x, w: (x, torch.nn.init.dirac_(w)),
+    "nearly identity": lambda x, w: (x, 1e-9 * w + torch.nn.init.dirac_(torch.empty_like(w))),
+    "pruned": lambda x, w: (x, w * (torch.rand(w.shape) < 1 / 16)),
+    "tiny": lambda x, w: (x * 1e-18, w * 1e-18),
+    "huge": lambda x, w: (x * 3e18, w * 3e18),
+}
+
+
+@pytest.mark.parametrize("values", ODD_VALUES)
+def test_squares_are_as_close_as_torch(values: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The 2x rule, by squares or without them, as the values want it."""
+    take(monkeypatch, True)
+    x, weight = ODD_VALUES[values](torch.randn(2, 64, 40, 30), torch.randn(64, 64, 3, 3) / 24)
+    x, weight, conv = channels_last(x), channels_last(weight), Conv(padding=(1, 1))
+    y, _ = native.conv_forward(x, weight, None, conv)
+    truth = F.conv2d(x.double(), weight.double(), padding=1)
+    assert_parity(y, truth, [F.conv2d(x, weight, padding=1)], what=values)
+    grad_x = native.conv_backward_data(x, weight, x, conv)
+    arguments = (1, 1)
+    truth = torch.nn.grad.conv2d_input(x.shape, weight.double(), x.double(), *arguments)
+    torchs = torch.nn.grad.conv2d_input(x.shape, weight, x, *arguments)
+    assert_parity(grad_x, truth, [torchs], what=f"{values}, data gradient")
+
+
+@pytest.mark.parametrize("value", [1e4, 3e38, float("nan"), float("inf"), float("-inf")])
+def test_what_one_value_reaches_is_computed_without_squares(
+    isa: str, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its panel has the bits that it has without squares, and others those that they had."""
+    x, weight, conv = torch.randn(2, 32, 60, 61), torch.randn(40, 32, 3, 3), Conv(padding=(1, 1))
+    x = channels_last(x)
+
+    def run() -> list[Tensor]:
+        return [native.conv_forward(x, weight, None, conv)[0]]
+
+    take(monkeypatch, True)
+    (before,) = run()
+    x[1, 3, 20, 60] = value
+    first, *others = on_threads(run)
+    take(monkeypatch, False)
+    (direct,) = run()
+    for other in others:
+        assert torch.equal(first[0].nan_to_num(7), other[0].nan_to_num(7))
+    reached, found = (1, slice(None), slice(19, 22), slice(59, 61)), first[0]
+    assert torch.equal(found[reached].nan_to_num(7), direct[reached].nan_to_num(7))
+    assert torch.equal(found.isfinite(), F.conv2d(x, weight, padding=1).isfinite())
+    assert torch.equal(found[0], before[0]) and not torch.equal(found[0], direct[0])
+
+
+@pytest.mark.parametrize("value", [1e4, float("nan"), float("inf")])
+def test_a_weight_that_squares_do_not_serve(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, conv = SQUARES[5].tensors()[0], torch.randn(40, 32, 3, 3), Conv(padding=(1, 1))
+    weight[7, 3, 1, 2] = value
+    found = []
+    for winograd in (True, False):
+        take(monkeypatch, winograd)
+        found.append(native.conv_forward(x, weight, None, conv)[0].nan_to_num(7))
+        found.append(native.conv_backward_data(found[0], weight, x, conv).nan_to_num(7))
+    assert torch.equal(found[0], found[2]) and torch.equal(found[1], found[3])
+
+
+@pytest.mark.parametrize(
+    ("shape", "kept", "once"),
+    [
+        (Shape(8, 64, 56, 56, 64, 3, padding=1), True, True),
+        (Shape(1, 256, 14, 14, 256, 3, padding=1), True, True),
+        (Shape(8, 512, 7, 7, 512, 3, padding=1), True, True),
+        (Shape(2, 512, 7, 7, 512, 3, padding=1), True, False),
+        (Shape(1, 512, 7, 7, 512, 3, padding=1), False, False),
+        (Shape(64, 64, 3, 3, 64, 3, padding=1), False, False),
+        (Shape(8, 16, 56, 56, 64, 3, padding=1), False, False),
+        (Shape(8, 64, 56, 56, 64, 3, (2, 2), padding=1), False, False),
+        (Shape(8, 64, 56, 56, 64, 3, padding=2, dilation=2), False, False),
+        (Shape(8, 64, 56, 56, 64, 1), False, False),
+    ],
+    ids=str,
+)
+def test_squares_are_taken_where_they_pay(shape: Shape, kept: bool, once: bool) -> None:
+    weight = torch.empty(shape.k, shape.c, shape.kernel, shape.kernel)
+    job = native._Job.of(torch.empty(shape.n, shape.c, shape.h, shape.w), weight, shape.conv)
+    assert native._is_winograd(job) is kept
+    for transposed in (False, True):
+        assert native._is_winograd(job, transposed, once=True) is once
+
+
+def test_squares_are_refused_for_other_kernels() -> None:
+    job = native._Job.of(torch.empty(1, 8, 4, 4), torch.empty(8, 8, 1, 1), Conv())
+    with pytest.raises(ValueError, match="three by three taps in steps of one"):
+        _cpu.winograd_size(job.shape, False)
+
+
 def test_nothing_to_convolve() -> None:
     size = (0, 4, 3, 3)
     x, weight = channels_last(torch.randn(size)), torch.randn(5, 4, 1, 1)
@@ -244,6 +418,15 @@ def infer(x: Tensor, weight: Tensor) -> Tensor:
 
 def by_torch(x: Tensor, weight: Tensor) -> Tensor:
     return F.conv2d(x.double(), weight.detach().double()).float() + 1
+
+
+#: Weights by whether they are kept in Winograd's form.
+WEIGHTS = {False: (9, 8, 1, 1), True: (33, 32, 3, 3)}
+
+
+def to_be_kept(winograd: bool) -> tuple[Tensor, torch.nn.Parameter]:
+    weight = torch.nn.Parameter(torch.randn(WEIGHTS[winograd]))
+    return channels_last(torch.randn(2, weight.shape[1], 8, 8)), weight
 
 
 def negate(weight: Tensor) -> None:
@@ -272,20 +455,23 @@ def change_layout(weight: Tensor) -> None:
     [negate, negate_behind_the_counter, negate_one_channel, exchange_memory, change_layout],
     ids=lambda f: f.__name__,
 )
-def test_a_changed_weight_is_packed_anew(change) -> None:
-    x, weight = channels_last(torch.randn(2, 8, 5, 5)), torch.nn.Parameter(torch.randn(9, 8, 1, 1))
-    torch.testing.assert_close(infer(x, weight), by_torch(x, weight))
-    packed = native._kept[id(weight)].packed
+@pytest.mark.parametrize("winograd", WEIGHTS)
+def test_a_changed_weight_is_packed_anew(winograd: bool, change) -> None:
+    x, weight = to_be_kept(winograd)
+    key, near = (id(weight), winograd), {"rtol": 1e-5, "atol": 1e-4}
+    torch.testing.assert_close(infer(x, weight), by_torch(x, weight), **near)
+    packed = native._kept[key].packed
     infer(x, weight)
-    assert native._kept[id(weight)].packed is packed  # kept while nothing changes
+    assert native._kept[key].packed is packed  # kept while nothing changes
     change(weight)
-    torch.testing.assert_close(infer(x, weight), by_torch(x, weight))
+    torch.testing.assert_close(infer(x, weight), by_torch(x, weight), **near)
 
 
-def test_a_packed_weight_goes_with_its_parameter() -> None:
-    x, weight = channels_last(torch.randn(2, 8, 5, 5)), torch.nn.Parameter(torch.randn(9, 8, 1, 1))
+@pytest.mark.parametrize("winograd", WEIGHTS)
+def test_a_packed_weight_goes_with_its_parameter(winograd: bool) -> None:
+    x, weight = to_be_kept(winograd)
     infer(x, weight)
-    key = id(weight)
+    key = id(weight), winograd
     assert key in native._kept
     del weight
     gc.collect()
@@ -296,4 +482,4 @@ def test_weights_of_inference_mode_have_no_counter_and_are_not_kept() -> None:
     with torch.inference_mode():
         x, weight = channels_last(torch.randn(2, 8, 5, 5)), torch.randn(9, 8, 1, 1)
         torch.testing.assert_close(infer(x, weight), by_torch(x, weight))
-        assert id(weight) not in native._kept
+        assert (id(weight), False) not in native._kept

@@ -13,7 +13,7 @@ from fastres.kernels.cpu import module
 
 ROOT = Path(__file__).resolve().parent.parent
 CXX = os.environ.get("CXX") or shutil.which("g++")
-SOURCES = ["activation", "convolution", "weight_gradient", "pack_weight"]
+SOURCES = ["activation", "convolution", "weight_gradient", "pack_weight", "pack_winograd"]
 FLAGS = ["-std=c++20", "-O1", "-g", "-fopenmp", "-ffp-contract=off", "-Wno-psabi"]
 FLAGS += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-static-libasan"]
 ISAS = {

@@ -365,7 +365,9 @@ def test_memory_that_nobody_told_of_is_refused() -> None:
     assert program.record(lambda: ([native_sum(x, secret)], []), [x], [secret]) is not None
 
 
-@pytest.mark.parametrize("compute", [Tensor.exp, lambda t: t.mul_(2), Tensor.half], ids=str)
+@pytest.mark.parametrize(
+    "compute", [Tensor.exp, lambda t: t.mul_(2), Tensor.half], ids=["new", "in place", "half"]
+)
 def test_what_no_step_stands_for_is_refused(compute: Any) -> None:
     x = torch.randn(1, 16, 1, 1)
     before = x.clone()

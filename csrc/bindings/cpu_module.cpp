@@ -21,6 +21,7 @@
 #include "bindings/cpu_program.h"
 #include "bindings/running.h"
 #include "cpu/allocator.h"
+#include "cpu/geometry.h"
 #include "cpu/kernels.h"
 #include "cpu/program.h"
 #include "fastres/dlpack.h"
@@ -219,7 +220,28 @@ void pack_weight_py(const WeightCode& weight, bool transposed, Address packed,
   const ConvShape shape = checked_conv(code);
   require_address("packed", packed);
   perform(PackWeightArgs{checked_weight(weight), transposed, static_cast<float*>(at(packed)), shape,
-                         checked_threads(threads)});
+                         checked_threads(threads), false});
+}
+
+bool checked_winograd(bool winograd, const ConvShape& shape, Address packed) {
+  require(!winograd || (is_winograd(shape) && packed),
+          "winograd must be false but for three by three taps in steps of one, packed for it");
+  return winograd;
+}
+
+int64_t winograd_size_py(const ShapeCode& code, bool transposed) {
+  const ConvShape shape = checked_conv(code);
+  checked_winograd(true, shape, 1);
+  return active_table().winograd_size(shape, transposed);
+}
+
+void pack_winograd_py(const WeightCode& weight, bool transposed, Address packed,
+                      const ShapeCode& code, int threads) {
+  const ConvShape shape = checked_conv(code);
+  checked_winograd(true, shape, 1);
+  require_address("packed", packed);
+  perform(PackWeightArgs{checked_weight(weight), transposed, static_cast<float*>(at(packed)), shape,
+                         checked_threads(threads), true});
 }
 
 int64_t sample_weight_py(Address weight, const std::array<int64_t, 4>& shape,
@@ -237,15 +259,16 @@ ConvInput checked_input(Address x, Address scale, Address shift, int act) {
 void conv_forward_py(Address x, Address scale, Address shift, int act, const WeightCode& weight,
                      Address packed, Address bias, Address y, Address state, Address out_scale,
                      Address out_shift, Address residual, int out_act, const ShapeCode& code,
-                     int threads) {
+                     int threads, bool winograd) {
   const ConvShape shape = checked_conv(code);
   require(!is_empty(shape), "shape must not be empty");
   require_address("y", y);
   require(!out_scale == !out_shift, "out_scale and out_shift must be given together");
   perform(ConvForwardArgs{checked_input(x, scale, shift, act), checked_weight(weight),
-                          floats(packed), floats(bias), static_cast<float*>(at(y)),
-                          static_cast<double*>(at(state)), floats(out_scale), floats(out_shift),
-                          floats(residual), checked_act(out_act), shape, checked_threads(threads)});
+                          floats(packed), checked_winograd(winograd, shape, packed), floats(bias),
+                          static_cast<float*>(at(y)), static_cast<double*>(at(state)),
+                          floats(out_scale), floats(out_shift), floats(residual),
+                          checked_act(out_act), shape, checked_threads(threads)});
 }
 
 // How grad_y is formed: grad_out, gate, its activation and source, y, stats, sums, count.
@@ -281,7 +304,8 @@ using GateCode = std::tuple<int, int, Address>;
 void conv_backward_data_py(const GradientCode& grad, const WeightCode& weight, Address packed,
                            Address grad_x, bool accumulate, Address residual,
                            const GateCode& residual_gate, Address sums, const GateCode& reduce_gate,
-                           Address y, Address stats, const ShapeCode& code, int threads) {
+                           Address y, Address stats, const ShapeCode& code, int threads,
+                           bool winograd) {
   const ConvShape shape = checked_conv(code);
   require(!is_empty(shape), "shape must not be empty");
   require_address("grad_x", grad_x);
@@ -291,6 +315,7 @@ void conv_backward_data_py(const GradientCode& grad, const WeightCode& weight, A
   ConvDataArgs args{checked_gradient(grad, shape, threads),
                     checked_weight(weight),
                     floats(packed),
+                    checked_winograd(winograd, shape, packed),
                     static_cast<float*>(at(grad_x)),
                     accumulate,
                     {},
@@ -521,18 +546,25 @@ void define_convolutions(py::module_& m) {
   m.def("pack_weight", &pack_weight_py, Unlocked(), py::arg("weight"), py::arg("transposed"),
         py::arg("packed"), py::arg("shape"), py::arg("threads"),
         "Reorders a weight [k, c, kh, kw] for a convolution, or for its data gradient.");
+  m.def("winograd_size", &winograd_size_py, py::arg("shape"), py::arg("transposed"),
+        "Floats of a weight transformed for Winograd's convolution.");
+  m.def("pack_winograd", &pack_winograd_py, Unlocked(), py::arg("weight"), py::arg("transposed"),
+        py::arg("packed"), py::arg("shape"), py::arg("threads"),
+        "Transforms a weight [k, c, 3, 3] likewise, for calls with winograd=True.");
   m.def("sample_weight", &sample_weight_py, py::arg("weight"), py::arg("shape"), py::arg("strides"),
         "A number that changes when an output channel's sample does.");
   m.def("conv_forward", &conv_forward_py, Unlocked(), py::arg("x"), py::arg("scale"),
         py::arg("shift"), py::arg("act"), py::arg("weight"), py::arg("packed"), py::arg("bias"),
         py::arg("y"), py::arg("state"), py::arg("out_scale"), py::arg("out_shift"),
         py::arg("residual"), py::arg("out_act"), py::arg("shape"), py::arg("threads"),
+        py::arg("winograd") = false,
         "y = conv(act(scale * x + shift)) + bias, and the state of y; or "
         "y = out_act(out_scale * conv + out_shift [+ residual]).");
   m.def("conv_backward_data", &conv_backward_data_py, Unlocked(), py::arg("grad"),
         py::arg("weight"), py::arg("packed"), py::arg("grad_x"), py::arg("accumulate"),
         py::arg("residual"), py::arg("residual_gate"), py::arg("sums"), py::arg("reduce_gate"),
         py::arg("y"), py::arg("stats"), py::arg("shape"), py::arg("threads"),
+        py::arg("winograd") = false,
         "grad_x (+)= the data gradient of a grad_y that is formed on the way, and sums [2, c] of "
         "what passes the gate in front.");
   m.def("conv_backward_weight", &conv_backward_weight_py, Unlocked(), py::arg("grad"), py::arg("x"),

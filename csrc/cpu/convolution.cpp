@@ -3,6 +3,7 @@
 #include "cpu/convolve.h"
 #include "cpu/gradient_sums.h"
 #include "cpu/table.h"
+#include "cpu/winograd.h"
 
 namespace fastres::cpu::FASTRES_ISA {
 namespace {
@@ -31,9 +32,26 @@ void activate(float* y, const ConvForwardArgs& a, Range rows, Range columns) {
   }
 }
 
+// Calls f(sweep, sweeper, packed weight, sweep without squares) with what computes a convolution. A
+// weight that squares do not serve is packed anew here.
+template <class F>
+void with_sweeper(const Sweep& direct, const ConvShape& shape, const ConvWeight& weight,
+                  const float* packed, bool winograd, bool transposed, int threads, const F& f) {
+  if (winograd && PointWeight{direct.out_c, direct.in_c}.fits(packed)) {
+    f(in_squares(direct), TypeTag<WinogradSweeper>{}, packed, &direct);
+  } else if (winograd && PanelCut(direct).panels > 1) {
+    const Scratch<float> own(packed_size(shape, transposed));
+    pack_weight({weight, transposed, own.data(), shape, threads});
+    f(direct, TypeTag<Sweeper>{}, own.data(), nullptr);
+  } else {
+    f(direct, TypeTag<Sweeper>{}, winograd ? nullptr : packed, nullptr);
+  }
+}
+
 // A convolution, and the state of its output.
+template <class Sweeper>
 void run_with_stats(const Sweep& s, const SweepArgs& args, const ConvForwardArgs& a) {
-  const PanelCut cut(s);
+  const PanelCut cut = Sweeper::cut(s);
   const int64_t k = s.out_c;
   const Scratch<double> partial(cut.panels * 2 * k);
   const ChannelStatsArgs stats{
@@ -41,7 +59,7 @@ void run_with_stats(const Sweep& s, const SweepArgs& args, const ConvForwardArgs
       a.state,
       0,
       {{s.n * s.out_h * s.out_w, k, 1, Layout::kChannelsLast, DType::kFloat32}, a.threads}};
-  run_sweep(
+  run_sweep<Sweeper>(
       s, args, kNothing,
       [&](int64_t panel, Range rows, Range columns) {
         const BlockScratch<float> scratch(columns.end - columns.begin);
@@ -56,32 +74,37 @@ void run_with_stats(const Sweep& s, const SweepArgs& args, const ConvForwardArgs
 }  // namespace
 
 void conv_forward(const ConvForwardArgs& a) {
-  const Sweep s = forward_sweep(a.shape);
   const bool known = a.act == Activation::kNone || a.act == Activation::kRelu;
-  with_input(a.input, a.shape.c, [&](const auto& source) {
-    const SweepArgs args{source,
-                         a.input.scale ? nullptr : a.input.x,
-                         WeightView(a.weight, a.shape, false),
-                         a.packed,
-                         a.y,
-                         a.residual,
-                         false,
-                         a.bias,
-                         a.scale,
-                         a.shift,
-                         a.act == Activation::kRelu,
-                         a.threads,
-                         a.residual};
-    if (a.state) {
-      run_with_stats(s, args, a);
-    } else if (known) {
-      run_sweep(s, args, kNothing, kNothing, kNothing);
-    } else {
-      run_sweep(
-          s, args, kNothing,
-          [&](int64_t, Range rows, Range columns) { activate(a.y, a, rows, columns); }, kNothing);
-    }
-  });
+  const auto run = [&](const Sweep& s, auto sweeper, const float* packed, const Sweep* direct) {
+    using Sweeper = typename decltype(sweeper)::type;
+    with_input(a.input, a.shape.c, [&](const Source& source) {
+      const SweepArgs args{source,
+                           a.input.scale ? nullptr : a.input.x,
+                           WeightView(a.weight, a.shape, false),
+                           packed,
+                           a.y,
+                           a.residual,
+                           false,
+                           a.bias,
+                           a.scale,
+                           a.shift,
+                           a.act == Activation::kRelu,
+                           a.threads,
+                           a.residual,
+                           direct};
+      if (a.state) {
+        run_with_stats<Sweeper>(s, args, a);
+      } else if (known) {
+        run_sweep<Sweeper>(s, args, kNothing, kNothing, kNothing);
+      } else {
+        run_sweep<Sweeper>(
+            s, args, kNothing,
+            [&](int64_t, Range rows, Range columns) { activate(a.y, a, rows, columns); }, kNothing);
+      }
+    });
+  };
+  with_sweeper(forward_sweep(a.shape), a.shape, a.weight, a.packed, a.winograd, false, a.threads,
+               run);
 }
 
 namespace {
@@ -110,16 +133,16 @@ void form_residual(const ActBackwardArgs& a, float* to, int64_t cols, Range rows
   });
 }
 
-template <class Before>
+template <class Sweeper, class Before>
 void run_with_sums(const Sweep& s, const SweepArgs& args, const BackwardReduceArgs& a,
                    const Before& before) {
-  const PanelCut cut(s);
+  const PanelCut cut = Sweeper::cut(s);
   const int64_t c = s.out_c;
   with_gating(a.gate, a.act, [&](auto gate) {
     const auto op = gradient_sums<float, true, decltype(gate)::value, 1>(a);
     using Op = std::remove_const_t<decltype(op)>;
     const Scratch<double> partial(cut.panels * Op::kSums * c);
-    run_sweep(
+    run_sweep<Sweeper>(
         s, args, before,
         [&](int64_t panel, Range rows, Range columns) {
           const int64_t width = columns.end - columns.begin, stride = round_up(width, kPack);
@@ -139,33 +162,38 @@ void run_with_sums(const Sweep& s, const SweepArgs& args, const BackwardReduceAr
 }  // namespace
 
 void conv_backward_data(const ConvDataArgs& a) {
-  const Sweep s = data_gradient_sweep(a.shape);
   const bool residual = a.residual.grad_out != nullptr;
-  with_gradient(a.grad, [&](const auto& source) {
-    const SweepArgs args{source,
-                         a.grad.stats[0] ? nullptr : (const float*)a.grad.grad_out,
-                         WeightView(a.weight, a.shape, true),
-                         a.packed,
-                         a.grad_x,
-                         nullptr,
-                         a.accumulate || residual,
-                         nullptr,
-                         nullptr,
-                         nullptr,
-                         false,
-                         a.threads,
-                         (const float*)a.reduce.y[0]};
-    const auto before = [&](Range rows, Range columns) {
-      if (residual) {
-        form_residual(a.residual, a.grad_x, s.out_c, rows, columns);
+  const auto run = [&](const Sweep& s, auto sweeper, const float* packed, const Sweep* direct) {
+    using Sweeper = typename decltype(sweeper)::type;
+    with_gradient(a.grad, [&](const Source& source) {
+      const SweepArgs args{source,
+                           a.grad.stats[0] ? nullptr : (const float*)a.grad.grad_out,
+                           WeightView(a.weight, a.shape, true),
+                           packed,
+                           a.grad_x,
+                           nullptr,
+                           a.accumulate || residual,
+                           nullptr,
+                           nullptr,
+                           nullptr,
+                           false,
+                           a.threads,
+                           (const float*)a.reduce.y[0],
+                           direct};
+      const auto before = [&](Range rows, Range columns) {
+        if (residual) {
+          form_residual(a.residual, a.grad_x, s.out_c, rows, columns);
+        }
+      };
+      if (a.reduce.sums) {
+        run_with_sums<Sweeper>(s, args, a.reduce, before);
+      } else {
+        run_sweep<Sweeper>(s, args, before, kNothing, kNothing);
       }
-    };
-    if (a.reduce.sums) {
-      run_with_sums(s, args, a.reduce, before);
-    } else {
-      run_sweep(s, args, before, kNothing, kNothing);
-    }
-  });
+    });
+  };
+  with_sweeper(data_gradient_sweep(a.shape), a.shape, a.weight, a.packed, a.winograd, true,
+               a.threads, run);
 }
 
 }  // namespace fastres::cpu::FASTRES_ISA

@@ -27,6 +27,7 @@ inline constexpr int64_t kFewestPixels = 48, kMostPixels = 192;
 struct PanelCut {
   int64_t lines, panels;
 
+  PanelCut(int64_t lines, int64_t panels) : lines(lines), panels(panels) {}
   explicit PanelCut(const Sweep& s) {
     int64_t pixels = 0;
     for (const Phase& phase : s.phases) {
@@ -88,7 +89,12 @@ class Band {
       to = form_image(source, image, top, rows, to);
       line += count;
     }
+    end_ = to;
   }
+
+  // What was formed, zeros around the image with it.
+  const float* begin() const { return memory_.data(); }
+  const float* end() const { return end_; }
 
   // Where the source pixel of tap (low_h, low_w) of a line's first pixel is.
   const float* line(int64_t line) const {
@@ -135,6 +141,7 @@ class Band {
   Scratch<float> memory_;
   Range lines_{0, 0}, columns_{0, 0};
   std::vector<int64_t> starts_;
+  const float* end_ = nullptr;
 };
 
 // The taps of a phase as stretches of k, in groups of about kDepth steps.
@@ -189,11 +196,14 @@ struct SweepArgs {
   bool relu;
   int threads;
   const float* late;  // shape of the output: what is read behind a panel's products, or null
+  const Sweep* direct = nullptr;  // of a sweep in squares: the same without
 };
 
 // One worker's tiles.
 class Sweeper {
  public:
+  static PanelCut cut(const Sweep& s) { return PanelCut(s); }
+
   Sweeper(const Sweep& s, const SweepArgs& args, const PanelCut& cut)
       : s_(s),
         args_(args),
@@ -345,10 +355,10 @@ struct Tasks {
 
 // before(rows, columns) and after(panel, rows, columns) are called around each panel's products,
 // with the rows of the output that it covers; finish(worker) when all panels are done.
-template <class Before, class After, class Finish>
+template <class Sweeper, class Before, class After, class Finish>
 void run_sweep(const Sweep& s, const SweepArgs& args, const Before& before, const After& after,
                const Finish& finish) {
-  const PanelCut cut(s);
+  const PanelCut cut = Sweeper::cut(s);
   const int64_t bytes = s.n * s.lines * s.out_c * s.in_c;  // about the arithmetic, in its place
   parallel(args.threads, bytes, [&](Worker worker) {
     const Tasks tasks(cut, s.out_c, worker.team);

@@ -31,6 +31,8 @@ namespace {
    isa::packed_size,        \
    isa::packs_ahead,        \
    isa::pack_weight,        \
+   isa::winograd_size,      \
+   isa::pack_winograd,      \
    isa::conv_forward,       \
    isa::conv_backward_data, \
    isa::conv_backward_weight}

@@ -122,4 +122,21 @@ inline Sweep data_gradient_sweep(const ConvShape& given) {
   return sweep;
 }
 
+// Whether Winograd's F(2x2, 3x3) computes it.
+inline bool is_winograd(const ConvShape& s) {
+  return s.kh == 3 && s.kw == 3 && s.sh == 1 && s.sw == 1 && s.dh == 1 && s.dw == 1;
+}
+
+// The same sweep with squares of two by two output pixels for its pixels: each reads four by four
+// pixels of the source, and those at the far edges may cover pixels that do not exist.
+inline Sweep in_squares(Sweep s) {
+  Phase& phase = s.phases[0];
+  phase.lines = s.lines = (phase.lines + 1) / 2;
+  phase.pixels = (phase.pixels + 1) / 2;
+  s.in_step_h = s.in_step_w = s.out_step_h = s.out_step_w = 2;
+  s.high_h += 1;
+  s.high_w += 1;
+  return s;
+}
+
 }  // namespace fastres::cpu

@@ -124,12 +124,14 @@ struct PackWeightArgs {
   float* packed;
   ConvShape shape;
   int threads;
+  bool winograd = false;
 };
 
 struct ConvForwardArgs {
   ConvInput input;
   ConvWeight weight;
   const float* packed;  // null: blocks of the weight are packed where they are used
+  bool winograd;        // packed by pack_winograd
   const float* bias;    // may be null
   float* y;
   double* state;  // [2, k] mean and sum of squared deviations of y, or null
@@ -146,6 +148,7 @@ struct ConvDataArgs {
   BackwardApplyArgs grad;  // how grad_y is formed, or grad_y itself where stats[0] is null
   ConvWeight weight;
   const float* packed;  // likewise
+  bool winograd;
   float* grad_x;
   bool accumulate;            // onto what stands in grad_x
   ActBackwardArgs residual;   // else onto this gated gradient, where its grad_out is not null
@@ -182,6 +185,8 @@ struct KernelTable {
   int64_t (*packed_size)(const ConvShape&, bool transposed);
   bool (*packs_ahead)(const ConvShape&, bool transposed);
   void (*pack_weight)(const PackWeightArgs&);
+  int64_t (*winograd_size)(const ConvShape&, bool transposed);
+  void (*pack_winograd)(const PackWeightArgs&);
   void (*conv_forward)(const ConvForwardArgs&);
   void (*conv_backward_data)(const ConvDataArgs&);
   void (*conv_backward_weight)(const ConvWeightArgs&);

@@ -147,7 +147,9 @@ struct Run {
   void operator()(const AddActArgs& a) const { table.add_act(a); }
   void operator()(const ActBackwardArgs& a) const { table.act_backward(a); }
   void operator()(const FinalizeStatsArgs& a) const { finalize_stats(a); }
-  void operator()(const PackWeightArgs& a) const { table.pack_weight(a); }
+  void operator()(const PackWeightArgs& a) const {
+    a.winograd ? table.pack_winograd(a) : table.pack_weight(a);
+  }
   void operator()(const ConvForwardArgs& a) const { table.conv_forward(a); }
   void operator()(const ConvDataArgs& a) const { table.conv_backward_data(a); }
   void operator()(const ConvWeightArgs& a) const { table.conv_backward_weight(a); }

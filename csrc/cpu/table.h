@@ -14,6 +14,9 @@ int64_t packed_size(const ConvShape& shape, bool transposed);
 // Whether a weight is used often enough to be packed as a whole.
 bool packs_ahead(const ConvShape& shape, bool transposed);
 void pack_weight(const PackWeightArgs& args);
+// Of convolutions by three by three taps in steps of one.
+int64_t winograd_size(const ConvShape& shape, bool transposed);
+void pack_winograd(const PackWeightArgs& args);
 void conv_forward(const ConvForwardArgs& args);
 void conv_backward_data(const ConvDataArgs& args);
 void conv_backward_weight(const ConvWeightArgs& args);

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu/allocator.h"
+#include "cpu/geometry.h"
 #include "cpu/table.h"
 
 namespace fastres::cpu {
@@ -65,20 +66,25 @@ void compare(const char* what, const ConvShape& s, const std::vector<float>& a,
 struct Case {
   ConvShape shape;
   int threads;
-  bool packed;
+  bool packed, winograd;
   int64_t pixels, outputs, taps;
   std::vector<float> x, weight, grad;
 
-  Case(const ConvShape& s, int threads, bool packed)
+  Case(const ConvShape& s, int threads, bool packed, bool winograd)
       : shape(s),
         threads(threads),
-        packed(packed),
+        packed(packed || winograd),
+        winograd(winograd),
         pixels(s.n * s.h * s.w),
         outputs(s.n * s.out_h() * s.out_w()),
         taps(s.taps()),
         x(integers(pixels * s.c)),
         weight(integers(s.k * s.c * taps)),
-        grad(integers(outputs * s.k)) {}
+        grad(integers(outputs * s.k)) {
+    if (winograd && threads == 1) {  // some panels are computed without squares
+      x[x.size() / 2] = grad[grad.size() / 2] = 4096;
+    }
+  }
 
   ConvWeight view() const {
     return {weight.data(), taps * shape.c, 1, shape.kw * shape.c, shape.c};
@@ -88,9 +94,13 @@ struct Case {
   }
 
   std::vector<float> pack(bool transposed) const {
-    std::vector<float> to(packed ? size_t(isa::packed_size(shape, transposed)) : 0);
+    const int64_t size = winograd ? isa::winograd_size(shape, transposed)
+                         : packed ? isa::packed_size(shape, transposed)
+                                  : 0;
+    std::vector<float> to(static_cast<size_t>(size));
     if (packed) {
-      isa::pack_weight({view(), transposed, to.data(), shape, threads});
+      const PackWeightArgs args{view(), transposed, to.data(), shape, threads};
+      winograd ? isa::pack_winograd(args) : isa::pack_weight(args);
     }
     return to;
   }
@@ -113,6 +123,7 @@ struct Case {
     args.input = {x.data(), scale.data(), shift.data(), Activation::kRelu};
     args.weight = view();
     args.packed = packed ? to.data() : nullptr;
+    args.winograd = winograd;
     args.y = y.data();
     args.state = state.data();
     args.shape = shape;
@@ -137,6 +148,7 @@ struct Case {
     args.grad = formed();
     args.weight = view();
     args.packed = packed ? to.data() : nullptr;
+    args.winograd = winograd;
     args.grad_x = grad_x.data();
     args.accumulate = true;
     args.reduce.grad_out = grad_x.data();
@@ -188,6 +200,9 @@ const ConvShape kShapes[] = {
     {2, 6, 6, 20, 33, 2, 2, 2, 3, 1, 1, 1, 1},   {2, 9, 9, 70, 65, 3, 3, 2, 2, 1, 1, 2, 2},
     {1, 4, 4, 1100, 10, 1, 1, 1, 1, 0, 0, 1, 1}, {2, 4, 4, 4, 6, 5, 5, 1, 1, 4, 4, 1, 1},
     {3, 16, 15, 16, 24, 3, 3, 1, 1, 1, 1, 1, 1}, {7, 9, 11, 9, 65, 1, 1, 1, 1, 0, 0, 1, 1},
+    {3, 7, 9, 33, 35, 3, 3, 1, 1, 1, 1, 1, 1},   {1, 5, 5, 17, 130, 3, 3, 1, 1, 2, 2, 1, 1},
+    {2, 4, 3, 20, 8, 3, 3, 1, 1, 4, 4, 1, 1},    {2, 8, 5, 8, 70, 3, 3, 1, 1, 0, 0, 1, 1},
+    {1, 41, 30, 40, 33, 3, 3, 1, 1, 1, 1, 1, 1}, {2, 5, 6, 600, 20, 3, 3, 1, 1, 1, 1, 1, 1},
 };
 
 }  // namespace
@@ -197,10 +212,15 @@ int main() {
   using namespace fastres::cpu;
   for (const ConvShape& shape : kShapes) {
     for (int threads = 1; threads <= 3; ++threads) {
-      const Case given(shape, threads, threads != 2);
+      const Case given(shape, threads, threads != 2, false);
       given.forward();
       given.data_gradient();
       given.weight_gradient();
+      if (is_winograd(shape)) {
+        const Case squares(shape, threads, true, true);
+        squares.forward();
+        squares.data_gradient();
+      }
     }
   }
   std::printf("%d wrong\n", wrong);

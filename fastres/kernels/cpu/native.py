@@ -67,16 +67,60 @@ def _code(weight: Tensor) -> tuple[int, tuple[int, ...]]:
     return weight.data_ptr(), weight.stride()
 
 
-def _pack(weight: Tensor, job: _Job, transposed: bool = False) -> Tensor:
+class _Packed(NamedTuple):
+    """A weight in the order in which the kernels read it, or None: they pack it as they go then."""
+
+    weight: Tensor | None
+    winograd: bool
+
+    @property
+    def address(self) -> int:
+        return address(self.weight)
+
+
+def _saved(job: _Job, transposed: bool) -> tuple[int, int]:
+    """Multiplications per weight that Winograd's F(2x2, 3x3) saves, and how many there are else.
+
+    Squares of two by two pixels take 16 instead of 36, also where they reach beyond an odd edge.
+    """
+    n, h, w, c, k, *geometry = job.shape
+    if geometry[:4] != [3, 3, 1, 1] or geometry[6:] != [1, 1] or min(c, k) < _LEAST_CHANNELS:
+        return 0, 1
+    h, w = (h, w) if transposed else job.output[2:]
+    return n * (9 * h * w - 16 * (-(-h // 2) * -(-w // 2))), n * 9 * h * w
+
+
+#: Where Winograd's form was measured to be faster by 1.15 or more: what is transformed is paid for
+#: by channels, and what is saved must be more than what edges leave of it. The weight is larger in
+#: that form: it must save something on its way from memory, and more where it is transformed for
+#: one use.
+_LEAST_CHANNELS, _LEAST_PART_SAVED = 32, 0.3
+_LEAST_SAVED, _LEAST_SAVED_ONCE = 250, 600
+
+
+def _is_winograd(job: _Job, transposed: bool = False, once: bool = False) -> bool:
+    """Whether Winograd's form is taken, with a weight that is kept, or packed for this use."""
+    saved, of = _saved(job, transposed)
+    return (
+        saved >= (_LEAST_SAVED_ONCE if once else _LEAST_SAVED) and saved >= _LEAST_PART_SAVED * of
+    )
+
+
+def _pack(weight: Tensor, job: _Job, transposed: bool = False, winograd: bool = False) -> Tensor:
     """The weight in the order in which the kernels read it; transposed for the data gradient."""
-    packed = torch.empty(_kernels.packed_size(job.shape, transposed), dtype=torch.float32)
-    _kernels.pack_weight(_code(weight), transposed, packed.data_ptr(), job.shape, job.threads)
+    size = _kernels.winograd_size if winograd else _kernels.packed_size
+    pack = _kernels.pack_winograd if winograd else _kernels.pack_weight
+    packed = empty((1, 1, 1, size(job.shape, transposed)), torch.float32, channels_last=False)
+    pack(_code(weight), transposed, packed.data_ptr(), job.shape, job.threads)
     return packed
 
 
-def _packed_for_now(weight: Tensor, job: _Job, transposed: bool = False) -> Tensor | None:
-    """The same for one use, or None of few pixels: each block is packed where it is used then."""
-    return _pack(weight, job, transposed) if _kernels.packs_ahead(job.shape, transposed) else None
+def _packed_for_now(weight: Tensor, job: _Job, transposed: bool = False) -> _Packed:
+    """The same for one use; of few pixels, each block is packed where it is used."""
+    if winograd := _is_winograd(job, transposed, once=True):
+        return _Packed(_pack(weight, job, transposed, winograd), winograd)
+    ahead = _kernels.packs_ahead(job.shape, transposed)
+    return _Packed(_pack(weight, job, transposed) if ahead else None, winograd)
 
 
 class _Kept(NamedTuple):
@@ -84,30 +128,34 @@ class _Kept(NamedTuple):
 
     owner: ref[Tensor]
     state: tuple[int | str, ...]
-    packed: Tensor
+    packed: _Packed
 
 
-_kept: dict[int, _Kept] = {}
+#: By the weight's id, and whether it is in Winograd's form.
+_kept: dict[tuple[int, bool], _Kept] = {}
 
 
-def _packed_once(weight: Tensor, job: _Job) -> Tensor:
+def _packed_once(weight: Tensor, job: _Job) -> _Packed:
     """The packed weight, kept while the weight stands: for inference.
 
     It is packed anew where the version counter moved, the memory or the instruction set is another,
     or one of the samples changed that are taken of each output channel: a change through `.data`
     moves no counter.
     """
+    winograd = _is_winograd(job)
     if weight.is_inference():
-        return _pack(weight, job)
+        return _Packed(_pack(weight, job, winograd=winograd), winograd)
     samples = _kernels.sample_weight(weight.data_ptr(), weight.shape, weight.stride())
     state = (weight._version, weight.data_ptr(), samples, *weight.stride(), _kernels.isa())
-    key = id(weight)
+    key = id(weight), winograd
     kept = _kept.get(key)
     if kept is None or kept.owner() is not weight or kept.state != state:
         owner = ref(weight, lambda _: _kept.pop(key, None))
         with computing():
-            kept = _kept[key] = _Kept(owner, state, _pack(weight, job))
-    note_packed(weight, kept.packed, samples)
+            packed = _Packed(_pack(weight, job, winograd=winograd), winograd)
+        kept = _kept[key] = _Kept(owner, state, packed)
+    assert kept.packed.weight is not None
+    note_packed(weight, kept.packed.weight, samples)
     return kept.packed
 
 
@@ -135,9 +183,9 @@ def conv_forward(
     bias = None if bias is None else bias.contiguous()
     packed = _packed_for_now(weight, job)
     _kernels.conv_forward(
-        *_input(x, prologue), _code(weight), address(packed), address(bias), y.data_ptr(),
+        *_input(x, prologue), _code(weight), packed.address, address(bias), y.data_ptr(),
         address(state),
-        0, 0, 0, 0, job.shape, job.threads,
+        0, 0, 0, 0, job.shape, job.threads, packed.winograd,
     )  # fmt: skip
     return y, state
 
@@ -168,8 +216,9 @@ def conv_bn_act(
     bias = None if bias is None else bias.contiguous()
     packed = _packed_once(weight, job)
     _kernels.conv_forward(
-        x.data_ptr(), 0, 0, 0, _code(weight), packed.data_ptr(), address(bias), y.data_ptr(), 0,
+        x.data_ptr(), 0, 0, 0, _code(weight), packed.address, address(bias), y.data_ptr(), 0,
         *coefficients(stats), address(residual), ACT_CODES[act], job.shape, job.threads,
+        packed.winograd,
     )  # fmt: skip
     return y
 
@@ -257,8 +306,8 @@ def _data_gradient(
         gate, branch = _gate(reduce[0]), reduce[1]
         y, stats = address(branch.y), branch.stats.data_ptr()
     _kernels.conv_backward_data(
-        code, _code(weight), address(packed), grad_x.data_ptr(), added, residual, residual_gate,
-        address(sums), gate, y, stats, job.shape, job.threads,
+        code, _code(weight), packed.address, grad_x.data_ptr(), added, residual, residual_gate,
+        address(sums), gate, y, stats, job.shape, job.threads, packed.winograd,
     )  # fmt: skip
     return grad_x, sums
 
