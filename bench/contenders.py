@@ -133,7 +133,7 @@ class Contender:
         change: what is done to a placed stock module.
         bare: whether it runs the convolutions alone, which is no contender but a bound.
         kinds: the subjects it can run.
-        why_not: (device, mode) -> why it cannot run, or None.
+        why_not: why it cannot run a job, or None.
     """
 
     meaning: str
@@ -143,27 +143,27 @@ class Contender:
     change: Callable[[nn.Module], None] | None = None
     bare: bool = False
     kinds: tuple[str, ...] = ("conv", "block", "model", "train")
-    why_not: Callable[[str, str], str | None] = lambda device, mode: None
+    why_not: Callable[[Job], str | None] = lambda job: None
 
 
-def _no_compiler(device: str, mode: str) -> str | None:
-    if device == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
+def _no_compiler(job: Job) -> str | None:
+    if job.device == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
         return "torch.compile needs a C++ compiler on a CPU, and there is none"
-    if device == "cuda" and importlib.util.find_spec("triton") is None:
+    if job.device == "cuda" and importlib.util.find_spec("triton") is None:
         return "torch.compile needs triton on a GPU, which is not installed"
     return None
 
 
-def _no_inplace_abn(device: str, mode: str) -> str | None:
+def _no_inplace_abn(job: Job) -> str | None:
     if importlib.util.find_spec("inplace_abn") is None:
         return "the package inplace_abn is not installed"
     return None
 
 
-def _no_cudnn(device: str, mode: str) -> str | None:
-    if device != "cuda":
+def _no_cudnn(job: Job) -> str | None:
+    if job.device != "cuda":
         return "cuDNN runs on NVIDIA GPUs only"
-    if mode == "train":
+    if job.mode == "train":
         return "torch exposes cuDNN's fused convolutions for inference only"
     return None if torch.backends.cudnn.is_available() else "this torch has no cuDNN"
 
@@ -193,9 +193,8 @@ CONTENDERS = {
 }  # fmt: skip
 
 
-def why_not(name: str, kind: str, device: str, mode: str) -> str | None:
-    """Why a contender cannot run a subject of a kind there, or None."""
-    who = CONTENDERS[name]
-    if kind not in who.kinds:
-        return f"{kind} has none"
-    return who.why_not(device, mode)
+def why_not(job: Job) -> str | None:
+    """Why a job's contender cannot run its kind of subject in its way, or None."""
+    if job.kind not in job.who.kinds:
+        return f"it is for {', '.join(job.who.kinds)} only"
+    return job.who.why_not(job)

@@ -12,7 +12,7 @@ from typing import Any
 from fastres.kernels import preference
 
 from .bounds import Bounds
-from .contenders import KEPT, Job
+from .contenders import KEPT, Job, why_not
 from .interleave import FailedError, Interrupted, NoMemoryError, Timing, Worker, alternate
 from .models import Subject
 from .progress import Doing
@@ -25,7 +25,7 @@ class Suite:
 
     Attributes:
         base: what all jobs share; subject, mode and contender are replaced.
-        names: the contenders, in the order of the rows.
+        names: the contenders, in the order of the rows; in each mode, those that can run in it.
         rounds: how often each is timed.
         say: tells the user a sentence.
         doing: shows what goes on now.
@@ -62,21 +62,23 @@ class Suite:
 
     def _subject(self, subject: Subject, mode: str) -> None:
         """All contenders on one subject, with half the batch where memory does not suffice."""
+        job = replace(
+            self.base, kind=subject.kind, name=subject.name, batch=subject.batch,
+            size=subject.size, mode=mode,
+        )  # fmt: skip
+        names = [name for name in self.names if why_not(replace(job, contender=name)) is None]
         note, batch = None, subject.batch
         while batch:
-            job = replace(
-                self.base, kind=subject.kind, name=subject.name, batch=batch, size=subject.size,
-                mode=mode,
-            )  # fmt: skip
+            job = replace(job, batch=batch)
             try:
-                with self._workers() as workers:
+                with self._workers(names) as workers:
                     return self._time(job, workers, note)
             except NoMemoryError as error:
                 batch //= 2
                 note = f"batch halved from {subject.batch}, out of memory"
                 then = f"batch {job.batch} -> {batch}" if batch else "not even one image fits"
                 self.say(f"{subject.label}, {mode}: out of memory ({error}); {then}")
-        jobs = [replace(job, contender=name) for name in self.names]
+        jobs = [replace(job, contender=name) for name in names]
         none = [
             row(job.kind, subject.label, each.plain, **settings_of(each), note="out of memory")
             for each in jobs
@@ -98,21 +100,21 @@ class Suite:
             self.machine[name] = max(value, self.machine.get(name, 0.0))
 
     @contextmanager
-    def _workers(self) -> Iterator[dict[str, Worker]]:
+    def _workers(self, names: Sequence[str]) -> Iterator[dict[str, Worker]]:
         """A process per contender on a CPU; one for all on a GPU."""
         with ExitStack() as stack:
             if self.base.device == "cuda":
-                yield dict.fromkeys(self.names, stack.enter_context(Worker()))
+                yield dict.fromkeys(names, stack.enter_context(Worker()))
             else:
-                yield {n: stack.enter_context(Worker(n.endswith(KEPT))) for n in self.names}
+                yield {n: stack.enter_context(Worker(n.endswith(KEPT))) for n in names}
 
     # ------------------------------------------------------------ one subject, one mode
 
     def _time(self, job: Job, workers: dict[str, Worker], note: str | None) -> None:
-        jobs = {name: replace(job, contender=name) for name in self.names}
+        jobs = {name: replace(job, contender=name) for name in workers}
         parities = self._gate(jobs)
         facts: dict[str, dict[str, Any]] = {}
-        for name in (n for n in self.names if parities[n] == "ok"):
+        for name in (n for n in jobs if parities[n] == "ok"):
             self.doing(f"{job.subject.label}, {job.mode}: {name} warms up")
             facts[name] = self._prepared(workers[name], jobs[name])
         able = [name for name, fact in facts.items() if fact.get("error") is None]
