@@ -23,7 +23,7 @@ from . import distributed, registry, results
 from .arguments import MODES, OTHERS, parse, shown
 from .comparison import is_ours
 from .conditions import conditions
-from .contenders import KEPT, Job, why_not
+from .contenders import CONTENDERS, KEPT, Job, why_not
 from .interleave import FailedError
 from .models import DIGITS, PARTS, Subject, find
 from .progress import Doing, progress
@@ -204,7 +204,9 @@ class Session:
             self.say(f"{how}quick: a smoke test and not a measurement; no result is written")
 
     def _write(self, rows: list[results.Row], how: str) -> None:
-        where = conditions(self.options.device)
+        ran = (CONTENDERS.get(one["contender"]) for one in rows if one["ms"])
+        packages = dict.fromkeys(name for who in ran if who for name in who.packages)
+        where = conditions(self.options.device, packages)
         subjects = {one["subject"] for one in rows}
         name = results.name_of(
             where, self.options.kind, subjects.pop() if len(subjects) == 1 else ""

@@ -356,6 +356,31 @@ def test_who_cannot_train_is_timed_in_inference_alone(
     assert ran == {"train": {"eager", "fastres"}, "infer": {"eager", "cudnn", "fastres"}}
 
 
+def test_an_engine_that_cannot_run_is_left_out_with_the_reason(
+    played: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask = Played.ask
+
+    def cannot(self: Any, what: str, **more: Any) -> Any:
+        if what == "gate" and more["job"]["contender"] == "onnxruntime":
+            return "cannot run: no such operator"
+        return {} if what == "blocks" else ask(self, what, **more)
+
+    monkeypatch.setattr(Played, "ask", cannot)
+    for name, package in (("onnxruntime", "torchvision"), ("openvino", "numpy")):
+        there = replace(CONTENDERS[name], packages=(package,))
+        monkeypatch.setitem(CONTENDERS, name, there)
+    line = "model --model fastres:resnet18 --mode infer --batch-size 2 --img-size 32 --device cpu"
+    status, rows = run(f"{line} --no-kept --against onnxruntime,openvino", tmp_path)
+    assert status == 0 and "infer, onnxruntime: cannot run: no" in capsys.readouterr().err
+    left_out, timed, _ = rows
+    assert (left_out["ms"], left_out["parity"]) == (None, None)
+    assert left_out["note"] == "cannot run: no such operator"
+    assert (timed["ms"], timed["parity"], timed["layout"]) == (3.0, "ok", "nchw")
+    result = json.loads(next(tmp_path.glob("*.json")).read_text())
+    assert "numpy" in result and "torchvision" not in result
+
+
 def test_not_one_image_fits(
     played: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
