@@ -16,7 +16,7 @@ from fastres.kernels import BACKENDS, PRIMITIVES
 
 from . import results
 from .conditions import ROOT
-from .contenders import CONTENDERS, Job
+from .contenders import CONTENDERS, Job, why_not
 from .models import IMAGE_SIZE, find
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -117,7 +117,8 @@ def _kernel_options(add: Callable[..., Any]) -> None:
 
 def _timing_options(add: Callable[..., Any]) -> None:
     add("--mode", default="both", help="train, infer or both (default)")
-    add("--against", metavar="A,B", help=f"contenders beside fastres (default: {AGAINST})")
+    add("--against", metavar="A,B", help=f"contenders beside fastres (default: {AGAINST}; of "
+        "networks in float32 on a CPU also the engines that are installed)")  # fmt: skip
     add("--kept", action=argparse.BooleanOptionalAction, default=True,
         help="on a CPU, all once more with malloc keeping freed memory (default)")  # fmt: skip
 
@@ -169,13 +170,22 @@ def _fill_in(options: argparse.Namespace) -> None:
         defaults |= {
             "batch_size": QUICK_BATCH if quick else BATCH[options.device],
             "img_size": QUICK_SIZE if quick else SIZE,
-            "against": QUICK_AGAINST if quick else AGAINST,
+            "against": QUICK_AGAINST if quick else ",".join([AGAINST, *_engines(options)]),
         }
     for name, value in defaults.items():
         if getattr(options, name) is None:
             setattr(options, name, value)
     options.writes = options.out is not None or not quick
     options.out = options.out or _folder()
+
+
+def _engines(options: argparse.Namespace) -> list[str]:
+    """The engines that can run what is asked for, in inference where both modes are."""
+    if options.mode == "train":
+        return []
+    way = {"dtype": options.dtype, "amp": options.amp, "device": options.device}
+    jobs = (Job(options.kind, "", 1, 1, name, "infer", **way) for name in CONTENDERS)
+    return [job.contender for job in jobs if job.who.engine and why_not(job) is None]
 
 
 def _check_names(options: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from .contenders import Job
 from .roofline import LEVELS, Layer, Operation, bound_ms, layers, operations
 
-#: torch.compile fuses what stands around convolutions, as level b does; so do the baselines.
+#: torch.compile fuses what stands around convolutions, as level b does; so do others and engines.
 _FUSED_AROUND = "b"
 
 
@@ -70,5 +70,4 @@ def level_of(job: Job, level: str | None) -> str:
     """The level whose bytes are a contender's bound."""
     if job.who.fused:
         return level if level in LEVELS else _FUSED_AROUND
-    plain = job.who.compiled is None and job.who.change is None
-    return LEVELS[0] if plain else _FUSED_AROUND
+    return LEVELS[0] if job.who.stock else _FUSED_AROUND

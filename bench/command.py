@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
@@ -22,7 +23,7 @@ from . import distributed, registry, results
 from .arguments import MODES, OTHERS, parse, shown
 from .comparison import is_ours
 from .conditions import conditions
-from .contenders import KEPT, Job, why_not
+from .contenders import CONTENDERS, KEPT, Job, why_not
 from .interleave import FailedError
 from .models import DIGITS, PARTS, Subject, find
 from .progress import Doing, progress
@@ -166,18 +167,21 @@ class Session:
         return Job(kind=options.kind, contender="", **subject, **chosen)
 
     def _contenders(self, modes: Sequence[str]) -> list[str]:
-        """What was asked for and can run, and fastres; what cannot is named with the reason."""
+        """What was asked for and can run in one of the modes, and fastres.
+
+        What cannot, or in one of them not, is named with the reason.
+        """
         able: list[str] = []
         absent: dict[str, str] = {}
         for name in dict.fromkeys([*self.options.against, "fastres"]):
-            reasons = [
-                why_not(name, self.options.kind, self.options.device, mode) for mode in modes
-            ]
-            if None in reasons:
+            jobs = [replace(self._base(), contender=name, mode=mode) for mode in modes]
+            reasons = {job.mode: why for job in jobs if (why := why_not(job))}
+            if len(reasons) < len(modes):
                 able.append(name)
-            else:
-                absent[name] = "; ".join(dict.fromkeys(filter(None, reasons)))
-                self.say(f"absent: {name}: {absent[name]}")
+            if reasons:
+                where = f"{name} in {' and '.join(reasons)}" if name in able else name
+                absent[where] = "; ".join(dict.fromkeys(reasons.values()))
+                self.say(f"absent: {where}: {absent[where]}")
         if absent:
             self.facts["absent"] = "; ".join(f"{name}: {why}" for name, why in absent.items())
         return able
@@ -200,7 +204,9 @@ class Session:
             self.say(f"{how}quick: a smoke test and not a measurement; no result is written")
 
     def _write(self, rows: list[results.Row], how: str) -> None:
-        where = conditions(self.options.device)
+        ran = (CONTENDERS.get(one["contender"]) for one in rows if one["ms"])
+        packages = dict.fromkeys(name for who in ran if who for name in who.packages)
+        where = conditions(self.options.device, packages)
         subjects = {one["subject"] for one in rows}
         name = results.name_of(
             where, self.options.kind, subjects.pop() if len(subjects) == 1 else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import platform
 import subprocess
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,19 @@ import fastres
 ROOT = Path(__file__).resolve().parent
 
 
-def conditions(device: str = "cpu") -> dict[str, Any]:
-    """Date, machine, versions and commit of a run on a torch device."""
+def conditions(device: str = "cpu", packages: Iterable[str] = ()) -> dict[str, Any]:
+    """Date, machine, versions and commit of a run on a torch device.
+
+    `packages` are distributions, besides torch and triton, that took part.
+    """
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "cpu": _cpu_name(),
         **({} if device == "cpu" else {"gpu": torch.cuda.get_device_name(device)}),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        **({} if device == "cpu" else {"triton": _triton()}),
+        **({} if device == "cpu" else {"triton": _version("triton")}),
+        **{package: _version(package) for package in packages},
         "fastres": fastres.__version__,
         "python": platform.python_version(),
         "commit": _commit(),
@@ -44,9 +49,9 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _triton() -> str:
+def _version(package: str) -> str:
     try:
-        return version("triton")
+        return version(package)
     except PackageNotFoundError:
         return "not installed"
 

@@ -1,4 +1,6 @@
-"""What is timed side by side: stock torch in layouts and compiled, others' kernels, and fastres."""
+"""What is timed side by side: stock torch in layouts and compiled, others' kernels and engines,
+and fastres.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +17,7 @@ from torch import Tensor, nn
 import fastres
 
 from .baselines import with_cudnn, with_inplace_abn
+from .engines import Call, loaded, onnx_runtime, openvino
 from .models import Subject
 
 #: What a contender's name ends in whose malloc keeps freed memory, `bench.interleave.KEEP`.
@@ -22,7 +26,10 @@ KEPT = ", kept"
 
 @dataclass(frozen=True)
 class Job:
-    """Everything that decides what one step computes and how; sent to workers as JSON."""
+    """Everything that decides what one step computes and how; sent to workers as JSON.
+
+    `exports` is the folder where engines find networks as ONNX.
+    """
 
     kind: str
     name: str
@@ -37,6 +44,7 @@ class Job:
     memory: str = "auto"
     level: str = "auto"
     device: str = "cpu"
+    exports: str = ""
 
     @property
     def subject(self) -> Subject:
@@ -88,7 +96,13 @@ class Job:
         return self._placed(self.subject.build(fused=False))
 
     def module(self) -> nn.Module:
-        """The contender's module, placed, in its mode, and compiled where it is to be."""
+        """The contender's module, placed, in its mode, and compiled where it is to be.
+
+        Raises:
+            EngineError: where it is an engine's, which does not take it.
+        """
+        if self.who.engine is not None:
+            return loaded(self)
         module = self._placed(self.subject.build(self.who.fused))
         if self.who.change is not None:
             self.who.change(module)
@@ -131,9 +145,11 @@ class Contender:
         fused: whether fastres runs it.
         compiled: torch.compile's mode, or None.
         change: what is done to a placed stock module.
+        engine: (ONNX file of the stock network, threads) -> what runs it.
         bare: whether it runs the convolutions alone, which is no contender but a bound.
         kinds: the subjects it can run.
-        why_not: (device, mode) -> why it cannot run, or None.
+        packages: what has to be installed for it, by names of distributions that are modules too.
+        why_not: why it cannot run a job, or None.
     """
 
     meaning: str
@@ -141,35 +157,46 @@ class Contender:
     fused: bool = False
     compiled: str | None = None
     change: Callable[[nn.Module], None] | None = None
+    engine: Callable[[Path, int], Call] | None = None
     bare: bool = False
     kinds: tuple[str, ...] = ("conv", "block", "model", "train")
-    why_not: Callable[[str, str], str | None] = lambda device, mode: None
+    packages: tuple[str, ...] = ()
+    why_not: Callable[[Job], str | None] = lambda job: None
+
+    @property
+    def stock(self) -> bool:
+        """Whether it is stock torch itself, operator by operator."""
+        return not (self.fused or self.compiled or self.change or self.engine)
 
 
-def _no_compiler(device: str, mode: str) -> str | None:
-    if device == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
+def _no_compiler(job: Job) -> str | None:
+    if job.device == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
         return "torch.compile needs a C++ compiler on a CPU, and there is none"
-    if device == "cuda" and importlib.util.find_spec("triton") is None:
+    if job.device == "cuda" and importlib.util.find_spec("triton") is None:
         return "torch.compile needs triton on a GPU, which is not installed"
     return None
 
 
-def _no_inplace_abn(device: str, mode: str) -> str | None:
-    if importlib.util.find_spec("inplace_abn") is None:
-        return "the package inplace_abn is not installed"
-    return None
-
-
-def _no_cudnn(device: str, mode: str) -> str | None:
-    if device != "cuda":
+def _no_cudnn(job: Job) -> str | None:
+    if job.device != "cuda":
         return "cuDNN runs on NVIDIA GPUs only"
-    if mode == "train":
+    if job.mode == "train":
         return "torch exposes cuDNN's fused convolutions for inference only"
     return None if torch.backends.cudnn.is_available() else "this torch has no cuDNN"
 
 
+def _no_engine(job: Job) -> str | None:
+    if job.mode == "train":
+        return "it runs inference only"
+    if job.device != "cpu":
+        return "it is compared on a CPU only"
+    return "it is compared in float32 only" if job.amp or job.dtype != "float32" else None
+
+
 #: What others' kernels fuse.
 _WHOLE_BLOCKS = ("block", "model", "train")
+#: What torch.onnx.export needs.
+_EXPORTER = ("onnx", "onnxscript")
 
 CONTENDERS = {
     "eager": Contender("stock torch, contiguous (NCHW)", nhwc=False),
@@ -180,11 +207,19 @@ CONTENDERS = {
     ),
     "inplace_abn": Contender(
         "InPlaceABN with leaky ReLU for the blocks' inner norms", change=with_inplace_abn,
-        kinds=_WHOLE_BLOCKS, why_not=_no_inplace_abn,
+        kinds=_WHOLE_BLOCKS, packages=("inplace_abn",),
     ),
     "cudnn": Contender(
         "norms folded into cuDNN's convolution + add + ReLU, inference", change=with_cudnn,
         nhwc=True, kinds=_WHOLE_BLOCKS, why_not=_no_cudnn,
+    ),
+    "onnxruntime": Contender(
+        "ONNX Runtime, inference of networks on a CPU", engine=onnx_runtime, nhwc=False,
+        kinds=("model",), packages=("onnxruntime", *_EXPORTER), why_not=_no_engine,
+    ),
+    "openvino": Contender(
+        "OpenVINO, inference of networks on a CPU", engine=openvino, nhwc=False,
+        kinds=("model",), packages=("openvino", *_EXPORTER), why_not=_no_engine,
     ),
     "convolutions": Contender(
         "the convolutions alone: a bound", nhwc=True, bare=True, kinds=("conv", "block")
@@ -193,9 +228,11 @@ CONTENDERS = {
 }  # fmt: skip
 
 
-def why_not(name: str, kind: str, device: str, mode: str) -> str | None:
-    """Why a contender cannot run a subject of a kind there, or None."""
-    who = CONTENDERS[name]
-    if kind not in who.kinds:
-        return f"{kind} has none"
-    return who.why_not(device, mode)
+def why_not(job: Job) -> str | None:
+    """Why a job's contender cannot run its kind of subject in its way, or None."""
+    if job.kind not in job.who.kinds:
+        return f"it is for {', '.join(job.who.kinds)} only"
+    if (reason := job.who.why_not(job)) is not None:
+        return reason
+    missing = [name for name in job.who.packages if importlib.util.find_spec(name) is None]
+    return f"not installed: {', '.join(missing)}" if missing else None

@@ -174,6 +174,7 @@ class Measured:
 
     def __init__(self, job: Job) -> None:
         self.job = job
+        job.subject.import_library()
         meter, self._clock = Meter(job.device), Clock(job.device)
         module = job.module()
         batches = [job.place(job.subject.input(seed)) for seed in range(ROTATED[job.device])]

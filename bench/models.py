@@ -186,6 +186,11 @@ class Subject:
         """Per side of its input."""
         return self.shape.size if self.part else self.size
 
+    def import_library(self) -> None:
+        """Import what a network is built from: its memory, up to 160 MB, is no contender's."""
+        if not self.part and self.name != DIGITS:
+            find(self.name)
+
     def build(self, fused: bool) -> nn.Module:
         """The module in training mode, on the CPU, with the weights of seed 0."""
         if not self.part:

@@ -22,6 +22,8 @@ from .results import Row, failed, memory_text, read, way_of
 from .shares import kernel_shares
 from .summary import headline, shared
 
+#: Conditions that the line above a table names, where they are there.
+VERSIONS = ("torch", "triton", "onnxruntime", "openvino")
 MARKS = {"faster": "▲", "level": "●", "slower": "▼"}
 README = ROOT.parent / "README.md"
 SECTION = re.compile(
@@ -151,7 +153,7 @@ def _ms(row: Row) -> str:
 def _said(result: Mapping[str, Any], settings: Sequence[Setting]) -> list[str]:
     names = ("gpu", "cpu") if result.get("gpu") else ("cpu",)
     machine = [str(result[name]) for name in names if result.get(name)]
-    versions = [f"{name} {result[name]}" for name in ("torch", "triton") if result.get(name)]
+    versions = [f"{name} {result[name]}" for name in VERSIONS if result.get(name)]
     commit = [f"commit {result['commit']}"] if result.get("commit") else []
     where = ", ".join([*machine, *versions, *commit, *shared(result["rows"])])
     command = f" `{result['command']}`" if result.get("command") else ""

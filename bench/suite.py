@@ -7,12 +7,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import product
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from fastres.kernels import preference
 
 from .bounds import Bounds
-from .contenders import KEPT, Job
+from .contenders import KEPT, Job, why_not
+from .gate import CANNOT
 from .interleave import FailedError, Interrupted, NoMemoryError, Timing, Worker, alternate
 from .models import Subject
 from .progress import Doing
@@ -25,7 +27,7 @@ class Suite:
 
     Attributes:
         base: what all jobs share; subject, mode and contender are replaced.
-        names: the contenders, in the order of the rows.
+        names: the contenders, in the order of the rows; in each mode, those that can run in it.
         rounds: how often each is timed.
         say: tells the user a sentence.
         doing: shows what goes on now.
@@ -42,6 +44,7 @@ class Suite:
     rows: list[Row] = field(default_factory=list)
     machine: dict[str, float] = field(default_factory=dict)
     layers: list[dict[str, Any]] = field(default_factory=list)
+    _exports: str = ""
     _parities: dict[Job, str] = field(default_factory=dict)
     _row_builders: list[Callable[[], list[Row]]] = field(default_factory=list)
     _bounds: list[tuple[dict[str, Any], Callable[[], float]]] = field(default_factory=list)
@@ -49,10 +52,11 @@ class Suite:
     def run(self, subjects: Sequence[Subject], modes: Sequence[str]) -> None:
         """Measure everything; in the end `rows` has what was finished, also after Ctrl-C."""
         try:
-            for i, (subject, mode) in enumerate(product(subjects, modes)):
-                self.doing(f"{subject.label}, {mode}", i / (len(subjects) * len(modes)))
-                self._look_at_machine()
-                self._subject(subject, mode)
+            with TemporaryDirectory(prefix="fastres-bench-") as self._exports:
+                for i, (subject, mode) in enumerate(product(subjects, modes)):
+                    self.doing(f"{subject.label}, {mode}", i / (len(subjects) * len(modes)))
+                    self._look_at_machine()
+                    self._subject(subject, mode)
             self._look_at_machine()
         finally:
             # All are held to the same bound, the best that the whole run has seen.
@@ -62,21 +66,23 @@ class Suite:
 
     def _subject(self, subject: Subject, mode: str) -> None:
         """All contenders on one subject, with half the batch where memory does not suffice."""
+        job = replace(
+            self.base, kind=subject.kind, name=subject.name, batch=subject.batch,
+            size=subject.size, mode=mode, exports=self._exports,
+        )  # fmt: skip
+        names = [name for name in self.names if why_not(replace(job, contender=name)) is None]
         note, batch = None, subject.batch
         while batch:
-            job = replace(
-                self.base, kind=subject.kind, name=subject.name, batch=batch, size=subject.size,
-                mode=mode,
-            )  # fmt: skip
+            job = replace(job, batch=batch)
             try:
-                with self._workers() as workers:
+                with self._workers(names) as workers:
                     return self._time(job, workers, note)
             except NoMemoryError as error:
                 batch //= 2
                 note = f"batch halved from {subject.batch}, out of memory"
                 then = f"batch {job.batch} -> {batch}" if batch else "not even one image fits"
                 self.say(f"{subject.label}, {mode}: out of memory ({error}); {then}")
-        jobs = [replace(job, contender=name) for name in self.names]
+        jobs = [replace(job, contender=name) for name in names]
         none = [
             row(job.kind, subject.label, each.plain, **settings_of(each), note="out of memory")
             for each in jobs
@@ -98,21 +104,22 @@ class Suite:
             self.machine[name] = max(value, self.machine.get(name, 0.0))
 
     @contextmanager
-    def _workers(self) -> Iterator[dict[str, Worker]]:
+    def _workers(self, names: Sequence[str]) -> Iterator[dict[str, Worker]]:
         """A process per contender on a CPU; one for all on a GPU."""
         with ExitStack() as stack:
             if self.base.device == "cuda":
-                yield dict.fromkeys(self.names, stack.enter_context(Worker()))
+                yield dict.fromkeys(names, stack.enter_context(Worker()))
             else:
-                yield {n: stack.enter_context(Worker(n.endswith(KEPT))) for n in self.names}
+                yield {n: stack.enter_context(Worker(n.endswith(KEPT))) for n in names}
 
     # ------------------------------------------------------------ one subject, one mode
 
     def _time(self, job: Job, workers: dict[str, Worker], note: str | None) -> None:
-        jobs = {name: replace(job, contender=name) for name in self.names}
+        jobs = {name: replace(job, contender=name) for name in workers}
         parities = self._gate(jobs)
-        facts: dict[str, dict[str, Any]] = {}
-        for name in (n for n in self.names if parities[n] == "ok"):
+        facts: dict[str, dict[str, Any]]
+        facts = {n: {"error": said} for n, said in parities.items() if said.startswith(CANNOT)}
+        for name in (n for n in jobs if parities[n] == "ok"):
             self.doing(f"{job.subject.label}, {job.mode}: {name} warms up")
             facts[name] = self._prepared(workers[name], jobs[name])
         able = [name for name, fact in facts.items() if fact.get("error") is None]
@@ -164,15 +171,16 @@ class Suite:
         except FailedError as error:
             parity = f"failed: {error}"
         if parity != "ok":
-            self.say(f"{job.subject.label}, {job.mode}, {job.contender}: parity {parity}")
+            said = parity if parity.startswith(CANNOT) else f"parity {parity}"
+            self.say(f"{job.subject.label}, {job.mode}, {job.contender}: {said}")
         return parity
 
     def _prepared(self, worker: Worker, job: Job) -> dict[str, Any]:
         try:
             facts: dict[str, Any] = worker.ask(what="prepare", job=asdict(job))
         except FailedError as error:
-            self.say(f"{job.subject.label}, {job.mode}, {job.contender}: cannot run: {error}")
-            return {"error": f"cannot run: {error}"}
+            self.say(f"{job.subject.label}, {job.mode}, {job.contender}: {CANNOT}{error}")
+            return {"error": f"{CANNOT}{error}"}
         return facts
 
 
@@ -192,12 +200,13 @@ class _Rows:
     def _row(self, name: str, job: Job, times: list[float]) -> Row:
         facts = self.facts.get(name, {})
         notes = (self.note, facts.get("error"), facts.get("note"))
+        parity = None if self.parities[name].startswith(CANNOT) else self.parities[name]
         return row(
             job.kind, job.subject.label, job.plain, **settings_of(job, facts.get("level")),
             **(times_of(times) if times else {}),
             **self.bounds.of_contender(job, facts.get("level")),
             peak_bytes=facts.get("peak_bytes"), saved_bytes=facts.get("saved_bytes"),
-            parity=self.parities[name], note="; ".join(filter(None, notes)) or None,
+            parity=parity, note="; ".join(filter(None, notes)) or None,
         )  # fmt: skip
 
 

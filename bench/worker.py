@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from .contenders import Job
+from .engines import export
 from .gate import parity_of
 from .measure import Measured, first_line, out_of_memory, roof
 from .parts import block_times
@@ -34,11 +35,13 @@ class Bench:
         Args:
             what: "gate" (parity), "prepare" (build, warm up, facts), "time" (milliseconds of one
                 step), each with a `job`; "blocks" (milliseconds by name), with names besides;
-                "roof", with device and dtype.
+                "export" (as ONNX), with a job and a path; "roof", with device and dtype.
         """
         if what == "roof":
             return roof(**request)
         job = Job(**request["job"])
+        if what == "export":
+            return export(job, request["path"])
         if what == "gate":
             torch.compiler.reset()  # another contender's graphs are not this one's
             return parity_of(job)

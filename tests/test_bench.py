@@ -97,10 +97,13 @@ def test_the_same_command_in_a_checkout() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_absent_contenders_are_named_with_the_reason() -> None:
-    assert why_not("cudnn", "model", "cpu", "infer") == "cuDNN runs on NVIDIA GPUs only"
-    assert "inference only" in str(why_not("cudnn", "model", "cuda", "train"))
-    assert why_not("convolutions", "model", "cpu", "train") is not None
-    assert all(why_not("eager", k, "cpu", "train") is None for k in ("block", "model", "train"))
+    cudnn = Job("model", "", 1, 1, "cudnn", mode="infer")
+    assert why_not(cudnn) == "cuDNN runs on NVIDIA GPUs only"
+    assert "inference only" in str(why_not(replace(cudnn, mode="train", device="cuda")))
+    bare = replace(cudnn, contender="convolutions")
+    assert why_not(bare) == "it is for conv, block only"
+    eager = replace(cudnn, contender="eager")
+    assert all(why_not(replace(eager, kind=k)) is None for k in ("block", "model", "train"))
 
 
 # ---------------------------------------------------------------- the subjects
@@ -340,6 +343,42 @@ def test_memory_halves_the_batch_and_parity_keeps_the_speed(
     kept = {row["contender"]: row for row in one if row["allocator"] == "kept"}
     assert kept["channels_last"]["ms"] == 3.0
     assert kept["fastres"]["speedup"] == kept["eager"]["ms"] / kept["fastres"]["ms"]
+
+
+def test_who_cannot_train_is_timed_in_inference_alone(
+    played: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    infers = replace(CONTENDERS["cudnn"], why_not=lambda job: {"train": "no"}.get(job.mode))
+    monkeypatch.setitem(CONTENDERS, "cudnn", infers)
+    status, rows = run("block --quick --batch-size 2 --device cpu --against eager,cudnn", tmp_path)
+    assert status == 0 and "absent: cudnn in train: no" in capsys.readouterr().err
+    ran = {mode: {r["contender"] for r in rows if r["mode"] == mode} for mode in ("train", "infer")}
+    assert ran == {"train": {"eager", "fastres"}, "infer": {"eager", "cudnn", "fastres"}}
+
+
+def test_an_engine_that_cannot_run_is_left_out_with_the_reason(
+    played: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask = Played.ask
+
+    def cannot(self: Any, what: str, **more: Any) -> Any:
+        if what == "gate" and more["job"]["contender"] == "onnxruntime":
+            return "cannot run: no such operator"
+        return {} if what == "blocks" else ask(self, what, **more)
+
+    monkeypatch.setattr(Played, "ask", cannot)
+    for name, package in (("onnxruntime", "torchvision"), ("openvino", "numpy")):
+        there = replace(CONTENDERS[name], packages=(package,))
+        monkeypatch.setitem(CONTENDERS, name, there)
+    line = "model --model fastres:resnet18 --mode infer --batch-size 2 --img-size 32 --device cpu"
+    status, rows = run(f"{line} --no-kept --against onnxruntime,openvino", tmp_path)
+    assert status == 0 and "infer, onnxruntime: cannot run: no" in capsys.readouterr().err
+    left_out, timed, _ = rows
+    assert (left_out["ms"], left_out["parity"]) == (None, None)
+    assert left_out["note"] == "cannot run: no such operator"
+    assert (timed["ms"], timed["parity"], timed["layout"]) == (3.0, "ok", "nchw")
+    result = json.loads(next(tmp_path.glob("*.json")).read_text())
+    assert "numpy" in result and "torchvision" not in result
 
 
 def test_not_one_image_fits(

@@ -30,12 +30,12 @@ def test_part(
     kind: str, name: str, mode: str, contender: str, benchmark: Any, device: str, batch: int,
     quick: bool, rounds: int,
 ) -> None:  # fmt: skip
-    if (reason := why_not(contender, kind, device, mode)) is not None:
-        pytest.skip(reason)
     job = Job(
         kind, name, batch, 32 if quick else IMAGE_SIZE, contender, mode,
         "bfloat16" if device == "cuda" else "float32", device=device,
     )  # fmt: skip
+    if (reason := why_not(job)) is not None:
+        pytest.skip(reason)
     assert (parity := gate.parity_of(job)) == "ok", parity
     with job.settings():
         measured = Measured(job)
