@@ -171,7 +171,7 @@ def narrow(found: Iterable[Binary]) -> list[Binary]:
 
     A pack in float32 takes two such accesses, so an instance in 16 bits has half as many of them
     as its float32 sibling. A pack that is taken apart would show as fewer. What there is in 16 bits
-    alone copies packs into a ring in shared memory.
+    alone copies packs into a pipeline in shared memory.
     """
     wide = {b[:4]: b for b in found if b.dtype and "pack 1" not in b.variant}
     bad = []

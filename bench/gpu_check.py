@@ -96,7 +96,7 @@ def _parity(dry: bool) -> list[Command]:
 def _sanitize(dry: bool) -> list[Command]:
     file = "tests/cuda_backend/test_cuda_primitives.py"
     every = f"{file} -k 'every_case and normal-2x3x5x7-f32-nhwc'"
-    few = f"{file} -k '(slabs_give and not large) or (views and 1-dtype0)'"
+    few = f"{file} -k '(channel_blocks_give and not large) or (views and 1-dtype0)'"
     if dry:
         return [Command(_python(f"{PYTEST} {few}"), 1, _emulated())]
     run = "compute-sanitizer --error-exitcode 1 --target-processes all --tool"

@@ -255,15 +255,17 @@ void define_kernels(py::module_& m) {
         py::arg("y2"), py::arg("stats2"), py::arg("sums"), py::arg("count"), py::arg("grad_y1"),
         py::arg("grad_y2"), py::arg("grad_residual"), shape, tiling, where,
         "grad_y of one or both branches; grad_residual = g.");
-  m.def("bn_act_forward", &norm_forward_py, Unlocked(), py::arg("y"), py::arg("partials"),
-        py::arg("weight"), py::arg("bias"), py::arg("eps"), py::arg("stats"), py::arg("residual"),
-        py::arg("residual_stats"), py::arg("out"), py::arg("mask"), py::arg("act"), shape, tiling,
-        where, "channel_stats, finalize_stats and scale_shift_act, slab by slab of channels.");
+  m.def(
+      "bn_act_forward", &norm_forward_py, Unlocked(), py::arg("y"), py::arg("partials"),
+      py::arg("weight"), py::arg("bias"), py::arg("eps"), py::arg("stats"), py::arg("residual"),
+      py::arg("residual_stats"), py::arg("out"), py::arg("mask"), py::arg("act"), shape, tiling,
+      where,
+      "channel_stats, finalize_stats and scale_shift_act, one block of channels after the other.");
   m.def("bn_act_backward", &norm_backward_py, Unlocked(), py::arg("grad_out"), py::arg("gate"),
         py::arg("act"), py::arg("gate_ptr"), py::arg("y1"), py::arg("stats1"), py::arg("y2"),
         py::arg("stats2"), py::arg("partials"), py::arg("sums"), py::arg("count"),
         py::arg("grad_y1"), py::arg("grad_y2"), py::arg("grad_residual"), shape, tiling, where,
-        "bn_act_backward_reduce and bn_act_backward_apply, slab by slab of channels.");
+        "bn_act_backward_reduce and bn_act_backward_apply, one block of channels after the other.");
   m.def("update_running", &update_running_py, Unlocked(), py::arg("updates"), where,
         "running = (1 - momentum) * running + momentum * batch, and the counters, in order.");
   m.def("bn_act_forward_blocks", &norm_forward_blocks_py, py::arg("dtype"), py::arg("second"),

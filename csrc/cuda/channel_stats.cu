@@ -7,19 +7,19 @@ namespace {
 
 struct Kernel {
   ChannelStatsArgs args;
-  Walk walk;
+  TileIteration iteration;
 };
 
 template <class T, int kPack, bool kPerColumn>
 __global__ void __launch_bounds__(kMostThreads) channel_stats_kernel(Kernel k) {
-  const auto place = Place<kPack, kPerColumn>::from_the_end(k.walk);
+  const auto place = Place<kPack, kPerColumn>::from_the_end(k.iteration);
   auto* scratch = &shared_memory<BlockStatistics<kPack, kPerColumn>>();
-  write_partial_statistics<4, T>(k.args.y, k.args.partials, k.walk.channels, place, scratch);
+  write_partial_statistics<4, T>(k.args.y, k.args.partials, k.iteration.channels, place, scratch);
 }
 
 __global__ void __launch_bounds__(kMergeThreads) merge_stats_kernel(Kernel k) {
   auto* scratch = &shared_memory<Statistics<1>>();
-  merge_statistics(k.args, k.walk, MergeShare(blockIdx.x, k.walk.chunks), scratch);
+  merge_statistics(k.args, k.iteration, MergeShare(blockIdx.x, k.iteration.chunks), scratch);
 }
 
 __global__ void __launch_bounds__(kMostThreads) finalize_stats_kernel(FinalizeStatsArgs a) {
@@ -47,11 +47,11 @@ void channel_stats(const ChannelStatsArgs& args, const Where& where) {
                   using T = typename decltype(type)::type;
                   constexpr int kPack = decltype(pack)::value;
                   constexpr bool kPerColumn = decltype(per_column)::value;
-                  const Kernel k{args, make_walk(args.shape, args.tiling, kPack)};
+                  const Kernel k{args, tile_iteration(args.shape, args.tiling, kPack)};
                   const size_t shared =
                       sizeof(BlockStatistics<kPack, kPerColumn>) * size_t(args.tiling.threads / 2);
                   launch("channel_stats", channel_stats_kernel<T, kPack, kPerColumn>,
-                         launch_shape(k.walk, args.tiling, shared), where.stream, k);
+                         launch_shape(k.iteration, args.tiling, shared), where.stream, k);
                   launch("merge_stats", merge_stats_kernel,
                          merge_shape(args.shape.c, sizeof(Statistics<1>) * (kMergeThreads / 2)),
                          where.stream, k);

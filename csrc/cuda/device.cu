@@ -1,5 +1,5 @@
 // What is asked about problems and devices, apart from any kernel.
-#include "cuda/walk.h"
+#include "cuda/tile_iteration.h"
 
 namespace fastres::cuda {
 

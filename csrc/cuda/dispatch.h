@@ -3,7 +3,7 @@
 
 #include <initializer_list>
 
-#include "cuda/walk.h"
+#include "cuda/tile_iteration.h"
 
 namespace fastres::cuda {
 

@@ -3,7 +3,7 @@
 
 #include "cuda/merge.h"
 #include "cuda/pack.h"
-#include "cuda/ring.h"
+#include "cuda/pipeline.h"
 
 namespace fastres::cuda {
 
@@ -59,7 +59,7 @@ class GateReader {
     }
   }
 
-  // The same by way of a ring.
+  // The same by way of a pipeline.
   template <int kTensors>
   FASTRES_DEVICE void fetch(const Item& item, const Slots<kTensors>& to) const {
     if (kind_ == Gate::kMask) {
@@ -176,7 +176,7 @@ class AddGradients {
     }
   }
 
-  // grad_out and what is normalised, of a pack in a ring.
+  // grad_out and what is normalised, of a pack in a pipeline.
   using OwnSlots = Slots<kSums>;
   FASTRES_DEVICE void fetch(const Item& item, const OwnSlots& to) const {
     to.template fetch<T>(0, a_.grad_out, item.offset);
@@ -266,13 +266,15 @@ FASTRES_DEVICE void reduce_chunk(const BackwardReduceArgs& args,
   write_partial_sums<T, kPack, kPerColumn, kSecond>(args, place, all, scratch);
 }
 
-// The same sums, bit for bit, by way of a ring. `shared` is for the ring, and then for `scratch`.
+// The same sums, bit for bit, by way of a pipeline. `shared` is for the pipeline, and then for
+// `scratch`.
 template <class T, bool kSecond>
-FASTRES_DEVICE void reduce_chunk_in_ring(const BackwardReduceArgs& args,
-                                         const Place<kVector, true>& place, unsigned char* shared) {
+FASTRES_DEVICE void reduce_chunk_in_pipeline(const BackwardReduceArgs& args,
+                                             const Place<kVector, true>& place,
+                                             unsigned char* shared) {
   using Op = AddGradients<T, kVector, true, kSecond>;
   typename Op::Sums all{};
-  for_each_item_in_ring<Op::kSums>(Op(args, place, all), place, shared, true);
+  for_each_item_in_pipeline<Op::kSums>(Op(args, place, all), place, shared, true);
   __syncthreads();
   static_assert(sizeof(BlockSums<kVector, true, kSecond>) * kMostThreads / 2 <=
                 kVectorBytes<Op::kSums>);
@@ -394,7 +396,7 @@ class ApplyGradients {
     }
   }
 
-  // grad_out and what is normalised, of a pack in a ring.
+  // grad_out and what is normalised, of a pack in a pipeline.
   static constexpr int kTensors = kSecond ? 3 : 2;
   FASTRES_DEVICE void fetch(const Item& item, const Slots<kTensors>& to) const {
     to.template fetch<T>(0, a_.grad_out, item.offset);

@@ -21,17 +21,18 @@ struct Where {
 
 // How threads share an activation out. A block covers `width` packs side by side (a pack: 8
 // elements where sizes and addresses allow vectors, else 1) and as many rows as it has threads
-// left, and walks over `chunk_rows` rows; a row is a pixel under channels_last and an image else.
+// left, and iterates over `chunk_rows` rows; a row is a pixel under channels_last and an image
+// else.
 struct Tiling {
   int threads;  // 64, 128 or 256
   int width;    // a power of two; more than a row has packs counts as just enough
   int64_t chunk_rows;
   // Packs of each tensor that a thread keeps on their way through shared memory, where a kernel can
-  // (see ring.h): kRingStages, or 0, where loads go straight to registers.
+  // (see pipeline.h): kPipelineStages, or 0, where loads go straight to registers.
   int stages = 0;
 };
 
-inline constexpr int kRingStages = 4;
+inline constexpr int kPipelineStages = 4;
 
 // Rows of an activation as tilings cut them, and how many parts a tiling makes of them: as many
 // partial results does a reduction leave.
@@ -108,10 +109,10 @@ struct BackwardApplyArgs {
   Tiling tiling;
 };
 
-// channel_stats, finalize_stats and scale_shift_act slab by slab of channels (a tile of
-// `tiling.width` packs, for blocks of kSlabThreads): one cooperative launch reduces a slab and then
-// normalises it, while L2 still holds it. Under channels_last and with vectors only. The three
-// share shape and tiling, of at most `norm_forward_blocks` chunks.
+// channel_stats, finalize_stats and scale_shift_act one block of channels after the other (a tile
+// of `tiling.width` packs, for blocks of kChannelBlockThreads): one cooperative launch reduces a
+// channel block and then normalises it, while L2 still holds it. Under channels_last and with
+// vectors only. The three share shape and tiling, of at most `norm_forward_blocks` chunks.
 struct NormForwardArgs {
   ChannelStatsArgs statistics;
   ScaleShiftActArgs apply;
@@ -123,7 +124,7 @@ struct NormBackwardArgs {
   BackwardApplyArgs apply;
 };
 
-inline constexpr int kSlabThreads = 256;
+inline constexpr int kChannelBlockThreads = 256;
 
 // Batch norms whose running statistics one launch updates; more of them take several launches.
 inline constexpr int kMostUpdates = 8;

@@ -2,7 +2,7 @@
 // two runs give the same bits.
 #pragma once
 
-#include "cuda/walk.h"
+#include "cuda/tile_iteration.h"
 
 namespace fastres::cuda {
 

@@ -1,7 +1,7 @@
 // Packs of neighbouring elements: 8 by vector accesses of 16 bytes, or a single one.
 #pragma once
 
-#include "cuda/walk.h"
+#include "cuda/tile_iteration.h"
 #include "fastres/dtype.h"
 
 namespace fastres::cuda {

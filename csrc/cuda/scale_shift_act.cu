@@ -8,14 +8,14 @@ namespace {
 
 struct Kernel {
   ScaleShiftActArgs args;
-  Walk walk;
+  TileIteration iteration;
 };
 
 // Left to itself (0), nvcc takes 64 registers for one of the others on sm_80, and spills.
 template <class T, int kPack, bool kPerColumn, bool kScaled, bool kOther>
 __global__ void __launch_bounds__(kMostThreads, kOther ? 2 : 0) scale_shift_act_kernel(Kernel k) {
   using Op = Normalise<T, kPack, kPerColumn, kScaled, kOther>;
-  const Place<kPack, kPerColumn> place(k.walk);
+  const Place<kPack, kPerColumn> place(k.iteration);
   for_each_item<kScaled ? 2 : 4>(Op(k.args, place), place);
 }
 
@@ -28,11 +28,11 @@ void scale_shift_act(const ScaleShiftActArgs& args, const Where& where) {
     using T = typename decltype(type)::type;
     constexpr int kPack = decltype(pack)::value;
     constexpr bool kPerColumn = decltype(per_column)::value;
-    const Kernel k{args, make_walk(args.shape, args.tiling, kPack)};
+    const Kernel k{args, tile_iteration(args.shape, args.tiling, kPack)};
     with_end(args, [&](auto scaled, auto other) {
       constexpr bool kScaled = decltype(scaled)::value, kOther = decltype(other)::value;
       launch("scale_shift_act", scale_shift_act_kernel<T, kPack, kPerColumn, kScaled, kOther>,
-             launch_shape(k.walk, args.tiling), where.stream, k);
+             launch_shape(k.iteration, args.tiling), where.stream, k);
     });
   });
 }

@@ -211,18 +211,18 @@ FASTRES_DEVICE void write_stats(float* stats, int64_t channels, int64_t channel,
 }
 
 // Joins the partials of kMergeChannels channels, and writes what is known of them then.
-FASTRES_DEVICE void merge_statistics(const ChannelStatsArgs& a, const Walk& walk,
+FASTRES_DEVICE void merge_statistics(const ChannelStatsArgs& a, const TileIteration& iteration,
                                      const MergeShare& share, Statistics<1>* scratch) {
-  const int64_t channels = walk.channels;
+  const int64_t channels = iteration.channels;
   const bool exists = share.channel < channels;
   Statistics<1> mine{{0}, {0}, 0};
   if (exists) {
     FASTRES_UNROLLED_BY_4
     for (int64_t part = share.begin; part < share.end; ++part) {
       const double* p = a.partials + part * 2 * channels + share.channel;
-      const int64_t rows_left = walk.rows - part * walk.chunk_rows;
-      const int64_t rows = rows_left < walk.chunk_rows ? rows_left : walk.chunk_rows;
-      mine.join({{p[0]}, {p[channels]}, float(rows * walk.pixels)});
+      const int64_t rows_left = iteration.rows - part * iteration.chunk_rows;
+      const int64_t rows = rows_left < iteration.chunk_rows ? rows_left : iteration.chunk_rows;
+      mine.join({{p[0]}, {p[channels]}, float(rows * iteration.pixels)});
     }
   }
   join_lanes(mine, scratch, kMergeLanes, kMergeChannels);
@@ -241,7 +241,7 @@ FASTRES_DEVICE void merge_statistics(const ChannelStatsArgs& a, const Walk& walk
     a.state[channels + share.channel] = m2;
   }
   if (a.stats) {
-    const double count = double(walk.rows * walk.pixels + (a.prior ? a.prior_count : 0));
+    const double count = double(iteration.rows * iteration.pixels + (a.prior ? a.prior_count : 0));
     write_stats(a.stats, channels, share.channel, double(mean), double(m2) / count, a.affine);
   }
 }

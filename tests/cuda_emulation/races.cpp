@@ -1,7 +1,7 @@
 // Every kernel on small problems, checked against plain loops in float64. Meant for
 // ThreadSanitizer, with CUDA threads that are threads of the operating system: the results show
 // that what it has seen is what the kernels do, and the problems are small, but have several
-// blocks, chunks and slabs.
+// blocks, chunks and channel blocks.
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -99,8 +99,8 @@ class Problem {
     }
   }
 
-  // After statistics(): the same by slabs.
-  void slabs() {
+  // After statistics(): the same by channel blocks.
+  void channel_blocks() {
     for (const bool scaled : {false, true}) {
       std::vector<uint8_t> mask(mask_bytes());
       std::vector<double> partials(chunks_ * 2 * c_);
@@ -341,13 +341,14 @@ void run_all() {
       contiguous.statistics();
       contiguous.forward_backward();
     }
-    Problem ring({2, 32, 9, Layout::kChannelsLast, dtype}, {64, 2, 7, kRingStages});
-    ring.statistics();
-    ring.forward_backward();
+    Problem pipeline({2, 32, 9, Layout::kChannelsLast, dtype}, {64, 2, 7, kPipelineStages});
+    pipeline.statistics();
+    pipeline.forward_backward();
     for (const int width : {1, 2}) {
-      Problem slabs({2, 16, 9, Layout::kChannelsLast, dtype}, {kSlabThreads, width, 9});
-      slabs.statistics();
-      slabs.slabs();
+      Problem channel_blocks({2, 16, 9, Layout::kChannelsLast, dtype},
+                             {kChannelBlockThreads, width, 9});
+      channel_blocks.statistics();
+      channel_blocks.channel_blocks();
     }
   }
 }

@@ -165,14 +165,14 @@ void backward(const Numbers&) {
       [](const auto& v) { return backward_coefficients(v[0], v[1], v[2], v[3], v[4], v[5]); });
 }
 
-// ---- walk.h, merge.h ----
+// ---- tile_iteration.h, merge.h ----
 
 struct Case {
   int64_t n, c, hw, layout, pack, threads, width, chunk_rows;
 
   Activations shape() const { return {n, c, hw, Layout(layout), DType::kFloat32}; }
   Tiling tiling() const { return {int(threads), int(width), chunk_rows}; }
-  Walk walk() const { return make_walk(shape(), tiling(), int(pack)); }
+  TileIteration iteration() const { return tile_iteration(shape(), tiling(), int(pack)); }
 
   // Calls f with a default-constructed Type of the case's Place.
   template <class F>
@@ -207,8 +207,8 @@ struct Visits {
   std::vector<ItemRow> items;
 
   template <int kUnroll, class P>
-  void visit(const Walk& walk, int64_t block, bool backwards) {
-    const P place(walk);
+  void visit(const TileIteration& iteration, int64_t block, bool backwards) {
+    const P place(iteration);
     threads.push_back({block, place.chunk(), place.lane(), place.has_channels(), place.channel(0),
                        place.steps(), 0});
     for_each_item<kUnroll>(Recorder{*this}, place, backwards);
@@ -237,15 +237,15 @@ struct Visits {
 // each case the two sizes, the threads, the items.
 void visits(const Numbers& numbers) {
   for (Case at; read(at);) {
-    const Walk walk = at.walk();
-    const LaunchShape shape = launch_shape(walk, at.tiling());
+    const TileIteration iteration = at.iteration();
+    const LaunchShape shape = launch_shape(iteration, at.tiling());
     Visits all{size_t(at.shape().numel()), {}, {}};
     at.with_place([&](auto place) {
       using P = TypeOf<decltype(place)>;
       for (int64_t i = 0; i < shape.blocks * shape.threads; ++i) {
         become(i % shape.threads, shape, i / shape.threads);
-        numbers[0] == 4 ? all.visit<4, P>(walk, blockIdx.x, numbers[1])
-                        : all.visit<1, P>(walk, blockIdx.x, numbers[1]);
+        numbers[0] == 4 ? all.visit<4, P>(iteration, blockIdx.x, numbers[1])
+                        : all.visit<1, P>(iteration, blockIdx.x, numbers[1]);
       }
     });
     write(std::array<size_t, 2>{all.threads.size(), all.items.size()});
@@ -266,19 +266,19 @@ struct ProbeRow {
 // One item each, of shapes that no memory holds.
 void probe(const Numbers&) {
   each<Probe>([](const Probe& p) {
-    const Walk walk = p.at.walk();
+    const TileIteration iteration = p.at.iteration();
     const Activations shape = p.at.shape();
-    become(p.thread, launch_shape(walk, p.at.tiling()));
+    become(p.thread, launch_shape(iteration, p.at.tiling()));
     ProbeRow row{};
     p.at.with_place([&](auto type) {
-      const TypeOf<decltype(type)> place(walk, p.chunk, p.tile);
+      const TypeOf<decltype(type)> place(iteration, p.chunk, p.tile);
       const int64_t rounds = place.begin().left, round = p.step / place.widths();
       Position at = place.position(round, p.step % place.widths(), rounds - round);
       place.look_ahead(at, 1);
       const Item item = place.item(at);
-      row = {item.offset,  item.mask,     item.exists,   place.channel(0),
-             rounds,       place.steps(), walk.tiles,    walk.chunks,
-             shape.rows(), shape.cols(),  shape.count(), shape.numel()};
+      row = {item.offset,  item.mask,     item.exists,     place.channel(0),
+             rounds,       place.steps(), iteration.tiles, iteration.chunks,
+             shape.rows(), shape.cols(),  shape.count(),   shape.numel()};
     });
     return row;
   });

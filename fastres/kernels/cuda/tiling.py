@@ -17,10 +17,10 @@ from fastres.kernels.types import is_channels_last
 #: Elements of a thread's vector access, `fastres::cuda::kVector`.
 VECTOR = 8
 
-#: Stages of the asynchronous-copy pipelines, `fastres::cuda::kRingStages`.
+#: Stages of the asynchronous-copy pipelines, `fastres::cuda::kPipelineStages`.
 PIPELINE_STAGES = 4
 
-#: Threads of the blocks that share an L2 channel block, `fastres::cuda::kSlabThreads`.
+#: Threads of the blocks that share an L2 channel block, `fastres::cuda::kChannelBlockThreads`.
 CHANNEL_BLOCK_THREADS = 256
 
 

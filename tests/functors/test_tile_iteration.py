@@ -25,7 +25,7 @@ ITEM = integers("thread", "position", "offset", "mask", "bit")
 
 
 class Case(NamedTuple):
-    """A walk over an activation; a pack is 8 elements or one."""
+    """A iterate over an activation; a pack is 8 elements or one."""
 
     n: int
     c: int
@@ -43,7 +43,7 @@ class Case(NamedTuple):
 
     @property
     def rows(self) -> int:
-        """Of the walk: pixels, or images."""
+        """Of the iteration: pixels, or images."""
         return self.n * self.hw if self.layout == LAST else self.n
 
     @property

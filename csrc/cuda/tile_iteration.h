@@ -2,7 +2,7 @@
 //
 // Under channels_last a row is a pixel, a block owns the channels of `width` packs, and a thread's
 // channels stay the same over all its rows. Under the contiguous layout a row is an image, a block
-// owns one channel, and the packs of that channel's pixels are walked `width` at a time.
+// owns one channel, and the packs of that channel's pixels are visited `width` at a time.
 //
 // Reductions go backwards, over chunks and rows: they begin where what they read was written last,
 // and end where the pass behind them begins. What is there may be in L2.
@@ -20,7 +20,7 @@ inline constexpr int kMostThreads = 256;
 // Elements of a thread's vector access in 16 bits; in float32 it makes two of them.
 inline constexpr int kVector = 8;
 
-struct Walk {
+struct TileIteration {
   int64_t rows;
   int64_t row_stride;       // elements
   int64_t mask_row_stride;  // bytes
@@ -59,36 +59,39 @@ class Place {
   // Channels that a thread holds values of.
   static constexpr int kSlots = kPerColumn ? kPack : 1;
 
-  FASTRES_DEVICE Place(const Walk& walk, int64_t chunk, int64_t tile)
-      : walk_(walk), tile_(tile), chunk_(chunk) {
-    lane_ = int(threadIdx.x) >> walk.width_bits;
-    col_ = int(threadIdx.x) & (walk.width - 1);
-    const int64_t rows_left = walk.rows - first_row();
-    rows_ = walk.chunk_rows < rows_left ? walk.chunk_rows : rows_left;
+  FASTRES_DEVICE Place(const TileIteration& iteration, int64_t chunk, int64_t tile)
+      : iteration_(iteration), tile_(tile), chunk_(chunk) {
+    lane_ = int(threadIdx.x) >> iteration.width_bits;
+    col_ = int(threadIdx.x) & (iteration.width - 1);
+    const int64_t rows_left = iteration.rows - first_row();
+    rows_ = iteration.chunk_rows < rows_left ? iteration.chunk_rows : rows_left;
   }
 
   // Ordinary launches: tiles side by side, so that neighbouring blocks read neighbouring memory.
-  FASTRES_DEVICE explicit Place(const Walk& walk)
-      : Place(walk, blockIdx.x / unsigned(walk.tiles), blockIdx.x % unsigned(walk.tiles)) {}
+  FASTRES_DEVICE explicit Place(const TileIteration& iteration)
+      : Place(iteration, blockIdx.x / unsigned(iteration.tiles),
+              blockIdx.x % unsigned(iteration.tiles)) {}
 
   // The same, the last chunk first.
-  FASTRES_DEVICE static Place from_the_end(const Walk& walk) {
-    const unsigned tiles = unsigned(walk.tiles);
-    return {walk, walk.chunks - 1 - blockIdx.x / tiles, blockIdx.x % tiles};
+  FASTRES_DEVICE static Place from_the_end(const TileIteration& iteration) {
+    const unsigned tiles = unsigned(iteration.tiles);
+    return {iteration, iteration.chunks - 1 - blockIdx.x / tiles, blockIdx.x % tiles};
   }
 
   FASTRES_DEVICE int64_t chunk() const { return chunk_; }
   FASTRES_DEVICE int lane() const { return lane_; }
-  FASTRES_DEVICE int lanes() const { return walk_.lanes; }
+  FASTRES_DEVICE int lanes() const { return iteration_.lanes; }
   FASTRES_DEVICE int64_t channel(int slot) const {
     return kPerColumn ? first_pack() * kPack + slot : tile_;
   }
-  FASTRES_DEVICE bool has_channels() const { return !kPerColumn || first_pack() < walk_.packs; }
+  FASTRES_DEVICE bool has_channels() const {
+    return !kPerColumn || first_pack() < iteration_.packs;
+  }
 
   // The same for all threads of a block.
   FASTRES_DEVICE int64_t steps() const { return rounds(rows_) * widths(); }
   FASTRES_DEVICE int64_t widths() const {
-    return kPerColumn ? 1 : walk_.padded_packs >> walk_.width_bits;
+    return kPerColumn ? 1 : iteration_.padded_packs >> iteration_.width_bits;
   }
 
   // The thread's first pack, or its last one.
@@ -97,10 +100,10 @@ class Place {
     return position(own_rounds() - 1, widths() - 1, own_rounds());
   }
   FASTRES_DEVICE Position position(int64_t round, int64_t width, int64_t left) const {
-    const int64_t row = first_row() + round * walk_.lanes + lane_;
-    const int64_t pack = kPerColumn ? first_pack() : width * walk_.width + col_;
-    const int64_t image = kPerColumn ? 0 : tile_ * walk_.pixels;
-    return {left, 0, row, pack, row * walk_.row_stride + image + pack * kPack};
+    const int64_t row = first_row() + round * iteration_.lanes + lane_;
+    const int64_t pack = kPerColumn ? first_pack() : width * iteration_.width + col_;
+    const int64_t image = kPerColumn ? 0 : tile_ * iteration_.pixels;
+    return {left, 0, row, pack, row * iteration_.row_stride + image + pack * kPack};
   }
 
   // Before so many packs are visited: 32 bits will tell which of them exist.
@@ -109,37 +112,37 @@ class Place {
   }
 
   FASTRES_DEVICE Item item(const Position& at) const {
-    return {at.offset, mask_byte(at), at.near > 0 && (kPerColumn || at.pack < walk_.packs)};
+    return {at.offset, mask_byte(at), at.near > 0 && (kPerColumn || at.pack < iteration_.packs)};
   }
 
   FASTRES_DEVICE void advance(Position& at) const {
     if constexpr (!kPerColumn) {
-      at.pack += walk_.width;
-      at.offset += walk_.width * kPack;
-      if (at.pack < walk_.padded_packs) {
+      at.pack += iteration_.width;
+      at.offset += iteration_.width * kPack;
+      if (at.pack < iteration_.padded_packs) {
         return;
       }
-      at.pack -= walk_.padded_packs;
-      at.offset -= walk_.padded_packs * kPack;
+      at.pack -= iteration_.padded_packs;
+      at.offset -= iteration_.padded_packs * kPack;
     }
-    at.row += walk_.lanes;
-    at.offset += walk_.round_stride;
+    at.row += iteration_.lanes;
+    at.offset += iteration_.round_stride;
     --at.left;
     --at.near;
   }
 
   FASTRES_DEVICE void go_back(Position& at) const {
     if constexpr (!kPerColumn) {
-      at.pack -= walk_.width;
-      at.offset -= walk_.width * kPack;
+      at.pack -= iteration_.width;
+      at.offset -= iteration_.width * kPack;
       if (at.pack >= 0) {
         return;
       }
-      at.pack += walk_.padded_packs;
-      at.offset += walk_.padded_packs * kPack;
+      at.pack += iteration_.padded_packs;
+      at.offset += iteration_.padded_packs * kPack;
     }
-    at.row -= walk_.lanes;
-    at.offset -= walk_.round_stride;
+    at.row -= iteration_.lanes;
+    at.offset -= iteration_.round_stride;
     --at.left;
     --at.near;
   }
@@ -148,10 +151,10 @@ class Place {
   FASTRES_DEVICE int mask_bit() const { return col_ & 7; }
 
  private:
-  FASTRES_DEVICE int64_t first_row() const { return chunk_ * walk_.chunk_rows; }
-  FASTRES_DEVICE int64_t first_pack() const { return tile_ * walk_.width + col_; }
+  FASTRES_DEVICE int64_t first_row() const { return chunk_ * iteration_.chunk_rows; }
+  FASTRES_DEVICE int64_t first_pack() const { return tile_ * iteration_.width + col_; }
   FASTRES_DEVICE int64_t rounds(int64_t rows) const {
-    return (rows + walk_.lanes - 1) >> walk_.lane_bits;
+    return (rows + iteration_.lanes - 1) >> iteration_.lane_bits;
   }
   FASTRES_DEVICE int64_t own_rounds() const { return has_channels() ? rounds(rows_ - lane_) : 0; }
 
@@ -159,11 +162,11 @@ class Place {
     if constexpr (kPack == 8) {  // all rows are whole bytes
       return at.offset >> 3;
     }
-    const int64_t image = kPerColumn ? 0 : tile_ * ((walk_.pixels + 7) / 8);
-    return at.row * walk_.mask_row_stride + image + (at.pack >> 3);
+    const int64_t image = kPerColumn ? 0 : tile_ * ((iteration_.pixels + 7) / 8);
+    return at.row * iteration_.mask_row_stride + image + (at.pack >> 3);
   }
 
-  const Walk& walk_;
+  const TileIteration& iteration_;
   int64_t tile_, chunk_, rows_;
   int lane_, col_;
 };
@@ -202,9 +205,9 @@ inline void check_tiling(const Tiling& t) {
   if (t.chunk_rows < 1) {
     throw std::invalid_argument("chunk_rows must be positive, got " + std::to_string(t.chunk_rows));
   }
-  if (t.stages != 0 && t.stages != kRingStages) {
-    throw std::invalid_argument("stages must be 0 or " + std::to_string(kRingStages) + ", got " +
-                                std::to_string(t.stages));
+  if (t.stages != 0 && t.stages != kPipelineStages) {
+    throw std::invalid_argument("stages must be 0 or " + std::to_string(kPipelineStages) +
+                                ", got " + std::to_string(t.stages));
   }
 }
 
@@ -225,10 +228,10 @@ inline int bits_of(int power_of_two) {
   return bits;
 }
 
-inline Walk make_walk(const Activations& s, const Tiling& t, int pack) {
+inline TileIteration tile_iteration(const Activations& s, const Tiling& t, int pack) {
   check_tiling(t);
   const bool last = s.per_column();
-  Walk w;
+  TileIteration w;
   w.rows = rows_of(s);
   w.row_stride = last ? s.c : s.c * s.hw;
   w.mask_row_stride = last ? ceil_div(s.c, 8) : s.c * ceil_div(s.hw, 8);
@@ -247,7 +250,7 @@ inline Walk make_walk(const Activations& s, const Tiling& t, int pack) {
   return w;
 }
 
-inline LaunchShape launch_shape(const Walk& w, const Tiling& t, size_t shared_bytes = 0) {
+inline LaunchShape launch_shape(const TileIteration& w, const Tiling& t, size_t shared_bytes = 0) {
   return {w.tiles * w.chunks, t.threads, shared_bytes};
 }
 
