@@ -163,6 +163,7 @@ struct ConvWeightArgs {
   float* grad_weight;  // [k, kh, kw, c]
   ConvShape shape;
   int threads;
+  bool winograd;
 };
 
 // A copy between strides, of at most four axes, of float32 or float64 into either.
