@@ -57,6 +57,12 @@ struct WeightJob {
 
   int64_t channels() const { return at_most(shape.c, kTileColumns); }
   int64_t size() const { return shape.k * row_floats; }
+  // Values of a pixel that lie together, and how many lines of taps have room in a tile.
+  int64_t line_floats() const { return shape.kw * shape.c; }
+  int64_t tap_lines() const {
+    const int64_t fitting = shape.dw == 1 ? kTileColumns / line_floats() : 0;
+    return at_most(fitting, shape.kh);
+  }
   Range panels_of(int64_t group) const {
     return {panels * group / groups, panels * (group + 1) / groups};
   }
@@ -67,7 +73,8 @@ class WeightWorker {
   explicit WeightWorker(const WeightJob& job)
       : job_(job),
         band_(job.sweep, job.lines, job.channels()),
-        gradient_(round_up(job.shape.k, kRowBlock) * job.lines * job.sweep.out_w) {}
+        gradient_(round_up(job.shape.k, kRowBlock) * job.lines * job.sweep.out_w),
+        gathered_(gathers() ? job.row_floats * job.lines * job.sweep.out_w : 0) {}
 
   // Rows [begin, end) of the result over the panels of a group.
   void run(Range panels, Range rows, float* out) {
@@ -85,6 +92,9 @@ class WeightWorker {
     for (int64_t c = 0; c < job_.sweep.in_c; c += kTileColumns) {
       const Range columns{c, at_most(c + kTileColumns, job_.sweep.in_c)};
       band_.form(job_.input, lines, columns);
+      if (gathers()) {
+        gather(lines);
+      }
       for (const Segment& segment : segments(columns)) {
         multiply(lines, rows, segment, accumulate, out);
       }
@@ -92,6 +102,35 @@ class WeightWorker {
   }
 
  private:
+  // Whether all that a pixel's taps read is laid side by side: with so few channels that several
+  // lines of taps fit a tile.
+  bool gathers() const { return job_.tap_lines() > 1; }
+
+  void gather(Range lines) {
+    const Sweep& s = job_.sweep;
+    const int64_t width = job_.line_floats(), step = s.in_step_w * s.in_c;
+    float* to = gathered_.data();
+    for (int64_t line = lines.begin; line < lines.end; ++line) {
+      const float* from = band_.line(line);
+      for (int64_t pixel = 0; pixel < s.out_w; ++pixel, from += step) {
+        for (int64_t tap = 0; tap < job_.shape.kh; ++tap, to += width) {
+          copy_few(from + tap * job_.shape.dh * band_.pitch(), to, width);
+        }
+      }
+    }
+  }
+
+  static void copy_few(const float* from, float* to, int64_t count) {
+    int64_t i = 0;
+    for (; i + kPack <= count; i += kPack) {
+      store(to + i, load(from + i, Full{}), Full{});
+    }
+    if (i < count) {
+      const Part rest{int(count - i)};
+      store(to + i, load(from + i, rest), rest);
+    }
+  }
+
   void form_gradient(Range lines, Range rows) {
     const int64_t width = job_.sweep.out_w;
     pixels_ = (lines.end - lines.begin) * width;
@@ -115,18 +154,22 @@ class WeightWorker {
     ahead_.spread(tiles * ceil_div(s.in_c, kTileColumns) * int64_t(s.phases[0].taps.size()));
   }
 
-  // Taps of one line that lie together are one segment where they fit a tile.
+  // Taps of one line that lie together are one segment where they fit a tile, and several lines
+  // are where they were gathered.
   std::vector<Segment> segments(Range columns) const {
     const Sweep& s = job_.sweep;
-    const ConvShape& shape = job_.shape;
     const int64_t c = job_.channels(), width = columns.end - columns.begin;
-    const bool joined = shape.dw == 1 && shape.kw * shape.c <= kTileColumns;
+    const int64_t together = job_.tap_lines(), line = job_.line_floats();
     std::vector<Segment> found;
+    for (int64_t h = 0; gathers() && h < job_.shape.kh; h += together) {
+      found.push_back({h * line, h * line, at_most(together, job_.shape.kh - h) * line});
+    }
     const auto& taps = s.phases[0].taps;
-    for (size_t t = 0; t < taps.size(); t += joined ? size_t(shape.kw) : 1) {
+    for (size_t t = 0; !gathers() && t < taps.size();
+         t += together > 0 ? size_t(job_.shape.kw) : 1) {
       const int64_t at = (taps[t].dh - s.low_h) * band_.pitch() + (taps[t].dw - s.low_w) * c;
       found.push_back(
-          {at, taps[t].index * shape.c + columns.begin, joined ? shape.kw * shape.c : width});
+          {at, taps[t].index * job_.shape.c + columns.begin, together > 0 ? line : width});
     }
     return found;
   }
@@ -134,7 +177,7 @@ class WeightWorker {
   void multiply(Range lines, Range rows, const Segment& segment, bool accumulate, float* out) {
     const Sweep& s = job_.sweep;
     find_stretches(lines, segment);
-    const int64_t step = s.in_step_w * job_.channels();
+    const int64_t step = gathers() ? job_.row_floats : s.in_step_w * job_.channels();
     Tile tile{};
     tile.columns = int(segment.width);
     for (int64_t k = rows.begin; k < rows.end; k += kRowBlock) {
@@ -167,8 +210,10 @@ class WeightWorker {
     for (int64_t first = lines.begin; first < lines.end; first += at_once) {
       const int64_t last = at_most(first + at_once, lines.end), count = product ? 1 : last - first;
       for (int64_t line = first; line < first + count; ++line) {
-        const float* b = band_.line(line) + segment.band;
         const int64_t pixel = (line - lines.begin) * s.out_w;
+        const float* from =
+            gathers() ? gathered_.data() + pixel * job_.row_floats : band_.line(line);
+        const float* b = from + segment.band;
         stretches_.push_back({pixel * kRowBlock, b, product ? last - first : s.out_w, 0});
       }
       ends_.push_back(stretches_.size());
@@ -187,7 +232,7 @@ class WeightWorker {
 
   const WeightJob& job_;
   Band band_;
-  Scratch<float> gradient_;
+  Scratch<float> gradient_, gathered_;
   Ahead ahead_;
   int64_t pixels_ = 0;
   std::vector<Stretch> stretches_;
