@@ -116,7 +116,8 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 def take(monkeypatch: pytest.MonkeyPatch, winograd: bool) -> None:
     """Winograd's form, or the other one, whatever the shape."""
-    monkeypatch.setattr(native, "_is_winograd", lambda *_, **__: winograd)
+    for rule in ("_is_winograd", "_is_winograd_gradient"):
+        monkeypatch.setattr(native, rule, lambda *_, **__: winograd)
 
 
 def on_threads(run) -> list[list[Tensor]]:
@@ -330,6 +331,11 @@ def test_squares_are_as_close_as_torch(values: str, monkeypatch: pytest.MonkeyPa
     truth = torch.nn.grad.conv2d_input(x.shape, weight.double(), x.double(), *arguments)
     torchs = torch.nn.grad.conv2d_input(x.shape, weight, x, *arguments)
     assert_parity(grad_x, truth, [torchs], what=f"{values}, data gradient")
+    grad = channels_last(torch.randn(y.shape))
+    grad_weight = native.conv_backward_weight(grad, x, weight, conv)
+    truth = torch.nn.grad.conv2d_weight(x.double(), weight.shape, grad.double(), *arguments)
+    torchs = torch.nn.grad.conv2d_weight(x, weight.shape, grad, *arguments)
+    assert_parity(grad_weight, truth, [torchs], what=f"{values}, weight gradient", channel_dim=0)
 
 
 @pytest.mark.parametrize("value", [1e4, 3e38, float("nan"), float("inf"), float("-inf")])
@@ -357,6 +363,32 @@ def test_what_one_value_reaches_is_computed_without_squares(
     assert torch.equal(found[0], before[0]) and not torch.equal(found[0], direct[0])
 
 
+@pytest.mark.parametrize("of_gradient", [False, True])
+@pytest.mark.parametrize("value", [1e4, 3e38, float("nan"), float("inf")])
+def test_one_value_reaches_its_own_part_of_the_weight_s_gradient(
+    isa: str, value: float, of_gradient: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The channel's own: other channels' sums are those without it, to rounding."""
+    x, weight, grad = SQUARES[5].tensors()
+    (grad if of_gradient else x)[1, 20, 0, 0] = value
+
+    def run() -> list[Tensor]:
+        return [native.conv_backward_weight(grad, x, weight, SQUARES[5].conv)]
+
+    take(monkeypatch, True)
+    (first,), *others = on_threads(run)
+    for (other,) in others:
+        assert torch.equal(first.nan_to_num(7), other.nan_to_num(7))
+    take(monkeypatch, False)
+    (direct,) = run()
+    assert torch.equal(first.isnan(), direct.isnan()) and torch.equal(first.isinf(), direct.isinf())
+    truth = torch.nn.grad.conv2d_weight(x.double(), weight.shape, grad.double(), padding=1)
+    elsewhere = torch.ones_like(truth, dtype=torch.bool)
+    elsewhere[(20,) if of_gradient else (slice(None), 20)] = False
+    found = first[elsewhere]
+    torch.testing.assert_close(found, truth[elsewhere].float(), rtol=1e-5, atol=1e-3)
+
+
 @pytest.mark.parametrize("value", [1e4, float("nan"), float("inf")])
 def test_a_weight_that_squares_do_not_serve(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, conv = SQUARES[5].tensors()[0], torch.randn(40, 32, 3, 3), Conv(padding=(1, 1))
@@ -370,27 +402,31 @@ def test_a_weight_that_squares_do_not_serve(value: float, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(
-    ("shape", "kept", "once"),
+    ("shape", "kept", "once", "gradient"),
     [
-        (Shape(8, 64, 56, 56, 64, 3, padding=1), True, True),
-        (Shape(1, 256, 14, 14, 256, 3, padding=1), True, True),
-        (Shape(8, 512, 7, 7, 512, 3, padding=1), True, True),
-        (Shape(2, 512, 7, 7, 512, 3, padding=1), True, False),
-        (Shape(1, 512, 7, 7, 512, 3, padding=1), False, False),
-        (Shape(64, 64, 3, 3, 64, 3, padding=1), False, False),
-        (Shape(8, 16, 56, 56, 64, 3, padding=1), False, False),
-        (Shape(8, 64, 56, 56, 64, 3, (2, 2), padding=1), False, False),
-        (Shape(8, 64, 56, 56, 64, 3, padding=2, dilation=2), False, False),
-        (Shape(8, 64, 56, 56, 64, 1), False, False),
+        (Shape(8, 64, 56, 56, 64, 3, padding=1), True, True, True),
+        (Shape(8, 256, 14, 14, 256, 3, padding=1), True, True, True),
+        (Shape(1, 256, 14, 14, 256, 3, padding=1), True, True, False),
+        (Shape(8, 512, 7, 7, 512, 3, padding=1), True, True, False),
+        (Shape(2, 512, 7, 7, 512, 3, padding=1), True, False, False),
+        (Shape(1, 512, 7, 7, 512, 3, padding=1), False, False, False),
+        (Shape(64, 64, 3, 3, 64, 3, padding=1), False, False, False),
+        (Shape(8, 16, 56, 56, 64, 3, padding=1), False, False, False),
+        (Shape(8, 64, 56, 56, 64, 3, (2, 2), padding=1), False, False, False),
+        (Shape(8, 64, 56, 56, 64, 3, padding=2, dilation=2), False, False, False),
+        (Shape(8, 64, 56, 56, 64, 1), False, False, False),
     ],
     ids=str,
 )
-def test_squares_are_taken_where_they_pay(shape: Shape, kept: bool, once: bool) -> None:
+def test_squares_are_taken_where_they_pay(
+    shape: Shape, kept: bool, once: bool, gradient: bool
+) -> None:
     weight = torch.empty(shape.k, shape.c, shape.kernel, shape.kernel)
     job = native._Job.of(torch.empty(shape.n, shape.c, shape.h, shape.w), weight, shape.conv)
     assert native._is_winograd(job) is kept
     for transposed in (False, True):
         assert native._is_winograd(job, transposed, once=True) is once
+    assert native._is_winograd_gradient(job) is gradient
 
 
 def test_squares_are_refused_for_other_kernels() -> None:

@@ -358,13 +358,14 @@ void conv_backward_data_py(const GradientCode& grad, const WeightCode& weight, A
 }
 
 void conv_backward_weight_py(const GradientCode& grad, Address x, Address scale, Address shift,
-                             int act, Address grad_weight, const ShapeCode& code, int threads) {
+                             int act, Address grad_weight, const ShapeCode& code, int threads,
+                             bool winograd) {
   const ConvShape shape = checked_conv(code);
   require(!is_empty(shape), "shape must not be empty");
   require_address("grad_weight", grad_weight);
-  active_table().conv_backward_weight({checked_gradient(grad, shape, checked_threads(threads)),
-                                       checked_input(x, scale, shift, act),
-                                       static_cast<float*>(at(grad_weight)), shape, threads});
+  active_table().conv_backward_weight(
+      {checked_gradient(grad, shape, checked_threads(threads)), checked_input(x, scale, shift, act),
+       static_cast<float*>(at(grad_weight)), shape, threads, checked_winograd(winograd, shape, 1)});
 }
 
 void update_running_py(const std::vector<UpdateCode>& updates) {
@@ -580,7 +581,8 @@ void define_convolutions(py::module_& m) {
         "what passes the gate in front.");
   m.def("conv_backward_weight", &conv_backward_weight_py, Unlocked(), py::arg("grad"), py::arg("x"),
         py::arg("scale"), py::arg("shift"), py::arg("act"), py::arg("grad_weight"),
-        py::arg("shape"), py::arg("threads"), "grad_weight [k, kh, kw, c].");
+        py::arg("shape"), py::arg("threads"), py::arg("winograd") = false,
+        "grad_weight [k, kh, kw, c].");
 }
 
 void define_runtime(py::module_& m) {

@@ -162,6 +162,7 @@ struct ConvWeightArgs {
   float* grad_weight;  // [k, kh, kw, c]
   ConvShape shape;
   int threads;
+  bool winograd;
 };
 
 struct KernelTable {

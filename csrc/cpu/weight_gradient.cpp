@@ -5,6 +5,7 @@
 // as a tile has columns.
 #include "cpu/convolve.h"
 #include "cpu/table.h"
+#include "cpu/winograd.h"
 
 namespace fastres::cpu::FASTRES_ISA {
 namespace {
@@ -72,15 +73,20 @@ class WeightWorker {
   void run(Range panels, Range rows, float* out) {
     const Sweep& s = job_.sweep;
     for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
-      const Range lines{panel * job_.lines, at_most((panel + 1) * job_.lines, s.n * s.lines)};
-      form_gradient(lines, rows);
       look_ahead(panel + 1 < panels.end ? panel + 1 : -1, rows);
-      for (int64_t c = 0; c < s.in_c; c += kTileColumns) {
-        const Range columns{c, at_most(c + kTileColumns, s.in_c)};
-        band_.form(job_.input, lines, columns);
-        for (const Segment& segment : segments(columns)) {
-          multiply(lines, rows, segment, panel > panels.begin, out);
-        }
+      const Range lines{panel * job_.lines, at_most((panel + 1) * job_.lines, s.n * s.lines)};
+      add(lines, rows, panel > panels.begin, out);
+    }
+  }
+
+  // Rows [begin, end) of the result over at most as many lines as a panel has.
+  void add(Range lines, Range rows, bool accumulate, float* out) {
+    form_gradient(lines, rows);
+    for (int64_t c = 0; c < job_.sweep.in_c; c += kTileColumns) {
+      const Range columns{c, at_most(c + kTileColumns, job_.sweep.in_c)};
+      band_.form(job_.input, lines, columns);
+      for (const Segment& segment : segments(columns)) {
+        multiply(lines, rows, segment, accumulate, out);
       }
     }
   }
@@ -234,12 +240,327 @@ void run(const WeightJob& job, int threads) {
   });
 }
 
+// ---- in squares ----
+
+// Squares of a panel, of which those of one point lie in L2 with the gradients'; and how many of
+// them are summed up in registers.
+constexpr int64_t kSquares = 112, kSquaresAtOnce = 32;
+constexpr int kTaps = 9;
+constexpr int64_t kPointPartial = 1024 * 1024;
+
+// The sum runs over squares: G^T [sum of (A dy A^T) * (B^T d B)] G, for each point a product of
+// matrices.
+struct SquaresJob {
+  const WeightJob& direct;
+  Sweep sweep;
+  int64_t lines, panels, groups, blocks;
+
+  explicit SquaresJob(const WeightJob& job) : direct(job), sweep(in_squares(job.sweep)) {
+    const int64_t total = sweep.n * sweep.lines;
+    lines = at_least(1, kSquares / at_least(1, sweep.phases[0].pixels));
+    lines = ceil_div(total, ceil_div(total, lines));
+    panels = ceil_div(total, lines);
+    groups = at_least(1, at_most(at_most(kMostGroups, kPointPartial / size()), panels));
+    blocks = ceil_div(job.shape.k, kRowBlock);
+  }
+
+  int64_t size() const { return kPoints * direct.shape.k * direct.shape.c; }
+  Range panels_of(int64_t group) const {
+    return {panels * group / groups, panels * (group + 1) / groups};
+  }
+  Range rows(int64_t block) const {
+    return {block * kRowBlock, at_most((block + 1) * kRowBlock, direct.shape.k)};
+  }
+};
+
+// What the groups of panels leave: the points' sums, and those of panels computed without squares,
+// which `direct` says of each group and block of rows.
+struct SquaresSums {
+  explicit SquaresSums(const SquaresJob& job)
+      : points(job.groups * job.size()),
+        pixels(job.groups * job.direct.size()),
+        direct(size_t(job.groups * job.blocks), 0) {}
+
+  Scratch<float> points, pixels;
+  std::vector<uint8_t> direct;
+};
+
+class SquaresWorker {
+ public:
+  explicit SquaresWorker(const SquaresJob& job)
+      : job_(job),
+        shape_(job.direct.shape),
+        squares_(job.lines * job.sweep.phases[0].pixels),
+        point_(points_apart(squares_ * shape_.c)),
+        gradient_point_(points_apart(squares_ * job.blocks * kRowBlock)),
+        band_(job.sweep, job.lines, shape_.c),
+        transformed_(kPoints * point_),
+        gradient_(2 * job.lines * shape_.out_w() * kRowBlock),
+        transformed_gradient_(kPoints * gradient_point_) {}
+
+  // Blocks [begin, end) of the rows over the panels of a group.
+  void run(int64_t group, Range blocks, SquaresSums& sums) {
+    const Sweep& s = job_.sweep;
+    const Range panels = job_.panels_of(group);
+    float* out = sums.points.data() + group * job_.size();
+    started_.assign(size_t(job_.blocks), 0);
+    for (int64_t panel = panels.begin; panel < panels.end; ++panel) {
+      const Range lines{panel * job_.lines, at_most((panel + 1) * job_.lines, s.n * s.lines)};
+      form(lines, blocks);
+      look_ahead(panel + 1 < panels.end ? panel + 1 : -1, blocks);
+      multiply(blocks, out);
+      for (int64_t block = blocks.begin; block < blocks.end; ++block) {
+        if (fits_[size_t(block)]) {
+          started_[size_t(block)] = 1;
+        } else {
+          add_directly(lines, group, block, sums);
+        }
+      }
+    }
+    for (int64_t block = blocks.begin; block < blocks.end; ++block) {
+      const Range rows = job_.rows(block);
+      for (int point = 0; point < kPoints && !started_[size_t(block)]; ++point) {
+        memset(out + (point * shape_.k + rows.begin) * shape_.c, 0,
+               sizeof(float) * size_t((rows.end - rows.begin) * shape_.c));
+      }
+    }
+  }
+
+ private:
+  Range direct_lines(Range lines) const {
+    return {line_of_squares(job_.sweep, job_.direct.sweep, lines.begin),
+            line_of_squares(job_.sweep, job_.direct.sweep, lines.end)};
+  }
+
+  void form(Range lines, Range blocks) {
+    count_ = (lines.end - lines.begin) * job_.sweep.phases[0].pixels;
+    band_.form(job_.direct.input, lines, {0, shape_.c});
+    const Values found = look_at(band_.begin(), band_.end());
+    const bool fits = serve(found, double(count_ * 4 * shape_.c), 0);
+    if (fits) {
+      transform_band(job_.sweep, band_, lines, shape_.c, transformed_.data(), point_);
+    }
+    const Range own = direct_lines(lines);
+    const int64_t width = shape_.out_w(), pixels = (own.end - own.begin) * width;
+    fits_.assign(size_t(job_.blocks), 0);
+    for (int64_t block = blocks.begin; block < blocks.end && fits; ++block) {
+      job_.direct.grad.form({own.begin * width, own.end * width}, job_.rows(block),
+                            gradient_.data(), kRowBlock, true);
+      const Values of_gradient = look_at(gradient_.data(), gradient_.data() + pixels * kRowBlock);
+      if (serve(of_gradient, double(pixels * kRowBlock), found.largest)) {
+        fits_[size_t(block)] = 1;
+        transform_gradient(lines, own.begin, block);
+      }
+    }
+  }
+
+  // A dy A^T.
+  void transform_gradient(Range lines, int64_t first, int64_t block) {
+    const int64_t width = shape_.out_w(), height = shape_.out_h();
+    float* to = transformed_gradient_.data() + block * squares_ * kRowBlock;
+    for (int64_t line = lines.begin; line < lines.end; ++line) {
+      const bool lower = line % job_.sweep.lines * 2 + 1 < height;
+      const float* from =
+          gradient_.data() +
+          (line_of_squares(job_.sweep, job_.direct.sweep, line) - first) * width * kRowBlock;
+      for (int64_t j = 0; j < width; j += 2, from += 2 * kRowBlock, to += kRowBlock) {
+        const Pack<float> none = broadcast(0.0f);
+        const bool right = j + 1 < width;
+        const float* below = from + width * kRowBlock;
+        Pack<float> t[4][2];
+        FASTRES_UNROLL
+        for (int q = 0; q < 2; ++q) {
+          const bool there = q == 0 || right;
+          const Pack<float> y0 = there ? load(from + q * kRowBlock, Full{}) : none;
+          const Pack<float> y1 = there && lower ? load(below + q * kRowBlock, Full{}) : none;
+          t[0][q] = y0;
+          t[1][q] = y0 + y1;
+          t[2][q] = y0 - y1;
+          t[3][q] = -y1;
+        }
+        FASTRES_UNROLL
+        for (int r = 0; r < 4; ++r) {
+          float* row = to + 4 * r * gradient_point_;
+          store(row, t[r][0], Full{});
+          store(row + gradient_point_, t[r][0] + t[r][1], Full{});
+          store(row + 2 * gradient_point_, t[r][0] - t[r][1], Full{});
+          store(row + 3 * gradient_point_, -t[r][1], Full{});
+        }
+      }
+    }
+  }
+
+  void look_ahead(int64_t panel, Range blocks) {
+    const Sweep& s = job_.sweep;
+    ahead_.clear();
+    if (panel >= 0) {
+      const Range lines{panel * job_.lines, at_most((panel + 1) * job_.lines, s.n * s.lines)};
+      const Range own = direct_lines(lines);
+      job_.direct.input.ask(source_pixels(s, lines), ahead_);
+      job_.direct.grad.ask({own.begin * shape_.out_w(), own.end * shape_.out_w()}, ahead_);
+    }
+    const int64_t tiles = (blocks.end - blocks.begin) * 3 * ceil_div(shape_.c, kTileColumns);
+    ahead_.spread(kPoints * tiles * ceil_div(count_, kSquaresAtOnce));
+  }
+
+  void multiply(Range blocks, float* out) {
+    for (int point = 0; point < kPoints; ++point) {
+      for (int64_t c = 0; c < shape_.c; c += kTileColumns) {
+        for (int64_t block = blocks.begin; block < blocks.end; ++block) {
+          if (fits_[size_t(block)]) {
+            multiply_block(point, c, block, out + point * shape_.k * shape_.c);
+          }
+        }
+      }
+    }
+  }
+
+  void multiply_block(int point, int64_t c, int64_t block, float* out) {
+    const Range rows = job_.rows(block);
+    const float* a =
+        transformed_gradient_.data() + point * gradient_point_ + block * squares_ * kRowBlock;
+    const float* b = transformed_.data() + point * point_ + c;
+    Tile tile{};
+    tile.columns = int(at_most(kTileColumns, shape_.c - c));
+    int64_t row = rows.begin;
+    for (int height : kRowsOfTiles) {
+      if (row >= rows.end) {
+        break;
+      }
+      tile.rows = int(at_most(height, rows.end - row));
+      for (int i = 0; i < kTileRows; ++i) {
+        const int64_t at = row + at_most(i, tile.rows - 1);
+        tile.a[i] = a + at - rows.begin;
+        tile.c[i] = out + at * shape_.c + c;
+      }
+      const RunTile run = tile_for<kRowBlock>(tile.rows, tile.columns);
+      for (int64_t t = 0; t < count_; t += kSquaresAtOnce) {
+        const Stretch stretch{t * kRowBlock, b + t * shape_.c, at_most(kSquaresAtOnce, count_ - t),
+                              0};
+        ahead_.give(tile, stretch.length);
+        run(tile, &stretch, 1, shape_.c,
+            {started_[size_t(block)] || t > 0, nullptr, nullptr, nullptr, false});
+      }
+      row += height;
+    }
+  }
+
+  void add_directly(Range lines, int64_t group, int64_t block, SquaresSums& sums) {
+    if (!direct_) {
+      direct_ = std::make_unique<WeightWorker>(job_.direct);
+    }
+    const Range own = direct_lines(lines), rows = job_.rows(block);
+    const WeightJob& job = job_.direct;
+    uint8_t& before = sums.direct[size_t(group * job_.blocks + block)];
+    float* out = sums.pixels.data() + group * job.size();
+    for (int64_t line = own.begin; line < own.end; line += job.lines) {
+      direct_->add({line, at_most(line + job.lines, own.end)}, rows, before, out);
+      before = 1;
+    }
+  }
+
+  const SquaresJob& job_;
+  const ConvShape& shape_;
+  int64_t squares_, point_, gradient_point_;
+  Band band_;
+  Scratch<float> transformed_, gradient_, transformed_gradient_;
+  Ahead ahead_;
+  int64_t count_ = 0;
+  std::vector<uint8_t> fits_, started_;
+  std::unique_ptr<WeightWorker> direct_;
+};
+
+// G^T of a column of points.
+template <int kColumns>
+FASTRES_INLINE void sums_of_taps(const Pack<float> (&m)[4], Pack<float> (&taps)[3][kColumns],
+                                 int column) {
+  const Pack<float> half = broadcast(0.5f), sum = half * (m[1] + m[2]);
+  taps[0][column] = m[0] + sum;
+  taps[1][column] = half * (m[1] - m[2]);
+  taps[2][column] = sum + m[3];
+}
+
+// G^T m G of a row's sums, with what was computed without squares.
+void finish_row(const SquaresJob& job, const SquaresSums& sums, int64_t row) {
+  const ConvShape& shape = job.direct.shape;
+  const auto visit = [&](int64_t c, auto lanes) {
+    Pack<float> t[3][4];
+    FASTRES_UNROLL
+    for (int q = 0; q < 4; ++q) {
+      Pack<float> m[4];
+      FASTRES_UNROLL
+      for (int r = 0; r < 4; ++r) {
+        const float* p = sums.points.data() + ((4 * r + q) * shape.k + row) * shape.c + c;
+        m[r] = load(p, lanes);
+        for (int64_t group = 1; group < job.groups; ++group) {
+          m[r] = m[r] + load(p + group * job.size(), lanes);
+        }
+      }
+      sums_of_taps(m, t, q);
+    }
+    FASTRES_UNROLL
+    for (int r = 0; r < 3; ++r) {
+      Pack<float> taps[3][1];
+      const Pack<float> m[4] = {t[r][0], t[r][1], t[r][2], t[r][3]};
+      sums_of_taps(m, taps, 0);
+      FASTRES_UNROLL
+      for (int q = 0; q < 3; ++q) {
+        const int64_t at = (row * kTaps + 3 * r + q) * shape.c + c;
+        Pack<float> v = taps[q][0];
+        for (int64_t group = 0; group < job.groups; ++group) {
+          if (sums.direct[size_t(group * job.blocks + row / kRowBlock)]) {
+            v = v + load(sums.pixels.data() + group * job.direct.size() + at, lanes);
+          }
+        }
+        store(job.direct.result + at, v, lanes);
+      }
+    }
+  };
+  int64_t c = 0;
+  for (; c + kPack <= shape.c; c += kPack) {
+    visit(c, Full{});
+  }
+  if (c < shape.c) {
+    visit(c, Part{int(shape.c - c)});
+  }
+}
+
+void run(const SquaresJob& job, int threads) {
+  const ConvShape& shape = job.direct.shape;
+  SquaresSums sums(job);
+  const int64_t work = job.sweep.n * job.sweep.lines * job.sweep.out_w * shape.k * shape.c;
+  parallel(threads, work, [&](Worker worker) {
+    SquaresWorker own(job);
+    int64_t splits = 1;
+    while (splits < job.blocks && job.groups * splits % worker.team != 0 &&
+           job.groups * splits < 16 * worker.team) {
+      ++splits;
+    }
+    const Range tasks = worker.share(job.groups * splits);
+    for (int64_t task = tasks.begin; task < tasks.end; ++task) {
+      const int64_t split = task % splits;
+      own.run(task / splits, {job.blocks * split / splits, job.blocks * (split + 1) / splits},
+              sums);
+    }
+    worker.wait_for_all();
+    const Range rows = worker.share(shape.k);
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      finish_row(job, sums, row);
+    }
+  });
+}
+
 }  // namespace
 
 void conv_backward_weight(const ConvWeightArgs& a) {
   with_input(a.input, a.shape.c, [&](const Source& input) {
     with_gradient(a.grad, [&](const Source& grad) {
-      run(WeightJob(a.shape, input, grad, a.grad_weight), a.threads);
+      const WeightJob job(a.shape, input, grad, a.grad_weight);
+      if (a.winograd) {
+        run(SquaresJob(job), a.threads);
+      } else {
+        run(job, a.threads);
+      }
     });
   });
 }

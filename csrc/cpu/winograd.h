@@ -70,6 +70,100 @@ struct PointWeight {
   }
 };
 
+// What tells of values whether squares serve them.
+struct Values {
+  double squares;  // their sum, in which NaN and infinity show
+  double largest;  // square
+  double nonzero;
+};
+
+inline Values look_at(const float* p, const float* end) {
+  Pack<float> most = broadcast(0.0f), squares[2] = {most, most}, nonzero = most;
+  const auto add = [&](const Pack<float>& v, Pack<float>& sum) {
+    const Pack<float> square = v * v;
+    most = select(less(most, square), square, most);
+    sum = sum + square;
+    nonzero = nonzero + keep(less(broadcast(0.0f), square), broadcast(1.0f));
+  };
+  for (; p + 2 * kPack <= end; p += 2 * kPack) {
+    add(load(p, Full{}), squares[0]);
+    add(load(p + kPack, Full{}), squares[1]);
+  }
+  for (; p < end; p += kPack) {
+    const Part rest{int(at_most(kPack, end - p))};
+    add(existing(rest, load(p, rest)), squares[0]);
+  }
+  float lanes[kPack], largest = 0;
+  store(lanes, most, Full{});
+  for (float value : lanes) {
+    largest = std::max(largest, value);
+  }
+  return {horizontal_sum(widen(squares[0] + squares[1])), largest, horizontal_sum(widen(nonzero))};
+}
+
+// So many values, to be multiplied by others whose squares are no larger than `other`.
+inline bool serve(const Values& found, double values, double other) {
+  constexpr double kLargestSum = 3e38;
+  return found.squares == 0 || (found.squares <= kLargestSum &&
+                                found.largest * other <= kLargestProduct * kLargestProduct &&
+                                found.largest <= found.squares * kLargestShare &&
+                                found.largest * values <= found.squares * kLargestSquare &&
+                                found.nonzero >= values * kFewestNonzero);
+}
+
+// B^T d B.
+template <class Lanes>
+FASTRES_INLINE void transform_source(const float* from, int64_t pitch, int64_t channels, float* to,
+                                     int64_t point, Lanes lanes) {
+  Pack<float> t[4][4];
+  FASTRES_UNROLL
+  for (int q = 0; q < 4; ++q) {
+    Pack<float> d[4];
+    FASTRES_UNROLL
+    for (int r = 0; r < 4; ++r) {
+      d[r] = load(from + r * pitch + q * channels, lanes);
+    }
+    t[0][q] = d[0] - d[2];
+    t[1][q] = d[1] + d[2];
+    t[2][q] = d[2] - d[1];
+    t[3][q] = d[1] - d[3];
+  }
+  FASTRES_UNROLL
+  for (int r = 0; r < 4; ++r) {
+    float* row = to + 4 * r * point;
+    store(row, t[r][0] - t[r][2], lanes);
+    store(row + point, t[r][1] + t[r][2], lanes);
+    store(row + 2 * point, t[r][2] - t[r][1], lanes);
+    store(row + 3 * point, t[r][1] - t[r][3], lanes);
+  }
+}
+
+// The squares of lines of a band, to [points, squares, channels].
+inline void transform_band(const Sweep& s, const Band& band, Range lines, int64_t channels,
+                           float* to, int64_t point) {
+  for (int64_t line = lines.begin; line < lines.end; ++line) {
+    const float* from = band.line(line);
+    for (int64_t j = 0; j < s.phases[0].pixels; ++j, from += 2 * channels, to += channels) {
+      int64_t col = 0;
+      for (; col + kPack <= channels; col += kPack) {
+        transform_source(from + col, band.pitch(), channels, to + col, point, Full{});
+      }
+      if (col < channels) {
+        transform_source(from + col, band.pitch(), channels, to + col, point,
+                         Part{int(channels - col)});
+      }
+    }
+  }
+}
+
+// Points apart by so many floats that their rows do not meet in the same lines of L1.
+inline int64_t points_apart(int64_t floats) { return round_up(floats, 1024) + 80; }
+
+// The line of a sweep at which one of squares begins.
+inline int64_t line_of_squares(const Sweep& squares, const Sweep& s, int64_t line) {
+  return line / squares.lines * s.lines + at_most(line % squares.lines * 2, s.lines);
+}
+
 // ---- one worker's squares ----
 
 class WinogradSweeper {
@@ -95,8 +189,8 @@ class WinogradSweeper {
         wide_(wide(s)),
         lines_(cut.lines),
         tiles_(cut.lines * s.phases[0].pixels),
-        point_(apart(tiles_ * s.in_c)),
-        sums_point_(apart(tiles_ * kTileColumns)),
+        point_(points_apart(tiles_ * s.in_c)),
+        sums_point_(points_apart(tiles_ * kTileColumns)),
         largest_(PointWeight{s.out_c, s.in_c}.largest(args.packed)),
         band_(s, cut.lines, s.in_c),
         transformed_(kPoints * point_),
@@ -105,9 +199,10 @@ class WinogradSweeper {
   void form(Range lines) {
     band_.form(args_.source, lines, {0, s_.in_c});
     count_ = (lines.end - lines.begin) * s_.phases[0].pixels;
-    fits_ = fits();
+    const double values = double(count_ * 4 * s_.in_c);
+    fits_ = serve(look_at(band_.begin(), band_.end()), values, largest_);
     if (fits_) {
-      transform(lines);
+      transform_band(s_, band_, lines, s_.in_c, transformed_.data(), point_);
     }
   }
 
@@ -154,9 +249,6 @@ class WinogradSweeper {
   // fits.
   static bool wide(const Sweep& s) { return fitting(s) < kFewestSquares; }
 
-  // Points apart by so many floats that their rows do not meet in the same lines of L1.
-  static int64_t apart(int64_t floats) { return round_up(floats, 1024) + 80; }
-
   const float* weight(int64_t col, int point) const {
     return args_.packed + (col / kTileColumns * kPoints + point) * s_.in_c * kTileColumns;
   }
@@ -174,84 +266,6 @@ class WinogradSweeper {
       return weight(block.begin, point + 1);
     }
     return weight(block.end < columns.end ? block.end : columns.begin, 0);
-  }
-
-  // Whether the band's values are such that squares serve.
-  bool fits() const {
-    Pack<float> most = broadcast(0.0f), squares[2] = {most, most}, nonzero = most;
-    const auto add = [&](const Pack<float>& v, Pack<float>& sum) {
-      const Pack<float> square = v * v;
-      most = select(less(most, square), square, most);
-      sum = sum + square;
-      nonzero = nonzero + keep(less(broadcast(0.0f), square), broadcast(1.0f));
-    };
-    const float* p = band_.begin();
-    const float* const end = band_.end();
-    for (; p + 2 * kPack <= end; p += 2 * kPack) {
-      add(load(p, Full{}), squares[0]);
-      add(load(p + kPack, Full{}), squares[1]);
-    }
-    for (; p < end; p += kPack) {
-      const Part rest{int(at_most(kPack, end - p))};
-      add(existing(rest, load(p, rest)), squares[0]);
-    }
-    float largest = 0;
-    const double sum = horizontal_sum(widen(squares[0] + squares[1]));
-    float lanes[kPack];
-    store(lanes, most, Full{});
-    for (float value : lanes) {
-      largest = std::max(largest, value);
-    }
-    const double values = double(count_ * 4 * s_.in_c), square = largest;
-    const bool safe = square * largest_ <= kLargestProduct * kLargestProduct;
-    // NaN and infinity are in the sum.
-    return sum == 0 || (sum <= kLargestSum && safe && square <= sum * kLargestShare &&
-                        square * values <= sum * kLargestSquare &&
-                        horizontal_sum(widen(nonzero)) >= values * kFewestNonzero);
-  }
-
-  void transform(Range lines) {
-    float* to = transformed_.data();
-    const int64_t c = s_.in_c;
-    for (int64_t line = lines.begin; line < lines.end; ++line) {
-      const float* from = band_.line(line);
-      for (int64_t j = 0; j < s_.phases[0].pixels; ++j, from += 2 * c, to += c) {
-        int64_t col = 0;
-        for (; col + kPack <= c; col += kPack) {
-          transform_source(from + col, to + col, Full{});
-        }
-        if (col < c) {
-          transform_source(from + col, to + col, Part{int(c - col)});
-        }
-      }
-    }
-  }
-
-  // B^T d B.
-  template <class Lanes>
-  FASTRES_INLINE void transform_source(const float* from, float* to, Lanes lanes) const {
-    const int64_t pitch = band_.pitch(), c = s_.in_c;
-    Pack<float> t[4][4];
-    FASTRES_UNROLL
-    for (int q = 0; q < 4; ++q) {
-      Pack<float> d[4];
-      FASTRES_UNROLL
-      for (int r = 0; r < 4; ++r) {
-        d[r] = load(from + r * pitch + q * c, lanes);
-      }
-      t[0][q] = d[0] - d[2];
-      t[1][q] = d[1] + d[2];
-      t[2][q] = d[2] - d[1];
-      t[3][q] = d[1] - d[3];
-    }
-    FASTRES_UNROLL
-    for (int r = 0; r < 4; ++r) {
-      float* row = to + 4 * r * point_;
-      store(row, t[r][0] - t[r][2], lanes);
-      store(row + point_, t[r][1] + t[r][2], lanes);
-      store(row + 2 * point_, t[r][2] - t[r][1], lanes);
-      store(row + 3 * point_, t[r][1] - t[r][3], lanes);
-    }
   }
 
   void multiply_point(int point, Range block, int64_t col, Range columns) {
@@ -363,15 +377,10 @@ class WinogradSweeper {
       direct_args_->packed = nullptr;
       direct_ = std::make_unique<Sweeper>(s, *direct_args_, PanelCut(2 * lines_, 0));
     }
-    const auto whole = [&](int64_t line) {
-      return line / s_.lines * s.lines + at_most(line % s_.lines * 2, s.lines);
-    };
-    const Range own{whole(lines.begin), whole(lines.end)};
+    const Range own{line_of_squares(s_, s, lines.begin), line_of_squares(s_, s, lines.end)};
     direct_->form(own);
     direct_->multiply(own, columns);
   }
-
-  static constexpr double kLargestSum = 3e38;
 
   const Sweep& s_;
   const SweepArgs& args_;

@@ -178,7 +178,8 @@ struct Case {
                                {x.data(), nullptr, nullptr, Activation::kNone},
                                grad_weight.data(),
                                shape,
-                               threads});
+                               threads,
+                               winograd});
     each_product(shape, [&](int64_t out, int64_t in, int64_t tap) {
       for (int64_t k = 0; k < shape.k; ++k) {
         for (int64_t c = 0; c < shape.c; ++c) {
@@ -220,6 +221,7 @@ int main() {
         const Case squares(shape, threads, true, true);
         squares.forward();
         squares.data_gradient();
+        squares.weight_gradient();
       }
     }
   }

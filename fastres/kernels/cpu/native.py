@@ -105,6 +105,20 @@ def _is_winograd(job: _Job, transposed: bool = False, once: bool = False) -> boo
     )
 
 
+#: The weight's gradient takes squares where there are so many to sum up that their larger errors do
+#: not show, and where its sums at all points are no larger than this: they are read and written
+#: with each panel.
+_LEAST_SQUARES, _LARGEST_RESULT = 384, 16 << 16
+
+
+def _is_winograd_gradient(job: _Job) -> bool:
+    """Whether the weight's gradient is summed up over squares."""
+    saved, of = _saved(job, transposed=False)
+    squares, points = (of - saved) // 16, 16 * job.shape[3] * job.shape[4]
+    enough = squares >= _LEAST_SQUARES and points <= _LARGEST_RESULT
+    return enough and saved >= _LEAST_PART_SAVED * of
+
+
 def _pack(weight: Tensor, job: _Job, transposed: bool = False, winograd: bool = False) -> Tensor:
     """The weight in the order in which the kernels read it; transposed for the data gradient."""
     size = _kernels.winograd_size if winograd else _kernels.packed_size
@@ -248,8 +262,9 @@ def conv_backward(
     if want_weight:
         grad_weight = torch.empty(weight.shape, memory_format=torch.channels_last)
         _kernels.conv_backward_weight(
-            code, *_input(x, prologue), grad_weight.data_ptr(), job.shape, job.threads
-        )
+            code, *_input(x, prologue), grad_weight.data_ptr(), job.shape, job.threads,
+            _is_winograd_gradient(job),
+        )  # fmt: skip
     return grad_x, grad_weight, sums
 
 
@@ -345,6 +360,7 @@ def conv_backward_weight(
     job = _Job.of(x, weight, conv)
     grad_weight = torch.empty(weight.shape, memory_format=torch.channels_last)
     _kernels.conv_backward_weight(
-        _formed(grad_y), *_input(x, prologue), grad_weight.data_ptr(), job.shape, job.threads
-    )
+        _formed(grad_y), *_input(x, prologue), grad_weight.data_ptr(), job.shape, job.threads,
+        _is_winograd_gradient(job),
+    )  # fmt: skip
     return grad_weight
