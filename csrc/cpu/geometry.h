@@ -39,6 +39,14 @@ struct Sweep {
   bool pointwise() const {
     return phases.size() == 1 && phases[0].taps.size() == 1 && low_h == 0 && low_w == 0;
   }
+  // Multiplications.
+  int64_t products() const {
+    int64_t all = 0;
+    for (const Phase& phase : phases) {
+      all += phase.lines * phase.pixels * int64_t(phase.taps.size());
+    }
+    return n * all * in_c * out_c;
+  }
   // Columns of the source that a line reads, from `low_w` on.
   int64_t band_width() const {
     int64_t pixels = 0;
