@@ -438,6 +438,25 @@ def test_isinstance_of_a_tensor_is_answered() -> None:
         assert calls.forward == 1
 
 
+def test_nothing_is_traced_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was found at conversion answers the first call, that of the other mode its first."""
+    fused = nn.Sequential(made("vgg"), Textbook(6, 6).double())
+    fastres.convert(fused)
+    from fastres.convert import traced
+
+    traces: list[type] = []
+
+    def counting(module: nn.Module, *args: Any) -> Any:
+        traces.append(type(module))
+        return make_plan(module, *args)
+
+    make_plan = traced.make_plan
+    monkeypatch.setattr(traced, "make_plan", counting)
+    for train, count in ((True, 0), (True, 0), (False, 2), (True, 2), (False, 2)):
+        fused.train(train)(images())
+        assert len(traces) == len({*traces}) == count
+
+
 def test_all_or_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(made("textbook"), made("cifar"), fastres.BasicBlock(4, 4))
     classes = [type(m) for m in model.modules()]

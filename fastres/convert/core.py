@@ -78,6 +78,8 @@ def convert(model: nn.Module) -> Report:
         for module, plan in found.bound.items():
             if not isinstance(module, Traced):
                 bind(module, plan)
+        for plan in found.bound.values():
+            plan.guard.settle()
     except BaseException:
         for module, cls in classes.items():
             module.__class__ = cls

@@ -46,6 +46,10 @@ class Guard:
         for _, value in self._cells:
             self._watch(value)
 
+    def settle(self) -> None:
+        """Take children as converted that were not yet when the trace was made."""
+        self._leaves = [(leaf, type(leaf)) for leaf, _ in self._leaves]
+
     def holds(self, root: nn.Module) -> bool:
         """Whether tracing the module again would give the same."""
         try:

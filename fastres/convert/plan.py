@@ -108,6 +108,11 @@ class Plan(NamedTuple):
     inside: tuple[nn.Module, ...]
     found: Found
 
+    @property
+    def holds_blocks(self) -> bool:
+        """Whether a run of it has a shortcut."""
+        return any([run.parts.shortcut != "none" for run in self.found.runs])
+
 
 def make_plan(
     module: nn.Module,

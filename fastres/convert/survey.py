@@ -55,7 +55,7 @@ def survey(model: nn.Module, known: Known) -> Survey:
                 failed[module] = plan
             elif plan.found.runs:
                 plans[module] = plan
-                blocks = any([run.parts.shortcut != "none" for run in plan.found.runs])
+                blocks = plan.holds_blocks
             else:
                 failed[module] = NotTraced(module, _nothing(plan))
         if inner or blocks:

@@ -101,6 +101,7 @@ class Bindings:
         if self.why_not(module, key) is not None or self.traces >= _MOST_TRACES:
             return None
         self.traces += 1
+        args, kwargs = _stand_ins(args, kwargs)
         made = make_plan(module, stock.forward, args, kwargs, leaves_of(module))
         if isinstance(made, NotTraced):
             self.failed[_state(module, key)] = made
@@ -130,13 +131,14 @@ def bindings_of(module: nn.Module) -> Bindings:
 
 
 def leaves_of(module: nn.Module) -> set[nn.Module]:
-    """The children that run by themselves, or hold some that do."""
-    return {child for child in module.modules() if child is not module and holds_own(child)}
-
-
-def holds_own(module: nn.Module) -> bool:
-    """Whether a module is converted, or has a child that is."""
-    return any([isinstance(m, (Traced, FusedParts)) for m in module.modules()])
+    """The children that run by themselves in whatever calls them: blocks, and what holds some."""
+    apart: set[nn.Module] = set()
+    for child in reversed([*module.modules()][1:]):
+        if isinstance(child, FusedParts) or any([inner in apart for inner in child.children()]):
+            apart.add(child)
+        elif isinstance(child, Traced) and isinstance(plan := bound_plan(child), Plan):
+            apart.update([child] if plan.holds_blocks else [])
+    return apart
 
 
 class _Kind(NamedTuple):
@@ -160,7 +162,7 @@ def _run(module: Any, stock: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
         tensors, key = _signature(args, kwargs)
         if key is None:
             return _UNFUSED
-    plan = bindings_of(module).plan(module, stock, *_stand_ins(args, kwargs), key)
+    plan = bindings_of(module).plan(module, stock, args, kwargs, key)
     if plan is None or not plan.found.runs:
         return _UNFUSED
     return plan.function(module, module, *tensors)
