@@ -324,6 +324,34 @@ def test_what_a_forward_reads(what: str, monkeypatch: pytest.MonkeyPatch) -> Non
     assert not torch.equal(expected["out"], before["out"])
 
 
+class _Logged(Tensor):
+    """A subclass that a forward may tell apart."""
+
+
+def test_subclasses_of_tensors_go_their_own_way() -> None:
+    class Telling(Textbook):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(-x if isinstance(x, _Logged) else x)
+
+    stock = randomise(Telling(4, 4)).double().eval()
+    fused = copy.deepcopy(stock)
+    fastres.convert(fused)
+    x = images()
+    for given in (x, x.as_subclass(_Logged)):
+        torch.testing.assert_close(fused(given), stock(given))
+
+
+def test_a_method_of_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    fused, stock = twins("bottleneck")
+    x = images()
+    before = step(stock, x)
+    assert_same(step(fused, x), before)
+    monkeypatch.setattr(Tensor, "relu", lambda self: torch.tanh(self))
+    expected = step(stock, x)
+    assert_same(step(fused, x), expected)
+    assert not torch.equal(before["out"], expected["out"])
+
+
 def test_a_module_that_changes_at_every_call() -> None:
     """After a while its forward runs as it is, and is not traced again."""
     fused, stock = twins("textbook")

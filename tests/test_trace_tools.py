@@ -151,6 +151,46 @@ def test_a_class_without_subclasses() -> None:
     assert_same(step(block, x), step(stock, x))
 
 
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+@pytest.mark.parametrize("first", ["convert", "fully_shard"])
+def test_sharded(first: str, tmp_path: Any) -> None:
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
+    try:
+        stock = nn.Sequential(Textbook(4, 4), Textbook(4, 6, 2))
+        model = copy.deepcopy(stock)
+        mesh = torch.distributed.init_device_mesh("cpu", (1,))
+        for change in ("convert", "shard") if first == "convert" else ("shard", "convert"):
+            if change == "convert":
+                assert fastres.convert(model).changed == 2
+                continue
+            for block in model:
+                fully_shard(block, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+        x = images(torch.float32)
+        for calls in (2, 0):
+            with FusedCalls() as counted:
+                out = model(x)
+            assert counted.forward == calls
+            torch.testing.assert_close(out, stock(x))
+            out.sum().backward()
+            assert isinstance(model[0], FSDPModule) and isinstance(model[0], Textbook)
+            stock.load_state_dict(whole(model))
+            fastres.revert(model)
+            assert not any(row.fused for row in fastres.explain(model).rows)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def whole(model: nn.Module) -> dict[str, Tensor]:
+    """The state of a sharded model, its tensors gathered."""
+    state = model.state_dict()
+    return {n: t.full_tensor() if hasattr(t, "full_tensor") else t for n, t in state.items()}
+
+
 def test_slices_of_a_sequential() -> None:
     """torch makes them of the class of what is sliced."""
     stock = randomise(vgg(4, 6)).double()

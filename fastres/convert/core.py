@@ -20,10 +20,10 @@ from fastres.convert.levels import Target, describe
 from fastres.convert.plan import Plan, why_not_whole
 from fastres.convert.report import Report, Row
 from fastres.convert.survey import Survey, survey
-from fastres.convert.traced import Traced, bind, stock_of
+from fastres.convert.traced import Traced, bind, reverted, stock_of, why_not_traced
 from fastres.nn.blocks import FusedModule
 from fastres.nn.fused import FusedParts, explained, parts_now
-from fastres.nn.match import Decline, match, why_not_now
+from fastres.nn.match import Decline, match
 from fastres.nn.stem import FusedStem
 
 #: The module a zoo's models come from -> our file about it, imported once that module is.
@@ -106,10 +106,8 @@ def revert(model: nn.Module) -> Report:
     swaps, changed = _swaps(), 0
     stocks = {fused: stock for stock, fused in swaps.items()}
     for module in model.modules():
-        stock = stocks.get(type(module))
-        if isinstance(module, Traced):
-            stock = stock_of(module)
-        if stock is not None:
+        stock = reverted(type(module), stocks)
+        if stock is not type(module):
             module.__class__ = stock
             changed += 1
     return _report(model, swaps, Target.of(), changed)
@@ -204,7 +202,8 @@ def _blocks(model: nn.Module, swaps: Swaps, found: Survey) -> Iterator[tuple[str
         if (skipped and name.startswith(skipped)) or module in inside:
             continue
         known = _is_known(module, swaps) or module in found.bound
-        if not known and not _looks_residual(module):
+        missed = module in found.failed and _has_norms(module)
+        if not known and not missed and not _looks_residual(module):
             continue
         yield name, module
         if isinstance(module, FusedModule):
@@ -213,6 +212,10 @@ def _blocks(model: nn.Module, swaps: Swaps, found: Survey) -> Iterator[tuple[str
 
 def _is_known(module: nn.Module, swaps: Swaps) -> bool:
     return isinstance(module, FusedParts) or type(module) in swaps
+
+
+def _has_norms(module: nn.Module) -> bool:
+    return any([isinstance(child, nn.BatchNorm2d) for child in module.children()])
 
 
 def _looks_residual(module: nn.Module) -> bool:
@@ -275,7 +278,7 @@ def _traced_row(row: Row, module: nn.Module, plan: Plan, target: Target) -> Row:
     """The row of a module that was traced, whose runs are all fused, and perhaps not all of it."""
     if not isinstance(module, Traced):
         return replace(row, reason=STOCK)
-    if (reason := why_not_now()) is not None:
+    if (reason := why_not_traced()) is not None:
         return replace(row, reason=reason)
     levels: dict[str, None] = {}
     backends: dict[str, dict[str, None]] = {}

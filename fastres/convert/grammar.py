@@ -85,6 +85,7 @@ def find_runs(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> Found:
         }
         runs = _Reader(known, moments).runs()
         declined = [(run, m) for run in runs if isinstance(m := match_run(run), Decline)]
+        declined = [(run, d) for run, d in declined if not _is_sharded(d.module)]
         declined += [(run, d) for run in runs if (d := _disordered(run, ops)) is not None]
         if not declined:
             return _found(runs, ops, modules, declines.values())
@@ -128,6 +129,12 @@ def _interrupts(node: Node, modules: Mapping[str, nn.Module], between: bool) -> 
     if node.op == "call_method":
         return node.target not in _VIEWS
     return node.op == "call_function" and node.target not in _RESHAPING
+
+
+def _is_sharded(module: nn.Module | None) -> bool:
+    """Whether a module's parameters are in parts that come together when it is called."""
+    tensors = () if module is None else module._parameters.values()
+    return any([type(tensor).__name__ == "DTensor" for tensor in tensors])
 
 
 def _disordered(run: Run, ops: Mapping[Node, _Op | None]) -> Decline | None:
@@ -427,11 +434,8 @@ def _with_step(units: tuple[Steps, ...], op: _Op) -> tuple[Steps, ...]:
 
 
 def _draws(op: _Op) -> bool:
-    """Whether an operation draws random numbers now."""
-    if op.kind != "drop" or op.module is None:
-        return False
-    known = factors.drop_of(op.module)
-    return known is not None and known.works(op.module)
+    """Whether an operation may draw random numbers: its mode can change by itself."""
+    return op.kind == "drop"
 
 
 class _Values:

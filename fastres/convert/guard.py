@@ -97,6 +97,7 @@ class Guard:
             self._copies.append((value, value.copy()))
         elif not isinstance(value, _OPAQUE) and isinstance(getattr(value, "__dict__", 0), dict):
             self._copies.append((value.__dict__, dict(value.__dict__)))
+            self._add_classes(type(value).__mro__)
 
     def _add_classes(self, classes: Iterable[type]) -> None:
         for cls in classes:

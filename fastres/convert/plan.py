@@ -123,9 +123,24 @@ def make_plan(
 ) -> Plan | NotTraced:
     """Trace a module's forward and find its runs; arguments as for `trace`.
 
-    Children that no run needs to be looked into for are called as they are.
+    Children that no run needs to be looked into for are called as they are. Anybody's code runs
+    here, and anybody's objects are compared: whatever goes wrong is a reason.
     """
-    leaves = {*leaves}
+    try:
+        return _make_plan(module, forward, args, kwargs, {*leaves})
+    except UnknownError as error:
+        return NotTraced(module, str(error))
+    except Exception as error:
+        return NotTraced(module, f"cannot be read: {type(error).__name__}: {error}")
+
+
+def _make_plan(
+    module: nn.Module,
+    forward: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    leaves: set[nn.Module],
+) -> Plan | NotTraced:
     while True:
         traced = trace(module, forward, args, kwargs, leaves)
         if isinstance(traced, NotTraced):
@@ -136,10 +151,7 @@ def make_plan(
         if not idle:
             break
         leaves |= idle
-    try:
-        guard = Guard(module, traced, modules.values())
-    except UnknownError as error:
-        return NotTraced(module, str(error))
+    guard = Guard(module, traced, modules.values())
     return Plan(_function(traced.graph, found), guard, traced.inside[1:], found)
 
 

@@ -13,7 +13,7 @@ from fastres.convert.trace import NotTraced
 from fastres.convert.traced import Traced, bound_plan, first_plan, stock_of, traced_class
 from fastres.nn import factors
 from fastres.nn.blocks import FusedModule
-from fastres.nn.fused import FusedParts, parts_now
+from fastres.nn.fused import FusedParts, explained, parts_now
 from fastres.nn.match import Parts, has_activation
 
 
@@ -57,7 +57,7 @@ def survey(model: nn.Module, known: Known) -> Survey:
                 plans[module] = plan
                 blocks = plan.holds_blocks
             else:
-                failed[module] = NotTraced(module, _nothing(plan))
+                failed[module] = NotTraced(module, _nothing(module, plan))
         if inner or blocks:
             apart.add(module)
     return Survey(_outermost(modules, plans), failed)
@@ -77,10 +77,9 @@ def _plan_of(module: nn.Module, apart: Collection[nn.Module]) -> Plan | NotTrace
     return plan
 
 
-def _nothing(plan: Plan) -> str:
-    for module, text, _ in plan.found.declines:
-        return f"a {type(module).__name__} {text}"
-    return "holds nothing that is fused"
+def _nothing(module: nn.Module, plan: Plan) -> str:
+    declines = [explained(module, decline) for decline in plan.found.declines]
+    return declines[0] if declines else "holds nothing that is fused"
 
 
 def _outside(model: nn.Module, known: Known) -> list[nn.Module]:
@@ -108,7 +107,9 @@ def _outermost(modules: Iterable[nn.Module], plans: dict[nn.Module, Plan]) -> di
 def _may_hold_runs(module: nn.Module, apart: Collection[nn.Module]) -> bool:
     """Whether a module's forward is the user's, and there is a norm that it may call."""
     cls = stock_of(module)
-    home = cls.__module__.split(".")[0]
+    # FSDP2 puts classes of its own in front of the user's.
+    own = next(c for c in cls.__mro__ if not c.__module__.startswith("torch.distributed"))
+    home = own.__module__.split(".")[0]
     if home in ("torch", "fastres") and not isinstance(module, nn.Sequential):
         return False
     if isinstance(module, torch.jit.ScriptModule) or cls.forward is nn.Module.forward:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, ClassVar, NamedTuple
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
@@ -39,7 +39,7 @@ class Traced(nn.Module):
 
 
 def _is_generated(value: Any) -> bool:
-    return isinstance(value, type) and "_fastres_stock" in value.__dict__
+    return isinstance(value, type) and value.__dict__.get("_fastres_stock") is not None
 
 
 def _restore(make: Callable[..., Any], *args: Any) -> Any:
@@ -47,6 +47,22 @@ def _restore(make: Callable[..., Any], *args: Any) -> Any:
     module = make(*args)
     module.__class__ = traced_class(type(module))
     return module
+
+
+def reverted(cls: Any, stocks: Mapping[type, type]) -> Any:
+    """The class that a module's would be without ours among its bases.
+
+    Args:
+        cls: of a converted module, or what a wrapper as FSDP2 derived from one.
+        stocks: fused class of a zoo's -> the zoo's.
+    """
+    if cls in stocks or _is_generated(cls):
+        return stocks.get(cls) or cls._fastres_stock
+    bases = tuple([reverted(base, stocks) for base in cls.__bases__])
+    if bases == cls.__bases__:
+        return cls
+    names = {n: v for n, v in cls.__dict__.items() if n not in ("__dict__", "__weakref__")}
+    return type(cls)(cls.__name__, bases, names)
 
 
 _generated: WeakValueDictionary[type, type] = WeakValueDictionary()
@@ -148,17 +164,37 @@ class _Kind(NamedTuple):
     value: Any
 
 
+#: Subclasses of Tensor may be told apart by a forward, and go their own ways.
+_TENSORS = (Tensor, nn.Parameter)
 _CONSTANTS = (type(None), bool, int, float, str, torch.dtype, torch.device)
 _UNFUSED = object()
 
 
+def _methods() -> list[Any]:
+    """The methods of tensors that runs stand for."""
+    return [
+        Tensor.__add__, Tensor.__iadd__, Tensor.__radd__, Tensor.add, Tensor.add_, Tensor.relu,
+        Tensor.relu_,
+    ]  # fmt: skip
+
+
+_WRITTEN = _methods()
+
+
+def why_not_traced() -> str | None:
+    """What keeps every traced module from being fused at the moment."""
+    if _methods() != _WRITTEN:
+        return "methods of torch.Tensor are not torch's own"
+    return why_not_now()
+
+
 def _run(module: Any, stock: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What the forward returns, or _UNFUSED where the user's own has to run."""
-    if why_not_now() is not None or "_is_replica" in module.__dict__:
+    if why_not_traced() is not None or "_is_replica" in module.__dict__:
         return _UNFUSED
     tensors: Any = args
     key: Any = len(args)
-    if kwargs or not all([isinstance(arg, Tensor) for arg in args]):
+    if kwargs or not all([type(arg) in _TENSORS for arg in args]):
         tensors, key = _signature(args, kwargs)
         if key is None:
             return _UNFUSED
@@ -171,8 +207,8 @@ def _run(module: Any, stock: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
 def _signature(args: Any, kwargs: Any) -> tuple[list[Tensor], Any]:
     """The tensors among arguments, and what else there is; None for what is not known."""
     leaves, spec = pytree.tree_flatten((args, kwargs))
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    others = [None if isinstance(leaf, Tensor) else _Kind(type(leaf), leaf) for leaf in leaves]
+    tensors = [leaf for leaf in leaves if type(leaf) in _TENSORS]
+    others = [None if type(leaf) in _TENSORS else _Kind(type(leaf), leaf) for leaf in leaves]
     if not all([kind is None or kind.type in _CONSTANTS for kind in others]):
         return tensors, None
     return tensors, (spec, *others)
