@@ -280,7 +280,7 @@ class _Depends(Textbook):
     """Reads attributes, a name of this file, a variable around it and a table."""
 
     factor = 2
-    table = {"shift": 1.0}
+    table = {"shift": {"by": 1.0}}
 
     def __init__(self) -> None:
         super().__init__(4, 4)
@@ -288,7 +288,7 @@ class _Depends(Textbook):
 
     def forward(self, x: Tensor) -> Tensor:
         out = super().forward(x) * self.factor + SHIFT
-        return out * self.options["scale"] + self.table["shift"]
+        return out * self.options["scale"] + self.table["shift"]["by"]
 
 
 SHIFT = 3.0
@@ -315,7 +315,7 @@ def test_what_a_forward_reads(what: str, monkeypatch: pytest.MonkeyPatch) -> Non
         for module in (fused, stock):
             module.options["scale"] = 5.0
     elif what == "table":
-        monkeypatch.setitem(_Depends.table, "shift", 5.0)
+        monkeypatch.setitem(_Depends.table["shift"], "by", 5.0)
     else:
         monkeypatch.setattr(torch.Tensor, "__mul__", torch.Tensor.__mul__)
         monkeypatch.setattr(F, "relu", lambda x, inplace=False: torch.tanh(x))
@@ -401,6 +401,23 @@ class _Keeps(Textbook):
         return out
 
 
+COLLECTED: list[Any] = []
+
+
+class _Collects(Textbook):
+    def forward(self, x: Tensor) -> Tensor:
+        COLLECTED.append(x.shape)
+        return super().forward(x)
+
+
+class _Fills(Textbook):
+    table: dict[str, dict[str, Any]] = {"of the class": {}}
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.table["of the class"]["out"] = out = super().forward(x)
+        return out
+
+
 class _Prints(Textbook):
     def forward(self, x: Tensor) -> Tensor:
         print("called")
@@ -426,7 +443,9 @@ REFUSED = {
     _Coin: "uses the module random",
     _NoGrad: "calls torch.",
     _Counts: "sets calls",
-    _Keeps: "changes what it keeps",
+    _Keeps: "changes a list or dictionary",
+    _Collects: "changes a list or dictionary",
+    _Fills: "changes a list or dictionary",
     _Prints: "calls print",
     _Asks: "calls is_grad_enabled",
     _OfTypes: "calls type",
@@ -442,12 +461,15 @@ def test_what_is_left_alone(cls: type[nn.Module], capsys: pytest.CaptureFixture[
     (row,) = fastres.convert(fused).rows
     assert not row.fused and row.runs == 0 and row.reason.startswith(REFUSED[cls])
     assert type(fused) is cls and capsys.readouterr().out == ""
+    assert COLLECTED == [] and _Fills.table == {"of the class": {}}
     assert getattr(fused, "seen", []) == [] and fused.__dict__.keys() == before.keys()
     x = images()
     torch.manual_seed(5)
     found = step(fused, x)
     torch.manual_seed(5)
     assert_same(found, step(stock, x))
+    COLLECTED.clear()
+    _Fills.table["of the class"].clear()
 
 
 def test_isinstance_of_a_tensor_is_answered() -> None:

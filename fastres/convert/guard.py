@@ -94,7 +94,7 @@ class Guard:
     def _watch(self, value: Any) -> None:
         """A value that may change and stay the same object is compared with a copy."""
         if isinstance(value, (list, dict, set)):
-            self._copies.append((value, value.copy()))
+            self._copies.append((value, _copied(value)))
         elif not isinstance(value, _OPAQUE) and isinstance(getattr(value, "__dict__", 0), dict):
             self._copies.append((value.__dict__, dict(value.__dict__)))
             self._add_classes(type(value).__mro__)
@@ -123,6 +123,15 @@ class Guard:
                 self._add_classes(value.__mro__)
             else:
                 self._watch(value)
+
+
+def _copied(value: Any, depth: int = 2) -> Any:
+    """A container, and those in it, as they are now."""
+    if isinstance(value, dict) and depth:
+        return {key: _copied(one, depth - 1) for key, one in value.items()}
+    if isinstance(value, list) and depth:
+        return [_copied(one, depth - 1) for one in value]
+    return value.copy() if isinstance(value, (list, dict, set)) else value
 
 
 #: Values that are compared by identity alone.

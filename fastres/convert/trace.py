@@ -83,11 +83,13 @@ def trace(
     """
     opaque = set(leaves)
     while True:
-        with _tracing, _kept_containers(module) as changed:
+        with _tracing:
             tracer = _Tracer(opaque, forward, args, kwargs)
             failed = tracer.run(module)
+            changed = tracer.watch.kept.restore()
         if failed is None and changed:
-            failed = NotTraced(changed[0], "changes what it keeps in a list or dictionary")
+            owner = changed[0] if isinstance(changed[0], nn.Module) else module
+            failed = NotTraced(owner, "changes a list or dictionary that it does not make")
         if failed is None:
             return Trace(tracer.graph, tuple(tracer.inside), tuple(tracer.watch.code.values()))
         if failed.module is module or failed.module in opaque:
@@ -161,6 +163,7 @@ class _Tracer(fx.Tracer):
         """Trace; what went wrong, and in which of the modules that were looked into."""
         self._entered = [module]
         self.inside = [module]
+        self.watch.kept.add_modules(module)
         try:
             with _no_collection(), self.watch, _RealTensors():
                 self.trace(module)
@@ -280,7 +283,7 @@ _PLAIN = (str, bytes, int, float, complex, list, tuple, dict, set, frozenset, sl
 #: Modules that user code may mention. Others may give another value each time.
 _MENTIONED = {"torch", "math", "operator", "functools", "itertools", "collections", "typing"}
 _CHANGING = {"STORE_ATTR", "DELETE_ATTR", "STORE_GLOBAL", "DELETE_GLOBAL"}
-_ASKING = {"type", "globals", "locals", "vars", "exec", "eval", "super().__setattr__"}
+_ASKING = {"type", "globals", "locals", "vars", "exec", "eval"}
 
 
 def _is_trusted(names: dict[str, Any]) -> bool:
@@ -293,6 +296,7 @@ class _Watch:
     def __init__(self) -> None:
         self.code: dict[CodeType, Code] = {}
         self.problem: RefusedError | None = None
+        self.kept = _Kept()
         #: Functions of Python's own library that trusted code has called.
         self._through: set[FrameType] = set()
         self._before: Any = None
@@ -332,6 +336,8 @@ class _Watch:
         if not _is_trusted(names):
             if code not in self.code:
                 self.code[code] = Code(code, names)
+                for name in code.co_names:
+                    self.kept.add(None, names.get(name))
             return _why_not_code(code) or _why_not_names(code, names)
         if by_trusted or _is_private(code):
             return None
@@ -367,7 +373,8 @@ def _computes(function: Any) -> bool:
 def _why_not_code(code: CodeType) -> str | None:
     """What a function does that a graph would not, as far as its instructions tell."""
     for instruction in dis.get_instructions(code):
-        if instruction.opname in _CHANGING:
+        outer = instruction.opname == "STORE_DEREF" and instruction.argval in code.co_freevars
+        if instruction.opname in _CHANGING or outer:
             return f"sets {instruction.argval}"
         if instruction.opname == "LOAD_GLOBAL" and instruction.argval in _ASKING:
             return f"calls {instruction.argval}"
@@ -392,25 +399,40 @@ def _is_impure(module: ModuleType, names: dict[str, Any]) -> bool:
 # ---------------------------------------------------------------- what modules keep
 
 
-@contextmanager
-def _kept_containers(module: nn.Module) -> Iterator[list[nn.Module]]:
-    """Lists, dictionaries and sets among the attributes of a module and its children stay as they
-    are. Gives the modules at which that had to be seen to.
-    """
-    kept = [
-        (owner, value, value.copy())
-        for owner in module.modules()
-        for name, value in owner.__dict__.items()
-        if isinstance(value, (list, dict, set)) and name not in _TABLES
-    ]
-    changed: list[nn.Module] = []
-    try:
-        yield changed
-    finally:
-        for owner, value, before in kept:
+class _Kept:
+    """Lists, dictionaries and sets that were there before a trace, and are to stay as they were."""
+
+    def __init__(self) -> None:
+        self._before: dict[int, tuple[Any, Any, Any]] = {}
+
+    def add(self, owner: Any, value: Any, depth: int = 2) -> None:
+        """Keep a container, and those in it, on behalf of what has it."""
+        if not isinstance(value, (list, dict, set)) or id(value) in self._before:
+            return
+        self._before[id(value)] = (owner, value, value.copy())
+        inner = value.values() if isinstance(value, dict) else value
+        for one in inner if depth else ():
+            self.add(owner, one, depth - 1)
+
+    def add_modules(self, root: nn.Module) -> None:
+        """Keep what modules and their classes have as attributes."""
+        seen: set[type] = set()
+        for module in root.modules():
+            classes = [cls for cls in type(module).__mro__ if cls not in seen]
+            seen.update(classes)
+            for table in (module.__dict__, *[cls.__dict__ for cls in classes]):
+                for name, value in table.items():
+                    if name not in _TABLES:
+                        self.add(module, value)
+
+    def restore(self) -> list[Any]:
+        """The owners of what was changed, which is undone."""
+        changed = []
+        for owner, value, before in self._before.values():
             if len(value) != len(before) or not _alike(value, before):
                 _restore(value, before)
                 changed.append(owner)
+        return changed
 
 
 _TABLES = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}

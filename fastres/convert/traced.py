@@ -66,7 +66,7 @@ def reverted(cls: Any, stocks: Mapping[type, type]) -> Any:
 
 
 _generated: WeakValueDictionary[type, type] = WeakValueDictionary()
-_generating = threading.Lock()
+_generating = threading.RLock()
 
 
 def traced_class(stock: Any) -> Any:
