@@ -45,13 +45,13 @@ def test_nothing_to_convert() -> None:
     assert "nothing to convert" in str(report)
 
 
-def test_foreign_blocks_are_listed() -> None:
+def test_foreign_blocks_are_fused() -> None:
     report = fastres.convert(nn.Sequential(Foreign(), fastres.BasicBlock(4, 4)))
     assert [(r.name, r.fused, r.reason) for r in report.rows] == [
-        ("0", False, "not a block that fastres knows"),
+        ("0", True, ""),
         ("1", True, ""),
     ]
-    assert report.changed == 0
+    assert report.changed == 1
 
 
 def test_a_report_in_words_and_as_data() -> None:

@@ -152,7 +152,7 @@ def test_a_hook_on_the_stem(resnet: ModuleType) -> None:
     assert seen == ["bn1"] and calls.forward == 4
 
 
-def test_subclasses_are_left_alone(resnet: ModuleType) -> None:
+def test_subclasses_do_what_their_own_forward_does(resnet: ModuleType) -> None:
     class Mine(resnet.BasicBlock):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) + 1
@@ -160,13 +160,16 @@ def test_subclasses_are_left_alone(resnet: ModuleType) -> None:
     class Net(resnet.ResNet):
         pass
 
-    model = Net(Mine, [1, 1, 1, 1])
+    stock = randomise(Net(Mine, [1, 1, 1, 1], num_classes=3)).double()
+    model = copy.deepcopy(stock)
     report = fastres.convert(model)
-    assert (report.changed, report.fused) == (0, 0)
-    assert {row.reason for row in report.rows} == {
-        "a subclass of torchvision.ResNet, whose forward may differ",
-        "a subclass of torchvision.BasicBlock, whose forward may differ",
-    }
+    assert report.changed == len(report.rows) == 5
+    assert {row.reason for row in report.rows} == {"", "add is not fused"}
+    x = torch.randn(2, 3, 33, 33, dtype=torch.float64)
+    with FusedCalls() as calls:
+        found = step(model, x)
+    assert calls.forward == 5
+    assert_same(found, step(stock, x))
 
 
 def test_group_norm_is_left_alone(resnet: ModuleType) -> None:
@@ -214,6 +217,9 @@ def test_segmentation_backbone(resnet: ModuleType) -> None:
 
     stock = IntermediateLayerGetter(small(resnet), {"layer2": "out"}).eval()
     model = copy.deepcopy(stock)
-    assert fastres.convert(model).fused == 4
+    assert fastres.convert(model).fused == 5
     x = images()
-    torch.testing.assert_close(model(x)["out"], stock(x)["out"])
+    with FusedCalls() as calls:
+        found = model(x)
+    assert calls.forward == 5 and type(found) is type(stock(x))
+    torch.testing.assert_close(found["out"], stock(x)["out"])

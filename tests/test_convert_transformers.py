@@ -72,7 +72,7 @@ def test_another_activation(transformers: Any) -> None:
     x = torch.randn(2, 3, 33, 33, dtype=torch.float64)
     with FusedCalls() as calls:
         found = step(model, x)
-    assert calls.forward == report.fused > 0
+    assert calls.forward == sum(row.runs or row.fused for row in report.rows) > report.fused > 0
     assert_same(found, step(stock, x))
 
 

@@ -9,13 +9,18 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fastres.convert.grammar import match_run
 from fastres.convert.levels import Target, describe
+from fastres.convert.plan import Plan, why_not_whole
 from fastres.convert.report import Report, Row
+from fastres.convert.survey import Survey, survey
+from fastres.convert.traced import Traced, bind, reverted, stock_of, why_not_traced
 from fastres.nn.blocks import FusedModule
 from fastres.nn.fused import FusedParts, explained, parts_now
 from fastres.nn.match import Decline, match
@@ -46,11 +51,13 @@ Swaps = dict[type, type]
 
 
 def convert(model: nn.Module) -> Report:
-    """Let the residual blocks of a model run fused, in place.
+    """Let the residual blocks of a model, and its chains with batch norms, run fused, in place.
 
-    Blocks of torchvision, timm and transformers are converted; anything else is left as it is.
-    Parameters, buffers, names, hooks and results stay; `revert` undoes it. torch.fx,
+    Blocks of torchvision, timm and transformers are known; the forwards of all other modules are
+    traced by torch.fx, and what is found in them to be fused is fused, the rest being run as it
+    was written. Parameters, buffers, names, hooks and results stay; `revert` undoes it. torch.fx,
     torch.jit.trace and torch.export record the stock path; torch.jit.script needs `revert` first.
+    An exception leaves the model as it was.
 
     Args:
         model: any module; its mode, dtype, device and layout do not matter.
@@ -62,13 +69,23 @@ def convert(model: nn.Module) -> Report:
         TypeError: where model is no torch.nn.Module.
     """
     _check(model)
-    swaps, changed = _swaps(), 0
-    for _, module in _blocks(model, swaps):
-        fused = swaps.get(type(module))
-        if fused is not None and _permanent_obstacle(module, fused) is None:
-            module.__class__ = fused
-            changed += 1
-    return _report(model, swaps, Target.of(), changed)
+    swaps = _swaps()
+    found = _survey(model, swaps)
+    classes = {module: type(module) for module in model.modules()}
+    try:
+        for module in _convertible(model, swaps):
+            module.__class__ = swaps[type(module)]
+        for module, plan in found.bound.items():
+            if not isinstance(module, Traced):
+                bind(module, plan)
+        for plan in found.bound.values():
+            plan.guard.settle()
+    except BaseException:
+        for module, cls in classes.items():
+            module.__class__ = cls
+        raise
+    changed = sum([type(module) is not cls for module, cls in classes.items()])
+    return _report(model, swaps, Target.of(), changed, found)
 
 
 def revert(model: nn.Module) -> Report:
@@ -89,8 +106,9 @@ def revert(model: nn.Module) -> Report:
     swaps, changed = _swaps(), 0
     stocks = {fused: stock for stock, fused in swaps.items()}
     for module in model.modules():
-        if type(module) in stocks:
-            module.__class__ = stocks[type(module)]
+        stock = reverted(type(module), stocks)
+        if stock is not type(module):
+            module.__class__ = stock
             changed += 1
     return _report(model, swaps, Target.of(), changed)
 
@@ -154,13 +172,38 @@ def _load(ours: str) -> Swaps | str:
     return swaps
 
 
-def _blocks(model: nn.Module, swaps: Swaps) -> Iterator[tuple[str, nn.Module]]:
+def _survey(model: nn.Module, swaps: Swaps) -> Survey:
+    """What tracing finds in the modules that no zoo's file knows."""
+    known = {module: swaps[type(module)] for module in _convertible(model, swaps)}
+    return survey(model, known)
+
+
+def _convertible(model: nn.Module, swaps: Swaps) -> list[nn.Module]:
+    """The modules whose class is to be swapped for the one that a zoo's file has for it."""
+    found, hidden = [], set[nn.Module]()
+    for module in model.modules():
+        fused = swaps.get(type(module))
+        if module in hidden:
+            continue
+        if fused is not None and _permanent_obstacle(module, fused) is None:
+            found.append(module)
+        elif not isinstance(module, FusedModule):
+            continue
+        if fused is None or issubclass(fused, FusedModule):
+            hidden.update(inner for inner in module.modules() if inner is not module)
+    return found
+
+
+def _blocks(model: nn.Module, swaps: Swaps, found: Survey) -> Iterator[tuple[str, nn.Module]]:
     """The modules worth a row, outermost first: what is inside a fused block is not looked at."""
     skipped: tuple[str, ...] = ()
+    inside = {module for plan in found.bound.values() for module in plan.inside}
     for name, module in model.named_modules():
-        if skipped and name.startswith(skipped):
+        if (skipped and name.startswith(skipped)) or module in inside:
             continue
-        if not _is_known(module, swaps) and not _looks_residual(module):
+        known = _is_known(module, swaps) or module in found.bound
+        missed = module in found.failed and _has_norms(module)
+        if not known and not missed and not _looks_residual(module):
             continue
         yield name, module
         if isinstance(module, FusedModule):
@@ -168,7 +211,11 @@ def _blocks(model: nn.Module, swaps: Swaps) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _is_known(module: nn.Module, swaps: Swaps) -> bool:
-    return isinstance(module, (FusedParts, *swaps))
+    return isinstance(module, FusedParts) or type(module) in swaps
+
+
+def _has_norms(module: nn.Module) -> bool:
+    return any([isinstance(child, nn.BatchNorm2d) for child in module.children()])
 
 
 def _looks_residual(module: nn.Module) -> bool:
@@ -190,8 +237,13 @@ def _permanent_obstacle(module: nn.Module, fused: type) -> Decline | None:
     return obstacle if obstacle is not None and obstacle.permanent else None
 
 
-def _report(model: nn.Module, swaps: Swaps, target: Target, changed: int = 0) -> Report:
-    rows = tuple(_row(name, module, swaps, target) for name, module in _blocks(model, swaps))
+def _report(
+    model: nn.Module, swaps: Swaps, target: Target, changed: int = 0, found: Survey | None = None
+) -> Report:
+    found = found or _survey(model, swaps)
+    rows = tuple(
+        _row(name, module, swaps, target, found) for name, module in _blocks(model, swaps, found)
+    )
     name = type_name(type(model), swaps)
     notes = list(_notes(model, rows))
     if target.why_not_here is not None:
@@ -199,12 +251,18 @@ def _report(model: nn.Module, swaps: Swaps, target: Target, changed: int = 0) ->
     return Report(name, rows, changed, tuple(notes))
 
 
-def _row(name: str, module: nn.Module, swaps: Swaps, target: Target) -> Row:
+def _row(name: str, module: nn.Module, swaps: Swaps, target: Target, found: Survey) -> Row:
     kind = type_name(type(module), swaps)
-    fused = swaps.get(type(module), type(module))
+    fused = swaps.get(stock_of(module), type(module))
     kind += " stem" if issubclass(fused, FusedStem) else ""
+    if (plan := found.bound.get(module)) is not None:
+        row = _traced_row(Row(name, kind, False), module, plan, target)
+        if row.reason and fused is not type(module):
+            decline = _obstacle(module, fused)
+            return row if decline is None else replace(row, reason=explained(module, decline))
+        return row
     if not isinstance(module, FusedParts):
-        return Row(name, kind, False, _why_not_converted(module, swaps))
+        return Row(name, kind, False, _why_not_converted(module, swaps, found))
     if (reason := module.why_not()) is not None:
         return Row(name, kind, False, reason)
     matched = module.matched()
@@ -216,26 +274,54 @@ def _row(name: str, module: nn.Module, swaps: Swaps, target: Target) -> Row:
     return Row(name, kind, True, level=level, backends=backends)
 
 
-def _why_not_converted(module: nn.Module, swaps: Swaps) -> str:
+def _traced_row(row: Row, module: nn.Module, plan: Plan, target: Target) -> Row:
+    """The row of a module that was traced, whose runs are all fused, and perhaps not all of it."""
+    if not isinstance(module, Traced):
+        return replace(row, reason=STOCK)
+    if (reason := why_not_traced()) is not None:
+        return replace(row, reason=reason)
+    levels: dict[str, None] = {}
+    backends: dict[str, dict[str, None]] = {}
+    for run in plan.found.runs:
+        matched = match_run(run)
+        if isinstance(matched, Decline):
+            return replace(row, reason=explained(module, matched))
+        try:
+            level, own = describe(matched, target)
+        except NotImplementedError as error:
+            return replace(row, reason=str(error))
+        levels[level] = None
+        for primitive, which in own.items():
+            backends.setdefault(primitive, {})[which] = None
+    joined = {primitive: ", ".join(which) for primitive, which in backends.items()}
+    reason = why_not_whole(module, plan)
+    return replace(
+        row, fused=not reason, reason=reason, level=", ".join(levels), backends=joined,
+        runs=len(plan.found.runs),
+    )  # fmt: skip
+
+
+def _why_not_converted(module: nn.Module, swaps: Swaps, found: Survey) -> str:
     fused = swaps.get(type(module))
+    failed = found.failed.get(module)
     if fused is not None:
         decline = _obstacle(module, fused)
-        return STOCK if decline is None else explained(module, decline)
-    for known in swaps:
-        if isinstance(module, known):
-            return f"a subclass of {type_name(known, swaps)}, whose forward may differ"
-    return "not a block that fastres knows"
+        if decline is None:
+            return STOCK
+        return explained(module, decline) if decline.permanent or failed is None else failed.text
+    return "not a block that fastres knows" if failed is None else failed.text
 
 
 def type_name(cls: type, swaps: Swaps) -> str:
     """library.Class, for a converted block that of its own library."""
-    stock = next((stock for stock, fused in swaps.items() if fused is cls), cls)
+    stock = next((stock for stock, fused in swaps.items() if fused is cls), None)
+    stock = stock or getattr(cls, "_fastres_stock", None) or cls
     return f"{stock.__module__.split('.')[0]}.{stock.__qualname__}"
 
 
 def _notes(model: nn.Module, rows: tuple[Row, ...]) -> Iterator[str]:
     if not rows:
-        yield "nothing to convert: no residual block of torchvision, timm or transformers in it"
+        yield "nothing to convert: no residual block in it, and no batch norm to be fused"
     for zoo, ours in ZOOS.items():
         if zoo in sys.modules and isinstance(problem := _load(ours), str):
             yield problem

@@ -65,7 +65,7 @@ def describe(matched: Match, target: Target) -> tuple[str, dict[str, str]]:
         NotImplementedError: where the backend that was asked for cannot run it.
     """
     plan = _plan(matched, target)
-    if not matched.block.batch_stats:
+    if not matched.block.batch_stats and any([c is not None for c in plan.convs]):
         return plan.level, {"conv_bn_act": _joined([c.infer for c in plan.convs if c is not None])}
     entries: dict[str, list[object]] = {}
     for (name, _), entry in plan.pointwise.items():
@@ -85,7 +85,8 @@ def _joined(entries: Sequence[object]) -> str:
 
 def _plan(matched: Match, target: Target) -> Plan:
     weights = [layer.weight for layer in matched.layers]
-    some = next(w for w in weights if w is not None)
+    tensors = [t for layer in matched.layers for t in (layer.weight, *layer[3:7]) if t is not None]
+    some = next((w for w in weights if w is not None), tensors[0] if tensors else torch.empty(0))
     channels_last = target.channels_last
     if channels_last is None:
         channels_last = memory_format_of(some) == torch.channels_last

@@ -14,10 +14,12 @@ class Row:
     Attributes:
         name: where it is in the model, as in `named_modules`.
         type: its class, with its library.
-        fused: whether its forward runs as one fused operation, as it stands.
+        fused: whether all of its norms and additions run fused, as it stands.
         reason: what keeps it from that, or what was done to it; empty where all is well.
         level: level of fusion, docs/design.md section 6; empty where it is not fused.
         backends: primitive -> implementation that runs it.
+        runs: of a module whose forward was traced, how many fused operations it was found to hold;
+            what is between them runs as it was written.
     """
 
     name: str
@@ -26,6 +28,7 @@ class Row:
     reason: str = ""
     level: str = ""
     backends: Mapping[str, str] = field(default_factory=dict)
+    runs: int = 0
 
     @property
     def kernels(self) -> str:
@@ -76,16 +79,17 @@ def _table(rows: tuple[Row, ...]) -> list[str]:
     if not rows:
         return []
     titles = ("block", "type", "fused", "level", "backends", "reason")
-    cells = [
-        (r.name or "(model)", r.type, "yes" if r.fused else "no", r.level, r.kernels, r.reason)
-        for r in rows
-    ]
+    cells = [(r.name or "(model)", r.type, _extent(r), r.level, r.kernels, r.reason) for r in rows]
     widths = [max(len(c[i]) for c in (titles, *cells)) for i in range(len(titles))]
     lines = [titles, tuple("-" * w for w in widths), *cells]
     return [
         "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip()
         for line in lines
     ]
+
+
+def _extent(row: Row) -> str:
+    return "yes" if row.fused else "partly" if row.runs else "no"
 
 
 def _kernels(rows: tuple[Row, ...]) -> list[str]:

@@ -129,8 +129,13 @@ def _exporting() -> bool:
     return torch.compiler.is_exporting() if flag is None else flag
 
 
-def match(parts: Parts | Decline) -> Match | Decline:
-    """What a block computes, read off its children as they are now."""
+def match(parts: Parts | Decline, alone: bool = False) -> Match | Decline:
+    """What a block computes, read off its children as they are now.
+
+    Args:
+        parts: of the block.
+        alone: whether norms and activations without a convolution are a block too.
+    """
     if isinstance(parts, Decline):
         return parts
     decline = first_hooked(parts.wrappers) or _why_not_identities(parts.identities)
@@ -142,7 +147,7 @@ def match(parts: Parts | Decline) -> Match | Decline:
         if isinstance(part, Decline):
             return part
     assert isinstance(units, _Units) and isinstance(end, str) and not isinstance(gate, Decline)
-    if not any([layer.unit.conv is not None for layer in units.layers]):
+    if not alone and not any([layer.unit.conv is not None for layer in units.layers]):
         return Decline(None, "nothing in it is a convolution")
     shortcut = parts.shortcut
     if shortcut == "activated" and not units.leads:
@@ -268,6 +273,11 @@ def register_norm_act(cls: type, behind: Callable[[Any], tuple[nn.Module | None,
             activation; a block is fused where the others are nn.Identity.
     """
     _NORM_ACTS[cls] = behind
+
+
+def has_activation(module: nn.Module) -> bool:
+    """Whether a module is of a class that `register_norm_act` announced."""
+    return type(module) in _NORM_ACTS
 
 
 def _activation_behind(norm: nn.Module | None, act: nn.Module | None) -> str | Decline:
