@@ -60,7 +60,7 @@ def _fused(bound: Bound, x: Any, residual: Any) -> Tensor | None:
     if matched.drops or matched.gate is not None or not simple(x):
         return run_match(matched, x)
     call = bound.call(x)
-    return None if call is None else execute(call, x, matched.layers)
+    return None if call is None else execute(call, x)
 
 
 def _with_residual(matched: Match, x: Tensor, residual: Any) -> Tensor | None:
