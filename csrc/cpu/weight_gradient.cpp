@@ -74,7 +74,8 @@ class WeightWorker {
       : job_(job),
         band_(job.sweep, job.lines, job.channels()),
         gradient_(round_up(job.shape.k, kRowBlock) * job.lines * job.sweep.out_w),
-        gathered_(gathers() ? job.row_floats * job.lines * job.sweep.out_w : 0) {}
+        // Tiles read whole vectors, beyond the last pixel too.
+        gathered_(gathers() ? job.row_floats * job.lines * job.sweep.out_w + kTileColumns : 0) {}
 
   // Rows [begin, end) of the result over the panels of a group.
   void run(Range panels, Range rows, float* out) {
