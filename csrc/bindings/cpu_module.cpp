@@ -215,14 +215,6 @@ ConvWeight checked_weight(const WeightCode& code) {
   return {floats(weight), strides[0], strides[1], strides[2], strides[3]};
 }
 
-void pack_weight_py(const WeightCode& weight, bool transposed, Address packed,
-                    const ShapeCode& code, int threads) {
-  const ConvShape shape = checked_conv(code);
-  require_address("packed", packed);
-  perform(PackWeightArgs{checked_weight(weight), transposed, static_cast<float*>(at(packed)), shape,
-                         checked_threads(threads), false});
-}
-
 bool checked_winograd(bool winograd, const ConvShape& shape, Address packed) {
   require(!winograd || (is_winograd(shape) && packed),
           "winograd must be false but for three by three taps in steps of one, packed for it");
@@ -235,13 +227,12 @@ int64_t winograd_size_py(const ShapeCode& code, bool transposed) {
   return active_table().winograd_size(shape, transposed);
 }
 
-void pack_winograd_py(const WeightCode& weight, bool transposed, Address packed,
-                      const ShapeCode& code, int threads) {
+void pack_weight_py(const WeightCode& weight, bool transposed, Address packed,
+                    const ShapeCode& code, int threads, bool winograd) {
   const ConvShape shape = checked_conv(code);
-  checked_winograd(true, shape, 1);
   require_address("packed", packed);
   perform(PackWeightArgs{checked_weight(weight), transposed, static_cast<float*>(at(packed)), shape,
-                         checked_threads(threads), true});
+                         checked_threads(threads), checked_winograd(winograd, shape, packed)});
 }
 
 int64_t sample_weight_py(Address weight, const std::array<int64_t, 4>& shape,
@@ -545,13 +536,11 @@ void define_convolutions(py::module_& m) {
   m.def("packs_ahead", &packs_ahead_py, py::arg("shape"), py::arg("transposed"),
         "Whether a weight is used often enough to be packed as a whole.");
   m.def("pack_weight", &pack_weight_py, Unlocked(), py::arg("weight"), py::arg("transposed"),
-        py::arg("packed"), py::arg("shape"), py::arg("threads"),
-        "Reorders a weight [k, c, kh, kw] for a convolution, or for its data gradient.");
+        py::arg("packed"), py::arg("shape"), py::arg("threads"), py::arg("winograd") = false,
+        "Reorders a weight [k, c, kh, kw] for a convolution, or for its data gradient; with "
+        "winograd it is transformed for calls with that flag.");
   m.def("winograd_size", &winograd_size_py, py::arg("shape"), py::arg("transposed"),
         "Floats of a weight transformed for Winograd's convolution.");
-  m.def("pack_winograd", &pack_winograd_py, Unlocked(), py::arg("weight"), py::arg("transposed"),
-        py::arg("packed"), py::arg("shape"), py::arg("threads"),
-        "Transforms a weight [k, c, 3, 3] likewise, for calls with winograd=True.");
   m.def("sample_weight", &sample_weight_py, py::arg("weight"), py::arg("shape"), py::arg("strides"),
         "A number that changes when an output channel's sample does.");
   m.def("conv_forward", &conv_forward_py, Unlocked(), py::arg("x"), py::arg("scale"),

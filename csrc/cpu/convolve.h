@@ -199,6 +199,17 @@ struct SweepArgs {
   const Sweep* direct = nullptr;  // of a sweep in squares: the same without
 };
 
+// Asks for what comes behind a panel's products, and for what the next panel reads and writes.
+inline void ask_for_next(const Sweep& s, const SweepArgs& args, Range rows, Range next,
+                         Ahead& ahead) {
+  ahead.clear();
+  ahead.ask(args.late, rows, s.out_c);
+  if (next.begin < next.end) {
+    args.source.ask(source_pixels(s, next), ahead);
+    ahead.ask(args.out, {rows_before(s, next.begin), rows_before(s, next.end)}, s.out_c);
+  }
+}
+
 // One worker's tiles.
 class Sweeper {
  public:
@@ -217,14 +228,8 @@ class Sweeper {
     }
   }
 
-  // Asks for what comes behind this panel's products, and for what the next panel reads and writes.
   void look_ahead(Range rows, Range columns, Range next) {
-    ahead_.clear();
-    ahead_.ask(args_.late, rows, s_.out_c);
-    if (next.begin < next.end) {
-      args_.source.ask(source_pixels(s_, next), ahead_);
-      ahead_.ask(args_.out, {rows_before(s_, next.begin), rows_before(s_, next.end)}, s_.out_c);
-    }
+    ask_for_next(s_, args_, rows, next, ahead_);
     const int64_t tiles = ceil_div(rows.end - rows.begin, kTileRows);
     ahead_.spread(tiles * ceil_div(columns.end - columns.begin, kTileColumns));
   }

@@ -258,6 +258,15 @@ void add_groups(const float* partial, int64_t groups, int64_t size, Range part, 
   }
 }
 
+// In how many parts the blocks of rows are shared out, so that with the groups a team is busy.
+int64_t splits_of(int64_t groups, int64_t blocks, int team) {
+  int64_t splits = 1;
+  while (splits < blocks && groups * splits % team != 0 && groups * splits < 16 * team) {
+    ++splits;
+  }
+  return splits;
+}
+
 // Groups of panels, each with a part of the output channels.
 void run(const WeightJob& job, int threads) {
   const int64_t blocks = ceil_div(job.shape.k, kRowBlock);
@@ -265,11 +274,7 @@ void run(const WeightJob& job, int threads) {
   const int64_t work = job.sweep.n * job.sweep.lines * job.sweep.out_w * job.shape.k * job.shape.c;
   parallel(threads, work, [&](Worker worker) {
     WeightWorker own(job);
-    int64_t splits = 1;
-    while (splits < blocks && job.groups * splits % worker.team != 0 &&
-           job.groups * splits < 16 * worker.team) {
-      ++splits;
-    }
+    const int64_t splits = splits_of(job.groups, blocks, worker.team);
     const Range tasks = worker.share(job.groups * splits);
     for (int64_t task = tasks.begin; task < tasks.end; ++task) {
       const int64_t group = task / splits, split = task % splits;
@@ -577,11 +582,7 @@ void run(const SquaresJob& job, int threads) {
   const int64_t work = job.sweep.n * job.sweep.lines * job.sweep.out_w * shape.k * shape.c;
   parallel(threads, work, [&](Worker worker) {
     SquaresWorker own(job);
-    int64_t splits = 1;
-    while (splits < job.blocks && job.groups * splits % worker.team != 0 &&
-           job.groups * splits < 16 * worker.team) {
-      ++splits;
-    }
+    const int64_t splits = splits_of(job.groups, job.blocks, worker.team);
     const Range tasks = worker.share(job.groups * splits);
     for (int64_t task = tasks.begin; task < tasks.end; ++task) {
       const int64_t split = task % splits;

@@ -207,12 +207,7 @@ class WinogradSweeper {
   }
 
   void look_ahead(Range rows, Range columns, Range next) {
-    ahead_.clear();
-    ahead_.ask(args_.late, rows, s_.out_c);
-    if (next.begin < next.end) {
-      args_.source.ask(source_pixels(s_, next), ahead_);
-      ahead_.ask(args_.out, {rows_before(s_, next.begin), rows_before(s_, next.end)}, s_.out_c);
-    }
+    ask_for_next(s_, args_, rows, next, ahead_);
     const int64_t free = at_least(1, ceil_div(count_, kTileRows) - kTilesForWeight);
     ahead_.spread(kPoints * free * ceil_div(columns.end - columns.begin, kTileColumns));
   }

@@ -18,7 +18,6 @@ from fastres.block.running import Updates
 from fastres.block.spec import UNIT_TENSORS, Block, Unit
 from fastres.block.stock import run_stock
 from fastres.block.tensors import UnitTensors, split_tensors
-from fastres.kernels import dense
 
 #: Of a unit's tensors, these may want a gradient: all but the running statistics.
 _WANTING = (True, True, True, True, False, False, True)
@@ -114,7 +113,7 @@ class _BlockFunction(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         results = None
         if (programs := run.written) is not None:
-            results = programs.forward(dense(x, run.fmt), tensors, updates)
+            results = programs.forward(x, tensors, updates)
         ctx.together = results is not None
         out, *rest = results or _forward(run, x, residual, tensors, updates)
         mean, saved = rest[: run.means], rest[run.means :]
@@ -170,8 +169,7 @@ def _backward(
     if ctx.together:
         (kept,) = saved
         if (programs := run.written) is not None:
-            grad, source = dense(grad_out, run.fmt), dense(x, run.fmt)
-            grads = programs.backward(grad, source, tensors, kept, needs)
+            grads = programs.backward(grad_out, x, tensors, kept, needs)
             if grads is not None:
                 return grads  # type: ignore[no-any-return]
         saved = run.programs.views(kept)
@@ -269,7 +267,7 @@ def run_block(
     if not run.block.save:
         results = None
         if (programs := run.written) is not None:
-            results = programs.forward(dense(x, run.fmt), tensors, updates)
+            results = programs.forward(x, tensors, updates)
         results = results or _forward(run, x, residual, tensors, updates)
         return results[: 1 + run.means + run.norms]
     results = _BlockFunction.apply(run, None, x, residual, *tensors)  # type: ignore[no-untyped-call]

@@ -14,7 +14,7 @@ from fastres.block.plan import Plan
 from fastres.block.running import Updates, update_now
 from fastres.block.spec import Block
 from fastres.block.tensors import identity_stats, split_tensors
-from fastres.kernels import BACKENDS, Record
+from fastres.kernels import BACKENDS, Record, dense
 from fastres.kernels.backend import Program, Results
 
 #: A program, or one of the two functions that stand for none.
@@ -46,7 +46,8 @@ def recorder(block: Block, plan: Plan, device: torch.device) -> Record | None:
 class Programs:
     """The programs of a block for inputs of one kind, each written down when it is first wanted.
 
-    Every tensor has the shape, dtype and strides that it had then, but for `grad_out`.
+    Every tensor has the shape, dtype and strides that it had then, but for `grad_out`. Activations
+    are brought into the layout of the block in front of a program, where torch copies.
     """
 
     __slots__ = ("_backward", "_block", "_fmt", "_forward", "_plan", "_record")
@@ -63,6 +64,7 @@ class Programs:
 
         None where it cannot be written down; then nothing was run.
         """
+        x = dense(x, self._fmt)
         inputs = [x, *[t for t in tensors if t is not None]]
         if updates is not None:
             inputs += updates.buffers
@@ -92,6 +94,7 @@ class Programs:
         needs: Sequence[bool],
     ) -> list[Tensor] | None:
         """What `run_backward` gives for these flags, or None where it cannot be written down."""
+        grad_out, x = dense(grad_out, self._fmt), dense(x, self._fmt)
         inputs = [grad_out, x, *[t for t in tensors if t is not None], kept]
         key = (*needs, grad_out.stride())
         program = self._backward.get(key, _unwritten)

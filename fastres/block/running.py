@@ -98,23 +98,23 @@ def update_running(updates: Sequence[RunningUpdate], backend: str | None = None)
     if not updates:
         return
     backend = current().backend if backend is None else backend
-    if any([isinstance(u.momentum, Tensor) for u in updates]):
-        reference.update_running(updates)
-    elif torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+    if traced and not _on_device(updates):
         _dispatch(updates, backend)
     else:
-        _run(updates, backend)
+        update_now(updates, backend)
+
+
+def _on_device(updates: Sequence[RunningUpdate]) -> bool:
+    """Whether a momentum is a tensor, which only the formulas take."""
+    return any([isinstance(u.momentum, Tensor) for u in updates])
 
 
 def update_now(updates: Sequence[RunningUpdate], backend: str) -> None:
     """The same without an operator, where nobody traces or where a kernel is only written down."""
-    if any([isinstance(u.momentum, Tensor) for u in updates]):
+    if _on_device(updates):
         reference.update_running(updates)
-    else:
-        _run(updates, backend)
-
-
-def _run(updates: Sequence[RunningUpdate], backend: str) -> None:
+        return
     kinds = [
         None if t is None else (t.device, t.dtype)
         for stats, mean, var, counter, _, _ in updates
@@ -191,7 +191,7 @@ def _update_running(
                 count,
             )
 
-    _run(list(updates()), backend)
+    update_now(list(updates()), backend)
 
 
 @torch.library.register_fake("fastres::update_running", lib=_library)

@@ -123,9 +123,10 @@ def _is_winograd_gradient(job: _Job) -> bool:
 def _pack(weight: Tensor, job: _Job, transposed: bool = False, winograd: bool = False) -> Tensor:
     """The weight in the order in which the kernels read it; transposed for the data gradient."""
     size = _kernels.winograd_size if winograd else _kernels.packed_size
-    pack = _kernels.pack_winograd if winograd else _kernels.pack_weight
     packed = empty((1, 1, 1, size(job.shape, transposed)), torch.float32, channels_last=False)
-    pack(_code(weight), transposed, packed.data_ptr(), job.shape, job.threads)
+    _kernels.pack_weight(
+        _code(weight), transposed, packed.data_ptr(), job.shape, job.threads, winograd
+    )
     return packed
 
 
