@@ -92,6 +92,69 @@ FASTRES_INLINE void multiply(const Tile& tile, const Stretch* stretches, int64_t
   }
 }
 
+// A row of sums becomes a row of c.
+template <int kVectors>
+FASTRES_INLINE void end_row(VectorF (&v)[kVectors], float* c, const float* residual,
+                            const TileEnd& end) {
+  const auto each = [&](const auto& f) {
+    FASTRES_UNROLL
+    for (int j = 0; j < kVectors; ++j) {
+      v[j] = f(v[j], j * kVectorLanes);
+    }
+  };
+  if (end.accumulate) {
+    each([&](VectorF sum, int at) { return sum + load_vector(c + at); });
+  } else if (end.bias) {
+    each([&](VectorF sum, int at) { return sum + load_vector(end.bias + at); });
+  }
+  if (end.scale) {
+    each([&](VectorF sum, int at) {
+      return fma_vector(sum, load_vector(end.scale + at), load_vector(end.shift + at));
+    });
+  }
+  if (residual) {
+    each([&](VectorF sum, int at) { return sum + load_vector(residual + at); });
+  }
+  if (end.relu) {
+    each([](VectorF sum, int) { return relu_vector(sum); });
+  }
+  FASTRES_UNROLL
+  for (int j = 0; j < kVectors; ++j) {
+    store_vector(c + j * kVectorLanes, v[j]);
+  }
+}
+
+// The same of rows whose last vector is not whole: all that a row needs and becomes goes through
+// rows of our own.
+inline __attribute__((noinline)) void end_part(const Tile& tile, const float* sums, int vectors,
+                                               TileEnd end) {
+  const size_t bytes = sizeof(float) * size_t(tile.columns);
+  float c[kTileColumns] = {}, bias[kTileColumns] = {}, scale[kTileColumns] = {},
+        shift[kTileColumns] = {}, residual[kTileColumns] = {};
+  const auto own = [&](const float*& given, float (&to)[kTileColumns]) {
+    if (given) {
+      memcpy(to, given, bytes);
+      given = to;
+    }
+  };
+  own(end.bias, bias);
+  own(end.scale, scale);
+  own(end.shift, shift);
+  for (int i = 0; i < tile.rows; ++i) {
+    const float* added = tile.has_residual ? tile.residual[i] : nullptr;
+    own(added, residual);
+    memcpy(c, tile.c[i], end.accumulate ? bytes : 0);
+    for (int j = 0; j < vectors; ++j) {
+      const int at = j * kVectorLanes;
+      VectorF v[1] = {load_vector(sums + i * vectors * kVectorLanes + at)};
+      const TileEnd here{end.accumulate, end.bias ? bias + at : nullptr,
+                         end.scale ? scale + at : nullptr, shift + at, end.relu};
+      end_row(v, c + at, added ? residual + at : nullptr, here);
+    }
+    memcpy(tile.c[i], c, bytes);
+  }
+}
+
 template <int kRows, int kVectors, int kStep>
 __attribute__((noinline)) void run_tile(const Tile& tile, const Stretch* stretches, int64_t count,
                                         int64_t ldb, const TileEnd& end) {
@@ -104,47 +167,24 @@ __attribute__((noinline)) void run_tile(const Tile& tile, const Stretch* stretch
     }
   }
   multiply<kRows, kVectors, kStep>(tile, stretches, count, ldb, sums);
-  // A last vector that is not whole goes through a row of our own.
-  float whole[kTileColumns];
-  const bool part = tile.columns < kVectors * kVectorLanes;
-  const auto at = [&](const float* p, int j) -> VectorF {
-    if (!part) {
-      return load_vector(p + j * kVectorLanes);
+  if (tile.columns == kVectors * kVectorLanes) {
+    FASTRES_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      if (kVectors == kTileVectors || i < tile.rows) {
+        end_row(sums[i], tile.c[i], tile.has_residual ? tile.residual[i] : nullptr, end);
+      }
     }
-    VectorF v{};
-    for (int lane = 0; lane < kVectorLanes && j * kVectorLanes + lane < tile.columns; ++lane) {
-      v[lane] = p[j * kVectorLanes + lane];
-    }
-    return v;
-  };
+    return;
+  }
+  float memory[kRows * kVectors * kVectorLanes];
   FASTRES_UNROLL
   for (int i = 0; i < kRows; ++i) {
-    if (i >= tile.rows) {
-      break;
-    }
     FASTRES_UNROLL
     for (int j = 0; j < kVectors; ++j) {
-      VectorF v = sums[i][j];
-      if (end.accumulate) {
-        v = v + at(tile.c[i], j);
-      } else if (end.bias) {
-        v = v + at(end.bias, j);
-      }
-      if (end.scale) {
-        v = fma_vector(v, at(end.scale, j), at(end.shift, j));
-      }
-      if (tile.has_residual) {
-        v = v + at(tile.residual[i], j);
-      }
-      if (end.relu) {
-        v = relu_vector(v);
-      }
-      store_vector(part ? whole + j * kVectorLanes : tile.c[i] + j * kVectorLanes, v);
-    }
-    if (part) {
-      memcpy(tile.c[i], whole, sizeof(float) * size_t(tile.columns));
+      store_vector(memory + (i * kVectors + j) * kVectorLanes, sums[i][j]);
     }
   }
+  end_part(tile, memory, kVectors, end);
 }
 
 using RunTile = void (*)(const Tile&, const Stretch*, int64_t, int64_t, const TileEnd&);

@@ -13,11 +13,11 @@ namespace {
 // Output channels that lie side by side: a cache line of them.
 constexpr int64_t kRowBlock = 16;
 constexpr int kRowsOfTiles[] = {6, 5, 5};
-// Pixels of a panel: as many as two panels of both operands have room for in L2, within bounds;
-// with fewer, loading and storing the sums would show. A result that itself is larger than L2 is
-// read and written with each panel: there are few then.
-constexpr int64_t kBothFloats = 64 * 1024;
-constexpr int64_t kFewest = 112, kMost = 448;
+// Pixels of a panel: as many as two panels of all that they are formed from have room for in L2,
+// within bounds; with fewer, loading and storing the sums would show. A result that itself is
+// larger than L2 is read and written with each panel: there are few then.
+constexpr int64_t kBothFloats = 32 * 1024;
+constexpr int64_t kFewest = 84, kMost = 448;
 constexpr int64_t kLargeResult = 512 * 1024;
 // Partial results over groups of panels take this much at most.
 constexpr int64_t kPartialFloats = 512 * 1024;
@@ -152,7 +152,9 @@ class WeightWorker {
       job_.grad.ask({lines.begin * s.out_w, lines.end * s.out_w}, ahead_);
     }
     const int64_t tiles = ceil_div(rows.end - rows.begin, kRowBlock) * 3;
-    ahead_.spread(tiles * ceil_div(s.in_c, kTileColumns) * int64_t(s.phases[0].taps.size()));
+    const int64_t groups = ceil_div(job_.lines * s.out_w, job_.depth);
+    ahead_.spread(tiles * groups * ceil_div(s.in_c, kTileColumns) *
+                  int64_t(s.phases[0].taps.size()));
   }
 
   // Taps of one line that lie together are one segment where they fit a tile, and several lines
@@ -175,10 +177,22 @@ class WeightWorker {
     return found;
   }
 
+  // Groups of pixels outside: what a group's tiles read of the input stays in L1.
   void multiply(Range lines, Range rows, const Segment& segment, bool accumulate, float* out) {
-    const Sweep& s = job_.sweep;
     find_stretches(lines, segment);
-    const int64_t step = gathers() ? job_.row_floats : s.in_step_w * job_.channels();
+    size_t begin = 0;
+    for (const size_t end : ends_) {
+      multiply_group({int64_t(begin), int64_t(end)}, rows, segment, accumulate || begin > 0, out);
+      begin = end;
+    }
+  }
+
+  void multiply_group(Range stretches, Range rows, const Segment& segment, bool accumulate,
+                      float* out) {
+    const int64_t step = gathers() ? job_.row_floats : job_.sweep.in_step_w * job_.channels();
+    const Stretch* first = stretches_.data() + stretches.begin;
+    const int64_t count = stretches.end - stretches.begin, depth = depth_of(first, count);
+    const TileEnd end{accumulate, nullptr, nullptr, nullptr, false};
     Tile tile{};
     tile.columns = int(segment.width);
     for (int64_t k = rows.begin; k < rows.end; k += kRowBlock) {
@@ -194,8 +208,8 @@ class WeightWorker {
           tile.a[i] = a + at;
           tile.c[i] = out + (row + at) * job_.row_floats + segment.out;
         }
-        ahead_.give(tile, pixels_);
-        run_tile(tile, step, accumulate);
+        ahead_.give(tile, depth);
+        tile_for<kRowBlock>(tile.rows, tile.columns)(tile, first, count, step, end);
         row += height;
       }
     }
@@ -218,16 +232,6 @@ class WeightWorker {
         stretches_.push_back({pixel * kRowBlock, b, product ? last - first : s.out_w, 0});
       }
       ends_.push_back(stretches_.size());
-    }
-  }
-
-  void run_tile(Tile& tile, int64_t step, bool accumulate) const {
-    const RunTile run = tile_for<kRowBlock>(tile.rows, tile.columns);
-    size_t begin = 0;
-    for (const size_t end : ends_) {
-      const TileEnd sums{accumulate || begin > 0, nullptr, nullptr, nullptr, false};
-      run(tile, stretches_.data() + begin, int64_t(end - begin), step, sums);
-      begin = end;
     }
   }
 

@@ -19,6 +19,8 @@ inline constexpr int kPoints = 16;
 // they fit L2.
 inline constexpr int64_t kPointFloats = 192 * 1024;
 inline constexpr int64_t kFewestSquares = 30;
+// What a panel costs beside its tiles, in tiles: reading the weight.
+inline constexpr int64_t kTilesOfPanel = 1;
 
 // ---- what is transformed ----
 
@@ -168,19 +170,25 @@ inline int64_t line_of_squares(const Sweep& squares, const Sweep& s, int64_t lin
 
 class WinogradSweeper {
  public:
-  // As many lines as fit L2, such that few rows of the last tile are missing.
+  // As many lines as fit L2, or fewer where that leaves fewer rows of tiles empty: panels are of
+  // equal size as far as lines allow.
   static PanelCut cut(const Sweep& s) {
     const int64_t width = at_least(1, s.phases[0].pixels), total = s.n * s.lines;
     const int64_t tiles = wide(s) ? kPointFloats / 2 / s.in_c : fitting(s);
-    const int64_t most = at_least(1, at_most(tiles / width, total));
-    const auto waste = [&](int64_t lines) {
-      return double(round_up(lines * width, kTileRows)) / double(lines * width);
-    };
-    int64_t lines = most;
-    for (int64_t fewer = most; 3 * fewer >= 2 * most && fewer > 0; --fewer) {
-      lines = waste(fewer) < waste(lines) ? fewer : lines;
+    const int64_t least = ceil_div(total, at_least(1, tiles / width));
+    PanelCut best(at_least(1, total), 0);
+    int64_t fewest = INT64_MAX;
+    for (int64_t panels = least; panels <= least + least / 2; ++panels) {
+      const int64_t lines = ceil_div(total, at_least(1, panels)),
+                    whole = total / at_least(1, lines);
+      const int64_t all = whole * (ceil_div(lines * width, kTileRows) + kTilesOfPanel) +
+                          ceil_div((total - whole * lines) * width, kTileRows);
+      if (all < fewest) {
+        fewest = all;
+        best = {lines, ceil_div(total, lines)};
+      }
     }
-    return {lines, ceil_div(total, lines)};
+    return best;
   }
 
   WinogradSweeper(const Sweep& s, const SweepArgs& args, const PanelCut& cut)
