@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from bench.shapes import CONVOLUTIONS
 from fastres.kernels import (
     Branch,
     Conv,
@@ -519,3 +520,34 @@ def test_weights_of_inference_mode_have_no_counter_and_are_not_kept() -> None:
         x, weight = channels_last(torch.randn(2, 8, 5, 5)), torch.randn(9, 8, 1, 1)
         torch.testing.assert_close(infer(x, weight), by_torch(x, weight))
         assert (id(weight), False) not in native._kept
+
+
+#: Of ResNet-50's convolutions with so many images and threads: the least part of the threads' time
+#: that may be put to use. Panels are cut by the shape alone, for any number of threads.
+BUSY = [
+    (1, {1: 1.0, 2: 0.75, 4: 0.75, 8: 0.55, 16: 0.4, 64: 0.1}),
+    (8, {1: 1.0, 2: 0.9, 4: 0.85, 8: 0.85, 16: 0.7, 64: 0.25}),
+    (32, {1: 1.0, 2: 0.95, 4: 0.95, 8: 0.95, 16: 0.7, 64: 0.25}),
+]
+
+
+@pytest.mark.parametrize(("images", "least"), BUSY)
+@pytest.mark.parametrize("kind", ["forward", "data", "weight"])
+def test_threads_have_equal_shares(kind: str, images: int, least: dict[int, float]) -> None:
+    for shape in CONVOLUTIONS.values():
+        if kind == "data" and shape.channels == 3:
+            continue
+        x = torch.empty(images, shape.channels, shape.size, shape.size)
+        weight = torch.empty(shape.outputs, shape.channels, shape.kernel, shape.kernel)
+        conv = Conv((shape.stride,) * 2, (shape.kernel // 2,) * 2)
+        job = native._Job.of(x, weight, conv)
+        if kind == "weight":
+            squares = native._is_winograd_gradient(job)
+        else:
+            squares = native._is_winograd(job, kind == "data", once=True)
+        whole = None
+        for team, busy in least.items():
+            shares = _cpu.shares(job.shape, kind, squares, team)
+            whole = sum(shares) if whole is None else whole
+            assert sum(shares) == whole, "some of the work is nobody's, or done twice"
+            assert sum(shares) >= busy * team * max(shares), (shape.name, team, shares)

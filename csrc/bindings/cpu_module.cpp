@@ -206,6 +206,21 @@ bool packs_ahead_py(const ShapeCode& shape, bool transposed) {
   return active_table().packs_ahead(checked_conv(shape), transposed);
 }
 
+std::vector<int64_t> shares_py(const ShapeCode& code, const std::string& pass, bool winograd,
+                               int team) {
+  const ConvShape shape = checked_conv(code);
+  require(pass == "forward" || pass == "data" || pass == "weight", "unknown pass " + pass);
+  require(team > 0, "team must be positive");
+  require(!winograd || is_winograd(shape), "no squares for this shape");
+  std::vector<int64_t> shares(static_cast<size_t>(team));
+  active_table().shares({shape,
+                         pass == "forward" ? Pass::kForward
+                         : pass == "data"  ? Pass::kDataGradient
+                                           : Pass::kWeightGradient,
+                         winograd, team, shares.data()});
+  return shares;
+}
+
 // Address and strides of a weight [k, c, kh, kw].
 using WeightCode = std::tuple<Address, std::array<int64_t, 4>>;
 
@@ -535,6 +550,10 @@ void define_convolutions(py::module_& m) {
         "Floats of a packed weight.");
   m.def("packs_ahead", &packs_ahead_py, py::arg("shape"), py::arg("transposed"),
         "Whether a weight is used often enough to be packed as a whole.");
+  m.def(
+      "shares", &shares_py, py::arg("shape"), py::arg("pass"), py::arg("winograd"), py::arg("team"),
+      "What each of a team's threads has to do in the forward, data or weight pass, as numbers to "
+      "be compared.");
   m.def("pack_weight", &pack_weight_py, Unlocked(), py::arg("weight"), py::arg("transposed"),
         py::arg("packed"), py::arg("shape"), py::arg("threads"), py::arg("winograd") = false,
         "Reorders a weight [k, c, kh, kw] for a convolution, or for its data gradient; with "

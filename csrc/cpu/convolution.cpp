@@ -196,4 +196,37 @@ void conv_backward_data(const ConvDataArgs& a) {
                a.threads, run);
 }
 
+namespace {
+
+void sweep_shares(const Sweep& s, const PanelCut& cut, const SharesArgs& a) {
+  const Tasks tasks(cut, s.out_c, a.team);
+  for (int id = 0; id < a.team; ++id) {
+    const Range own = Worker{id, a.team}.share(tasks.count());
+    a.shares[id] = 0;
+    for (int64_t task = own.begin; task < own.end; ++task) {
+      const int64_t panel = tasks.panel(task);
+      const Range columns = tasks.columns(task, s.out_c);
+      const int64_t lines = at_most((panel + 1) * cut.lines, s.n * s.lines) - panel * cut.lines;
+      a.shares[id] += lines * ceil_div(columns.end - columns.begin, kTileColumns);
+    }
+  }
+}
+
+}  // namespace
+
+void shares(const SharesArgs& a) {
+  if (a.pass == Pass::kWeightGradient) {
+    weight_shares(a);
+    return;
+  }
+  const bool forward = a.pass == Pass::kForward;
+  const Sweep direct = forward ? forward_sweep(a.shape) : data_gradient_sweep(a.shape);
+  if (a.winograd) {
+    const Sweep squares = in_squares(direct);
+    sweep_shares(squares, WinogradSweeper::cut(squares), a);
+  } else {
+    sweep_shares(direct, Sweeper::cut(direct), a);
+  }
+}
+
 }  // namespace fastres::cpu::FASTRES_ISA

@@ -338,8 +338,8 @@ struct Tasks {
   Tasks(const PanelCut& cut, int64_t columns, int team) : panels(cut.panels) {
     blocks = ceil_div(columns, kTileColumns);
     groups = 1;
-    while (groups < blocks && idle(groups, team) > 0.05) {
-      ++groups;
+    for (int64_t more = 2; more <= blocks && idle(groups, team) > 0.05; ++more) {
+      groups = idle(more, team) < idle(groups, team) ? more : groups;
     }
   }
   int64_t count() const { return panels * groups; }
@@ -351,10 +351,10 @@ struct Tasks {
   }
 
  private:
-  // The part of the team's time that goes to waste.
+  // The part of the team's time that goes to waste: whoever has most, has so many of the largest.
   double idle(int64_t groups, int team) const {
-    const double tasks = double(panels * groups);
-    return 1 - tasks / double(ceil_div(panels * groups, team) * team);
+    const int64_t most = ceil_div(panels * groups, team) * ceil_div(blocks, groups);
+    return 1 - double(panels * blocks) / double(most * team);
   }
 };
 

@@ -19,23 +19,24 @@
 namespace fastres::cpu {
 namespace {
 
-#define FASTRES_TABLE(isa)  \
-  {#isa,                    \
-   isa##_runs_here,         \
-   isa::channel_stats,      \
-   isa::scale_shift_act,    \
-   isa::backward_reduce,    \
-   isa::backward_apply,     \
-   isa::add_act,            \
-   isa::act_backward,       \
-   isa::packed_size,        \
-   isa::packs_ahead,        \
-   isa::pack_weight,        \
-   isa::winograd_size,      \
-   isa::pack_winograd,      \
-   isa::conv_forward,       \
-   isa::conv_backward_data, \
-   isa::conv_backward_weight}
+#define FASTRES_TABLE(isa)    \
+  {#isa,                      \
+   isa##_runs_here,           \
+   isa::channel_stats,        \
+   isa::scale_shift_act,      \
+   isa::backward_reduce,      \
+   isa::backward_apply,       \
+   isa::add_act,              \
+   isa::act_backward,         \
+   isa::packed_size,          \
+   isa::packs_ahead,          \
+   isa::pack_weight,          \
+   isa::winograd_size,        \
+   isa::pack_winograd,        \
+   isa::conv_forward,         \
+   isa::conv_backward_data,   \
+   isa::conv_backward_weight, \
+   isa::shares}
 
 bool baseline_runs_here() { return true; }
 const KernelTable kBaseline = FASTRES_TABLE(baseline);

@@ -166,6 +166,17 @@ struct ConvWeightArgs {
   bool winograd;
 };
 
+// How the work of a convolution is shared out.
+enum class Pass { kForward, kDataGradient, kWeightGradient };
+
+struct SharesArgs {
+  ConvShape shape;
+  Pass pass;
+  bool winograd;
+  int team;
+  int64_t* shares;  // of each member, to be compared with one another
+};
+
 // A copy between strides, of at most four axes, of float32 or float64 into either.
 struct CopyArgs {
   const void* from;
@@ -191,6 +202,7 @@ struct KernelTable {
   void (*conv_forward)(const ConvForwardArgs&);
   void (*conv_backward_data)(const ConvDataArgs&);
   void (*conv_backward_weight)(const ConvWeightArgs&);
+  void (*shares)(const SharesArgs&);
 };
 
 // Per channel and tiny: not worth an instruction set of its own.

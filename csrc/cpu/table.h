@@ -20,5 +20,7 @@ void pack_winograd(const PackWeightArgs& args);
 void conv_forward(const ConvForwardArgs& args);
 void conv_backward_data(const ConvDataArgs& args);
 void conv_backward_weight(const ConvWeightArgs& args);
+void shares(const SharesArgs& args);
+void weight_shares(const SharesArgs& args);
 
 }  // namespace fastres::cpu::FASTRES_ISA

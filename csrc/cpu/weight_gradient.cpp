@@ -616,4 +616,23 @@ void conv_backward_weight(const ConvWeightArgs& a) {
   });
 }
 
+void weight_shares(const SharesArgs& a) {
+  with_input({}, a.shape.c, [&](const Source& none) {
+    const WeightJob job(a.shape, none, none, nullptr);
+    const SquaresJob squares(job);
+    const int64_t groups = a.winograd ? squares.groups : job.groups;
+    const int64_t splits = splits_of(groups, squares.blocks, a.team);
+    for (int id = 0; id < a.team; ++id) {
+      const Range tasks = Worker{id, a.team}.share(groups * splits);
+      a.shares[id] = 0;
+      for (int64_t task = tasks.begin; task < tasks.end; ++task) {
+        const int64_t group = task / splits, split = task % splits;
+        const Range panels = a.winograd ? squares.panels_of(group) : job.panels_of(group);
+        const Range blocks{squares.blocks * split / splits, squares.blocks * (split + 1) / splits};
+        a.shares[id] += (panels.end - panels.begin) * (blocks.end - blocks.begin);
+      }
+    }
+  });
+}
+
 }  // namespace fastres::cpu::FASTRES_ISA

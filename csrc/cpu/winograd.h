@@ -174,7 +174,7 @@ class WinogradSweeper {
   // equal size as far as lines allow.
   static PanelCut cut(const Sweep& s) {
     const int64_t width = at_least(1, s.phases[0].pixels), total = s.n * s.lines;
-    const int64_t tiles = wide(s) ? kPointFloats / 2 / s.in_c : fitting(s);
+    const int64_t tiles = wide(s) ? kPointFloats / 4 / s.in_c : fitting(s);
     const int64_t least = ceil_div(total, at_least(1, tiles / width));
     PanelCut best(at_least(1, total), 0);
     int64_t fewest = INT64_MAX;
