@@ -55,6 +55,8 @@ struct WeightJob {
     groups = at_least(1, at_most(groups, panels));
   }
 
+  // Whether lines are of one pixel, each behind the other.
+  bool is_product() const { return sweep.in_w == 1 && sweep.in_step_h == 1 && sweep.n == 1; }
   int64_t channels() const { return at_most(shape.c, kTileColumns); }
   int64_t size() const { return shape.k * row_floats; }
   // Values of a pixel that lie together, and how many lines of taps have room in a tile.
@@ -152,27 +154,29 @@ class WeightWorker {
       job_.grad.ask({lines.begin * s.out_w, lines.end * s.out_w}, ahead_);
     }
     const int64_t tiles = ceil_div(rows.end - rows.begin, kRowBlock) * 3;
-    const int64_t groups = ceil_div(job_.lines * s.out_w, job_.depth);
-    ahead_.spread(tiles * groups * ceil_div(s.in_c, kTileColumns) *
-                  int64_t(s.phases[0].taps.size()));
+    const int64_t per_band = int64_t(segments({0, job_.channels()}).size());
+    ahead_.spread(tiles * ceil_div(job_.lines, lines_at_once()) * per_band *
+                  ceil_div(s.in_c, kTileColumns));
   }
 
-  // Taps of one line that lie together are one segment where they fit a tile, and several lines
-  // are where they were gathered.
+  // Taps of one line that lie together are one segment where they fit a tile; what was gathered is
+  // cut into whole tiles.
   std::vector<Segment> segments(Range columns) const {
     const Sweep& s = job_.sweep;
     const int64_t c = job_.channels(), width = columns.end - columns.begin;
-    const int64_t together = job_.tap_lines(), line = job_.line_floats();
     std::vector<Segment> found;
-    for (int64_t h = 0; gathers() && h < job_.shape.kh; h += together) {
-      found.push_back({h * line, h * line, at_most(together, job_.shape.kh - h) * line});
+    if (gathers()) {
+      for (int64_t at = 0; at < job_.row_floats; at += kTileColumns) {
+        found.push_back({at, at, at_most(kTileColumns, job_.row_floats - at)});
+      }
+      return found;
     }
+    const bool line = job_.tap_lines() > 0;
     const auto& taps = s.phases[0].taps;
-    for (size_t t = 0; !gathers() && t < taps.size();
-         t += together > 0 ? size_t(job_.shape.kw) : 1) {
+    for (size_t t = 0; t < taps.size(); t += line ? size_t(job_.shape.kw) : 1) {
       const int64_t at = (taps[t].dh - s.low_h) * band_.pitch() + (taps[t].dw - s.low_w) * c;
       found.push_back(
-          {at, taps[t].index * job_.shape.c + columns.begin, together > 0 ? line : width});
+          {at, taps[t].index * job_.shape.c + columns.begin, line ? job_.line_floats() : width});
     }
     return found;
   }
@@ -218,8 +222,8 @@ class WeightWorker {
   // A panel's pixels in groups that are summed up in registers.
   void find_stretches(Range lines, const Segment& segment) {
     const Sweep& s = job_.sweep;
-    const bool product = s.in_w == 1 && s.in_step_h == 1 && s.n == 1;  // lines of one pixel
-    const int64_t at_once = product ? job_.depth : at_least(1, job_.depth / s.out_w);
+    const int64_t at_once = lines_at_once();
+    const bool product = job_.is_product();
     stretches_.clear();
     ends_.clear();
     for (int64_t first = lines.begin; first < lines.end; first += at_once) {
@@ -233,6 +237,10 @@ class WeightWorker {
       }
       ends_.push_back(stretches_.size());
     }
+  }
+
+  int64_t lines_at_once() const {
+    return job_.is_product() ? job_.depth : at_least(1, job_.depth / job_.sweep.out_w);
   }
 
   const WeightJob& job_;
