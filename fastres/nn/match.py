@@ -305,11 +305,6 @@ def _with_norm(norm: nn.BatchNorm2d, conv: Conv | None, act: str, scale: bool) -
     )  # fmt: skip
 
 
-def norm_only(norm: nn.BatchNorm2d) -> Layer:
-    """A batch norm without a convolution, which may be of a subclass of ours."""
-    return _with_norm(norm, None, "none", False)
-
-
 def activation_of(act: nn.Module | None) -> str | Decline:
     """ "relu" or "none"; only torch's own ReLU and Identity are known."""
     if act is None:
