@@ -220,6 +220,19 @@ def test_a_compiled_graph_is_counted_as_torchs_step() -> None:
     torch._dynamo.reset()
 
 
+def test_a_mode_that_left_its_flag_behind_stops_no_compiler(monkeypatch: Any) -> None:
+    from torch.utils import _python_dispatch
+
+    monkeypatch.setattr(_python_dispatch, "_is_in_non_infra_torch_dispatch_mode", True)
+    torch._dynamo.reset()
+    stock, fused = kind("bottleneck").pair(training=False)
+    x = kind("bottleneck").input().detach()
+    compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), stock(x))
+    assert fused.why_not() is None
+    torch._dynamo.reset()
+
+
 def test_fakes_take_the_fused_operators() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 

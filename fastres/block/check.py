@@ -44,9 +44,11 @@ def why_not_tensor(x: object) -> str | None:
 def why_not_watched() -> str | None:
     """Whether somebody's dispatch mode watches or rewrites torch's own operators, or None.
 
-    What torch itself traces with takes ours; so does a mode with `sees_fused_blocks = True`.
+    What torch itself traces with takes ours; so does a mode with `sees_fused_blocks = True`. A mode
+    may leave its flag behind, but nothing is compiled under one.
     """
-    if not _python_dispatch._is_in_non_infra_torch_dispatch_mode:
+    watched = _python_dispatch._is_in_non_infra_torch_dispatch_mode
+    if not watched or torch.compiler.is_compiling():
         return None
     for mode in _python_dispatch._get_current_dispatch_mode_stack():
         if not (mode.is_infra_mode() or getattr(mode, "sees_fused_blocks", False)):
