@@ -19,7 +19,7 @@ from fastres.convert.levels import Target, describe
 from fastres.convert.plan import Plan, why_not_whole
 from fastres.convert.report import Report, Row
 from fastres.convert.survey import Survey, survey
-from fastres.convert.swaps import ZOOS, Swaps, load
+from fastres.convert.swaps import BUILT, ZOOS, Swaps, load
 from fastres.convert.swaps import swaps as known_swaps
 from fastres.convert.traced import Traced, bind, reverted, stock_of, why_not_traced
 from fastres.nn.blocks import FusedModule
@@ -79,13 +79,14 @@ def convert(model: nn.Module) -> Report:
     return _report(model, swaps, Target.of(), changed, found)
 
 
-def revert(model: nn.Module) -> Report:
+def revert(model: nn.Module, *, built: bool = False) -> Report:
     """Give converted blocks their own classes back, in place.
 
-    Blocks that were built as `fastres.nn` blocks stay what they are.
-
     Args:
-        model: what `convert` was given.
+        model: what `convert` was given; FSDP2 may have wrapped it before or since.
+        built: whether blocks that were built as `fastres.nn` blocks become those of
+            `fastres.nn.stock`, with torch's own modules; else they stay what they are. `convert`
+            knows these too.
 
     Returns:
         The state of the blocks afterwards.
@@ -95,13 +96,19 @@ def revert(model: nn.Module) -> Report:
     """
     _check(model)
     swaps, changed = known_swaps(), 0
-    stocks = {fused: stock for stock, fused in swaps.items()}
+    stocks = {fused: own for own, fused in swaps.items() if built or own not in BUILT}
+    left: dict[str, None] = {}
     for module in model.modules():
         stock = reverted(type(module), stocks)
         if stock is not type(module):
             module.__class__ = stock
             changed += 1
-    return _report(model, swaps, Target.of(), changed)
+        elif any([cls in stocks for cls in stock.__mro__]):
+            left[stock.__name__] = None
+    report = _report(model, swaps, Target.of(), changed)
+    notes = [f"{name}: a subclass of a fused block, whose methods call super: it stays one"
+             for name in left]  # fmt: skip
+    return replace(report, notes=(*report.notes, *notes))
 
 
 def explain(

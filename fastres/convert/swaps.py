@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from fastres.nn import blocks, stock
 from fastres.nn.blocks import FusedModule
 from fastres.nn.fused import run_fused
 from fastres.nn.match import Decline, Parts
@@ -29,6 +30,17 @@ ZOOS = {
 Swaps = dict[type, type]
 
 _declared: Swaps = {}
+
+#: Those of fastres itself. What was built of them is not reverted, unless that is asked for.
+BUILT: Swaps = {
+    stock.BasicBlock: blocks.BasicBlock,
+    stock.Bottleneck: blocks.Bottleneck,
+    stock.SEBasicBlock: blocks.SEBasicBlock,
+    stock.SEBottleneck: blocks.SEBottleneck,
+    stock.PreActBasicBlock: blocks.PreActBasicBlock,
+    stock.PreActBottleneck: blocks.PreActBottleneck,
+    stock.WideBasicBlock: blocks.WideBasicBlock,
+}
 
 
 def register_block(cls: type[nn.Module], describe: Callable[[Any], Parts | Decline]) -> None:
@@ -51,13 +63,13 @@ def register_block(cls: type[nn.Module], describe: Callable[[Any], Parts | Decli
         raise TypeError(f"cls must be a class of torch.nn.Modules, got {cls!r}")
     if not callable(describe):
         raise TypeError(f"describe must be a function, got {type(describe).__name__}")
-    stock: Any = cls
+    own: Any = cls
 
-    @functools.wraps(stock.forward)
+    @functools.wraps(own.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = (*args, *kwargs.values())
         out = run_fused(self, given[0]) if len(given) == 1 else None
-        return stock.forward(self, *args, **kwargs) if out is None else out
+        return own.forward(self, *args, **kwargs) if out is None else out
 
     def parts(self: Any) -> Parts | Decline:
         found = describe(self)
@@ -69,18 +81,18 @@ def register_block(cls: type[nn.Module], describe: Callable[[Any], Parts | Decli
     metaclass: Any = type(cls)
     fused = metaclass(cls.__name__, (FusedModule, cls), names)
     # What was decorated elsewhere is the user's own as it stands now.
-    fused._stock, fused._stock_forward = cls, stock.forward
+    fused._stock, fused._stock_forward = cls, own.forward
     stand_for(fused, cls)
     _declared[cls] = fused
 
 
 def swaps() -> Swaps:
-    """Stock class -> fused class: those declared, and those of the zoos that are loaded."""
+    """Stock class -> fused class: those declared, of the zoos that are loaded, and of fastres."""
     loaded = [load(ours) for zoo, ours in ZOOS.items() if zoo in sys.modules]
     found = {
         stock: fused for one in loaded if isinstance(one, dict) for stock, fused in one.items()
     }
-    return found | _declared
+    return BUILT | found | _declared
 
 
 def load(ours: str) -> Swaps | str:
@@ -89,8 +101,8 @@ def load(ours: str) -> Swaps | str:
         found: Swaps = importlib.import_module(ours).SWAPS
     except (ImportError, AttributeError, RuntimeError) as error:
         return f"{ours.rpartition('.')[2]} cannot be converted: {error}"
-    for stock, fused in found.items():
-        stand_for(fused, stock)
+    for theirs, fused in found.items():
+        stand_for(fused, theirs)
     return found
 
 
