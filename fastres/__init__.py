@@ -2,7 +2,7 @@
 
 from fastres import functional, models, nn
 from fastres.block import use_backend, use_level, use_memory
-from fastres.convert import convert, explain, revert
+from fastres.convert import convert, explain, register_block, revert
 from fastres.nn import BasicBlock, Bottleneck
 
 __version__ = "0.1.0"
@@ -16,6 +16,7 @@ __all__ = [
     "functional",
     "models",
     "nn",
+    "register_block",
     "revert",
     "use_backend",
     "use_level",

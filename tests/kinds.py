@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastres.nn import (
     BasicBlock,
+    Bottleneck,
     EfficientChannelAttention,
     PreActBasicBlock,
     PreActBottleneck,
@@ -26,6 +27,7 @@ CHANNELS = 8
 
 STOCK: dict[type, type] = {
     BasicBlock: stock.BasicBlock,
+    Bottleneck: stock.Bottleneck,
     PreActBasicBlock: stock.PreActBasicBlock,
     PreActBottleneck: stock.PreActBottleneck,
     WideBasicBlock: stock.WideBasicBlock,
@@ -132,6 +134,14 @@ KINDS = (
         8, 3, 2, projection(12, True, True), attention=EfficientChannelAttention)),
 )  # fmt: skip
 
+#: The blocks of the first residual networks.
+CLASSIC = (
+    Kind("basic", lambda: BasicBlock(8, 8)),
+    Kind("basic-projection", lambda: BasicBlock(8, 12, 2, projection(12, True))),
+    Kind("bottleneck", lambda: Bottleneck(8, 2)),
+    Kind("bottleneck-pooled", lambda: Bottleneck(8, 3, 2, projection(12, True, True))),
+)
+
 #: Blocks in which steps are missing.
 SPARSE = (
     Kind("no-norms", lambda: with_bias(BasicBlock(8, 8))),
@@ -165,4 +175,4 @@ RANDOM = (
 
 def kind(name: str) -> Kind:
     """By its name."""
-    return next(k for k in (*KINDS, *SPARSE, *RANDOM) if k.name == name)
+    return next(k for k in (*CLASSIC, *KINDS, *SPARSE, *RANDOM) if k.name == name)

@@ -21,6 +21,8 @@ REORDERING = 2**12
 class FusedCalls(TorchDispatchMode):
     """Counts the fused operators that are really called."""
 
+    sees_fused_blocks = True
+
     def __init__(self) -> None:
         super().__init__()
         self.forward = 0

@@ -204,6 +204,8 @@ def test_nothing_is_drawn_where_the_stock_path_runs() -> None:
 class _Recorded(TorchDispatchMode):
     """The calls of the block operators."""
 
+    sees_fused_blocks = True
+
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[tuple[Any, Any]] = []

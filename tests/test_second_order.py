@@ -21,7 +21,7 @@ def twins(kind: str, train: bool) -> tuple[nn.Module, nn.Module, Tensor]:
     torch.manual_seed(1)
     if kind == "bn":
         made: list[Any] = [fastres.nn.BNReLU(6), nn.Sequential(nn.BatchNorm2d(6), nn.ReLU())]
-        state = randomise(made[0]).state_dict()
+        state = randomise(made[0]).bn.state_dict()
         made[1][0].load_state_dict(state)
     else:
         name = "BasicBlock" if kind == "basic" else "Bottleneck"

@@ -17,6 +17,8 @@ from fastres.block.tensors import Act, Saved, UnitTensors, identity_stats, poole
 from fastres.kernels import Branch, Gate, Gated, PendingGrad, acc_dtype, dense, memory_format_of
 
 _OPEN = Gate("none")
+#: Of a norm's parameters and running statistics a backward reads none: `stats` hold what it needs.
+_NORM_READS = (False, False, False, False)
 
 
 class UnitNeeds(NamedTuple):
@@ -75,13 +77,41 @@ class Needs(_NeedsFields):
             [own.weight or below for own, below in zip(self.units, self.below, strict=False)]
         )
 
+    @cached_property
+    def reads(self) -> tuple[bool, ...]:
+        """Whether backward reads the values of x, and of each of its units' tensors.
 
-@lru_cache(maxsize=4096)
-def _needs(block: Block, flags: tuple[bool, ...]) -> Needs:
+        Those of a weight are read for the gradient of what is in front of it, not for its own.
+        """
+        found = [self._reads_x]
+        recomputed = len(self.block.units) - 1 if self.block.recomputes_last else None
+        for i, unit in enumerate(self.block.all_units):
+            again = i == recomputed and (self.below[i] or any(self.units[i]))
+            weight = unit.conv is not None and (self.below[i] or again)
+            found += [weight, again, *_NORM_READS, unit.scale]
+        return tuple(found)
+
+    @property
+    def _reads_x(self) -> bool:
+        """A convolution's input is read where a gradient passes it; a leading norm's for its own
+        gradients, and wherever its output is to be computed again.
+        """
+        block = self.block
+        side = block.projection is not None and self.passes[-1]
+        if block.units[0].conv is not None:
+            return self.passes[0] or side
+        kept = len(block.units) > 1 and block.keeps_value[0]
+        return not kept or self.x or any(self.units[0]) or side
+
+
+def needs_of(block: Block, flags: tuple[bool, ...]) -> Needs:
     """From the operator's flat list: x, residual, then five per unit."""
     rest = range(2, len(flags), UNIT_NEEDS)
     units = tuple([UnitNeeds(*flags[i : i + UNIT_NEEDS]) for i in rest])
     return Needs(block, flags[0], flags[1], units)
+
+
+_needs = lru_cache(maxsize=4096)(needs_of)
 
 
 def run_backward(

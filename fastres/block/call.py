@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastres.block.check import why_not_block
+from fastres.block.flops import register_formulas
 from fastres.block.forward import plan_of
 from fastres.block.layers import Layer
 from fastres.block.op import Run, run_block
@@ -119,6 +120,7 @@ def prepare(
     counts = tuple([n * h * w for n, _, h, w in shapes])
     plan = None
     if not torch.compiler.is_compiling():
+        register_formulas()
         plan = plan_of(block, x, weights)
     run = Run.of(block, plan, memory_format_of(x, weights))
     tensors = [t for layer in layers for t in layer.tensors]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils import _python_dispatch
 
 from fastres.block.layers import Layer, is_size
 from fastres.block.spec import Block, Unit
@@ -33,9 +34,26 @@ def why_not_tensor(x: object) -> str | None:
         return f"{type(x).__name__} is a tensor subclass with behaviour of its own"
     if _in_transform():
         return "torch.func transforms need torch's own operators"
+    if (reason := why_not_watched()) is not None:
+        return reason
     if torch.autograd.forward_ad._current_level >= 0:
         return "forward-mode differentiation needs torch's own operators"
     return "x is empty" if x.numel() == 0 else None
+
+
+def why_not_watched() -> str | None:
+    """Whether somebody's dispatch mode watches or rewrites torch's own operators, or None.
+
+    What torch itself traces with takes ours; so does a mode with `sees_fused_blocks = True`. A mode
+    may leave its flag behind, but nothing is compiled under one.
+    """
+    watched = _python_dispatch._is_in_non_infra_torch_dispatch_mode
+    if not watched or torch.compiler.is_compiling():
+        return None
+    for mode in _python_dispatch._get_current_dispatch_mode_stack():
+        if not (mode.is_infra_mode() or getattr(mode, "sees_fused_blocks", False)):
+            return f"{type(mode).__name__}, a dispatch mode, is to see torch's own operators"
+    return None
 
 
 def _in_transform() -> bool:

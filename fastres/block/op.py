@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastres.block.backward import run_backward
+from fastres.block.backward import needs_of, run_backward
 from fastres.block.forward import run_forward
 from fastres.block.layers import Layer
 from fastres.block.once import once_differentiable
@@ -19,8 +19,6 @@ from fastres.block.spec import UNIT_TENSORS, Block, Unit
 from fastres.block.stock import run_stock
 from fastres.block.tensors import UnitTensors, split_tensors
 
-#: Of a unit's tensors, these may want a gradient: all but the running statistics.
-_WANTING = (True, True, True, True, False, False, True)
 #: Their places: those that a backward reads.
 _WEIGHT, _BIAS, _FACTOR = 0, 1, 6
 
@@ -33,9 +31,10 @@ class Run(NamedTuple):
         text: the same as text.
         means: how many means over images it returns: 1 with an open end, else 0.
         norms: how many of its units have a norm.
-        keeps: of each tensor of its units, whether a backward reads it.
+        keeps: of x and of each tensor of its units, whether a backward is given it.
         plan: who computes it, where that was decided; None leaves it to the operators.
         fmt: layout of its activations.
+        reads: what a backward reads of them, by the gradients that have been wanted so far.
         programs: its kernel calls written down, for inputs of one kind, or None.
     """
 
@@ -46,6 +45,7 @@ class Run(NamedTuple):
     keeps: tuple[bool, ...]
     plan: Plan | None
     fmt: torch.memory_format
+    reads: dict[tuple[bool, ...], tuple[bool, ...]]
     programs: Programs | None = None
 
     @classmethod
@@ -55,8 +55,9 @@ class Run(NamedTuple):
         keeps = [place in (_WEIGHT, _FACTOR) for _ in units for place in range(UNIT_TENSORS)]
         if block.recomputes_last:
             keeps[UNIT_TENSORS * (len(block.units) - 1) + _BIAS] = True
+        keeps.insert(0, True)
         norms = sum([unit.norm is not None for unit in units])
-        return cls(block, block.encode(), int(block.open_end), norms, tuple(keeps), plan, fmt)
+        return cls(block, block.encode(), int(block.open_end), norms, tuple(keeps), plan, fmt, {})
 
     def with_programs(self, device: torch.device) -> Run:
         """The same, for inputs of one kind: their kernel calls are written down where they can."""
@@ -64,6 +65,19 @@ class Run(NamedTuple):
         if record is None or self.plan is None:
             return self
         return self._replace(programs=Programs(record, self.block, self.plan, self.fmt))
+
+    def read(self, wanted: tuple[bool, ...]) -> tuple[bool, ...]:
+        """Of x and of each tensor of the units, whether a backward reads it.
+
+        Args:
+            wanted: which of x, the residual and all tensors want a gradient.
+        """
+        if self.plan is None:  # A compiler would trace through whatever is kept.
+            return needs_of(self.block, _flags(wanted)).reads
+        found = self.reads.get(wanted)
+        if found is None:
+            found = self.reads[wanted] = needs_of(self.block, _flags(wanted)).reads
+        return found
 
     @property
     def written(self) -> Programs | None:
@@ -74,6 +88,14 @@ class Run(NamedTuple):
     def direct(self) -> bool:
         """Whether it runs without the dispatcher: nobody watches or rewrites operators."""
         return self.plan is not None and torch._C._len_torch_dispatch_stack() == 0
+
+
+def _flags(wanted: Sequence[bool]) -> tuple[bool, ...]:
+    """`wanted` without running statistics, as `run_backward` takes it."""
+    flags = [*wanted[:2]]
+    for i in range(2, len(wanted), UNIT_TENSORS):
+        flags += (*wanted[i : i + 4], wanted[i + _FACTOR])
+    return tuple(flags)
 
 
 def _forward(
@@ -97,9 +119,9 @@ def _forward(
 class _BlockFunction(torch.autograd.Function):
     """out, *means, *stats = block(x, residual, *tensors).
 
-    Saves only what goes through `save_for_backward`, so that a tensor changed in place between
-    forward and backward raises torch's own error; running statistics are never saved, and of the
-    parameters only those that a gradient is computed from.
+    What a backward reads is saved, so that a tensor changed in place between forward and backward
+    raises torch's own error. All else may change: of a weight whose gradient alone is wanted, or
+    of a frozen one with nothing in front that is not, a backward looks at the sizes.
     """
 
     @staticmethod
@@ -119,10 +141,9 @@ class _BlockFunction(torch.autograd.Function):
         mean, saved = rest[: run.means], rest[run.means :]
         stats = [] if ctx.together else saved[: run.norms]
         ctx.run = run
-        if run.plan is not None:
-            ctx.given = [(t, 0 if t is None else t._version) for t in tensors]
-        kept = [t if keep else None for t, keep in zip(tensors, run.keeps, strict=True)]
-        ctx.save_for_backward(x, *kept, *saved, *[out for _ in mean])
+        ctx.reads = run.read(ctx.needs_input_grad[2:])
+        read, ctx.unsaved = _apart((x, *tensors), ctx.reads, run)
+        ctx.save_for_backward(*read, *saved, *[out for _ in mean])
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*stats)
         return (out, *mean, *stats)
@@ -139,33 +160,70 @@ class _BlockFunction(torch.autograd.Function):
     def fused_backward(ctx: Any, grad_out: Tensor | None, *more: Any) -> tuple[Tensor | None, ...]:
         """The gradients by the fused operator."""
         run = ctx.run
-        x, *rest = ctx.saved_tensors
+        given, saved = _given(ctx)
         grad_mean = more[0] if run.means else None
         wanted = ctx.needs_input_grad[2:]
         if grad_out is None:
             if grad_mean is None:
                 return (None, None, *[None for _ in wanted])
-            grad_out = torch.zeros_like(rest[-1])
-        tensors, saved = rest[: len(run.keeps)], rest[len(run.keeps) :]
-        needs = [*wanted[:2]]
-        for i in range(2, len(wanted), UNIT_TENSORS):
-            unit = wanted[i : i + UNIT_TENSORS]
-            needs += [want for want, may in zip(unit, _WANTING, strict=True) if may]
-        grads = iter(_backward(ctx, grad_out, grad_mean, x, tensors, saved, needs))
+            grad_out = torch.zeros_like(saved[-1])
+        grads = iter(_backward(ctx, grad_out, grad_mean, given, saved, _flags(wanted)))
         return (None, None, *[next(grads) if want else None for want in wanted])
+
+
+class _Like(NamedTuple):
+    """What is known of a tensor in a compiled graph, which would save all that it is given."""
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+def _apart(
+    given: Sequence[Tensor | None], reads: Sequence[bool], run: Run
+) -> tuple[list[Tensor | None], list[Any]]:
+    """What a backward reads, and what it does not: each tensor, with its version, in its place."""
+    read: list[Tensor | None] = []
+    unsaved: list[Any] = []
+    compiling = run.plan is None
+    for t, reads_it, keep in zip(given, reads, run.keeps, strict=True):
+        read.append(t if reads_it else None)
+        if reads_it or t is None or (compiling and not keep):
+            unsaved.append(None)
+        elif compiling:
+            unsaved.append(_Like(tuple(t.shape), t.stride(), t.dtype, t.device))
+        else:
+            unsaved.append((t, t._version))
+    return read, unsaved
+
+
+def _given(ctx: Any) -> tuple[list[Tensor | None], Sequence[Tensor]]:
+    """What a backward is given, x first, and what its forward kept."""
+    count, everything = len(ctx.reads), ctx.saved_tensors
+    given = [*everything[:count]]
+    for i, keep in enumerate(ctx.run.keeps):
+        one = ctx.unsaved[i]
+        if not keep or one is None:
+            continue
+        if isinstance(one, _Like):
+            size, stride, dtype, device = one
+            given[i] = torch.empty_strided(size, stride, dtype=dtype, device=device)
+        else:
+            given[i] = one[0]
+    return given, everything[count:]
 
 
 def _backward(
     ctx: Any,
     grad_out: Tensor,
     grad_mean: Tensor | None,
-    x: Tensor,
-    tensors: Sequence[Tensor | None],
+    given: Sequence[Any],
     saved: Sequence[Tensor],
     needs: Sequence[bool],
 ) -> Sequence[Tensor]:
     """The wanted gradients, in the order of `needs`."""
-    run = ctx.run
+    run, (x, *tensors) = ctx.run, given
     if ctx.together:
         (kept,) = saved
         if (programs := run.written) is not None:
@@ -178,8 +236,8 @@ def _backward(
         return run_backward(
             run.block, grad_out, grad_mean, x, units, saved, needs, run.plan, run.fmt
         )
-    given = (grad_out, grad_mean, x, tensors, saved, run.text, needs)
-    return torch.ops.fastres.block_backward(*given)  # type: ignore[no-any-return]
+    arguments = (grad_out, grad_mean, x, tensors, saved, run.text, needs)
+    return torch.ops.fastres.block_backward(*arguments)  # type: ignore[no-any-return]
 
 
 def _takes_torch(ctx: Any, grad_out: Tensor | None) -> bool:
@@ -203,15 +261,19 @@ def _torch_backward(ctx: Any, grad_out: Tensor | None) -> tuple[Tensor | None, .
 
     It reads parameters that a fused backward does not, so these are held to their version here.
     """
-    run, (x, *rest) = ctx.run, ctx.saved_tensors
-    if any([t is not None and t._version != version for t, version in ctx.given]):
+    run, count = ctx.run, len(ctx.reads)
+    if any([one is not None and one[0]._version != one[1] for one in ctx.unsaved]):
         raise RuntimeError(
             "one of the variables needed for gradient computation has been modified by an inplace "
             "operation: a parameter of a fused block, in front of a gradient of its gradients"
         )
-    saved = rest[len(run.keeps) :]
+    saved = ctx.saved_tensors[count:]
+    x, *tensors = [
+        t if one is None else one[0]
+        for t, one in zip(ctx.saved_tensors[:count], ctx.unsaved, strict=True)
+    ]
     stats = iter(run.programs.views(*saved) if ctx.together else saved)
-    units = split_tensors([t for t, _ in ctx.given])
+    units = split_tensors(tensors)
     layers = [
         _layer(unit, own, None if unit.norm is None else next(stats))
         for unit, own in zip(run.block.all_units, units, strict=True)
@@ -219,7 +281,7 @@ def _torch_backward(ctx: Any, grad_out: Tensor | None) -> tuple[Tensor | None, .
     with torch.enable_grad():
         out = run_stock(x, run.block, layers)
     wanted = ctx.needs_input_grad[2:]
-    given = (x, None, *[t for t, _ in ctx.given])
+    given = (x, None, *tensors)
     inputs = [t for t, want in zip(given, wanted, strict=True) if want and t is not None]
     create = torch.is_grad_enabled()
     grads = iter(torch.autograd.grad(out, inputs, grad_out, create_graph=create))

@@ -6,7 +6,6 @@ The module object stays the same, and so do its parameters, hooks and training s
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -20,19 +19,13 @@ from fastres.convert.levels import Target, describe
 from fastres.convert.plan import Plan, why_not_whole
 from fastres.convert.report import Report, Row
 from fastres.convert.survey import Survey, survey
+from fastres.convert.swaps import BUILT, ZOOS, Swaps, load
+from fastres.convert.swaps import swaps as known_swaps
 from fastres.convert.traced import Traced, bind, reverted, stock_of, why_not_traced
 from fastres.nn.blocks import FusedModule
 from fastres.nn.fused import FusedParts, explained, parts_now
 from fastres.nn.match import Decline, match
 from fastres.nn.stem import FusedStem
-
-#: The module a zoo's models come from -> our file about it, imported once that module is.
-ZOOS = {
-    "torchvision.models.resnet": "fastres.convert.torchvision",
-    "timm.models.resnet": "fastres.convert.timm",
-    "timm.models.resnetv2": "fastres.convert.timm_v2",
-    "transformers.models.resnet.modeling_resnet": "fastres.convert.transformers",
-}
 
 #: Wrappers of a whole model that a user may wonder about.
 WRAPPERS = {
@@ -46,8 +39,6 @@ WRAPPERS = {
 
 #: What is said of a block that `convert` would change.
 STOCK = "not converted"
-
-Swaps = dict[type, type]
 
 
 def convert(model: nn.Module) -> Report:
@@ -69,7 +60,7 @@ def convert(model: nn.Module) -> Report:
         TypeError: where model is no torch.nn.Module.
     """
     _check(model)
-    swaps = _swaps()
+    swaps = known_swaps()
     found = _survey(model, swaps)
     classes = {module: type(module) for module in model.modules()}
     try:
@@ -88,13 +79,14 @@ def convert(model: nn.Module) -> Report:
     return _report(model, swaps, Target.of(), changed, found)
 
 
-def revert(model: nn.Module) -> Report:
+def revert(model: nn.Module, *, built: bool = False) -> Report:
     """Give converted blocks their own classes back, in place.
 
-    Blocks that were built as `fastres.nn` blocks stay what they are.
-
     Args:
-        model: what `convert` was given.
+        model: what `convert` was given; FSDP2 may have wrapped it before or since.
+        built: whether blocks that were built as `fastres.nn` blocks become those of
+            `fastres.nn.stock`, with torch's own modules; else they stay what they are. `convert`
+            knows these too.
 
     Returns:
         The state of the blocks afterwards.
@@ -103,14 +95,20 @@ def revert(model: nn.Module) -> Report:
         TypeError: where model is no torch.nn.Module.
     """
     _check(model)
-    swaps, changed = _swaps(), 0
-    stocks = {fused: stock for stock, fused in swaps.items()}
+    swaps, changed = known_swaps(), 0
+    stocks = {fused: own for own, fused in swaps.items() if built or own not in BUILT}
+    left: dict[str, None] = {}
     for module in model.modules():
         stock = reverted(type(module), stocks)
         if stock is not type(module):
             module.__class__ = stock
             changed += 1
-    return _report(model, swaps, Target.of(), changed)
+        elif any([cls in stocks for cls in stock.__mro__]):
+            left[stock.__name__] = None
+    report = _report(model, swaps, Target.of(), changed)
+    notes = [f"{name}: a subclass of a fused block, whose methods call super: it stays one"
+             for name in left]  # fmt: skip
+    return replace(report, notes=(*report.notes, *notes))
 
 
 def explain(
@@ -143,33 +141,13 @@ def explain(
             what it would do on one where it can, and notes that.
     """
     _check(model)
-    swaps = _swaps()
+    swaps = known_swaps()
     return _report(model, swaps, Target.of(x, device, dtype, channels_last, backend))
 
 
 def _check(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-
-
-def _swaps() -> Swaps:
-    """Stock class -> fused class, for the zoos that are loaded: a model can use no other."""
-    loaded = [_load(ours) for zoo, ours in ZOOS.items() if zoo in sys.modules]
-    return {
-        stock: fused
-        for swaps in loaded
-        if isinstance(swaps, dict)
-        for stock, fused in swaps.items()
-    }
-
-
-def _load(ours: str) -> Swaps | str:
-    """The swaps of a zoo, or what is wrong with a version of it that we do not know."""
-    try:
-        swaps: Swaps = importlib.import_module(ours).SWAPS
-    except (ImportError, AttributeError, RuntimeError) as error:
-        return f"{ours.rpartition('.')[2]} cannot be converted: {error}"
-    return swaps
 
 
 def _survey(model: nn.Module, swaps: Swaps) -> Survey:
@@ -323,7 +301,7 @@ def _notes(model: nn.Module, rows: tuple[Row, ...]) -> Iterator[str]:
     if not rows:
         yield "nothing to convert: no residual block in it, and no batch norm to be fused"
     for zoo, ours in ZOOS.items():
-        if zoo in sys.modules and isinstance(problem := _load(ours), str):
+        if zoo in sys.modules and isinstance(problem := load(ours), str):
             yield problem
     kinds = {type(module).__name__ for module in model.modules()}
     for kind in sorted(kinds & WRAPPERS.keys()):

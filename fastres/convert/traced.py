@@ -59,10 +59,16 @@ def reverted(cls: Any, stocks: Mapping[type, type]) -> Any:
     if cls in stocks or _is_generated(cls):
         return stocks.get(cls) or cls._fastres_stock
     bases = tuple([reverted(base, stocks) for base in cls.__bases__])
-    if bases == cls.__bases__:
+    if bases == cls.__bases__ or _calls_super(cls):
         return cls
     names = {n: v for n, v in cls.__dict__.items() if n not in ("__dict__", "__weakref__")}
     return type(cls)(cls.__name__, bases, names)
+
+
+def _calls_super(cls: type) -> bool:
+    """Whether methods of a class name it itself: they would not take instances of another."""
+    codes = [getattr(value, "__code__", None) for value in cls.__dict__.values()]
+    return any([code is not None and "__class__" in code.co_freevars for code in codes])
 
 
 _generated: WeakValueDictionary[type, type] = WeakValueDictionary()

@@ -17,6 +17,7 @@ from fastres.nn.factors import (
     register_drop,
     register_gate,
 )
+from fastres.nn.match import Decline, Parts, Projection, Steps
 from fastres.nn.modules import BNAddReLU, BNReLU, ConvBNReLU
 
 __all__ = [
@@ -25,14 +26,18 @@ __all__ = [
     "BasicBlock",
     "Bottleneck",
     "ConvBNReLU",
+    "Decline",
     "DropPath",
     "EfficientChannelAttention",
     "FusedModule",
+    "Parts",
     "PreActBasicBlock",
     "PreActBottleneck",
+    "Projection",
     "SEBasicBlock",
     "SEBottleneck",
     "SqueezeExcitation",
+    "Steps",
     "WideBasicBlock",
     "register_drop",
     "register_gate",

@@ -13,8 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
+from torch.utils import _python_dispatch
 
 from fastres.block import Block, Layer, Norm, PoolSpec, Unit, pair
+from fastres.block.check import why_not_watched
 from fastres.block.layers import is_size
 from fastres.kernels import Conv
 from fastres.nn import factors
@@ -120,6 +122,8 @@ def why_not_now() -> str | None:
         return "torch.jit.trace records torch's own operators"
     if _exporting():
         return "torch.export records torch's own operators"
+    if _python_dispatch._is_in_non_infra_torch_dispatch_mode:
+        return why_not_watched() or replaced()
     return replaced()
 
 
@@ -303,11 +307,6 @@ def _with_norm(norm: nn.BatchNorm2d, conv: Conv | None, act: str, scale: bool) -
         tensor_of(norm, "weight"), tensor_of(norm, "bias"), running_mean, running_var, None,
         norm.training, momentum, counter,
     )  # fmt: skip
-
-
-def norm_only(norm: nn.BatchNorm2d) -> Layer:
-    """A batch norm without a convolution, which may be of a subclass of ours."""
-    return _with_norm(norm, None, "none", False)
 
 
 def activation_of(act: nn.Module | None) -> str | Decline:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fastres.block import Block, Size, try_layers
 from fastres.nn.blocks import FusedModule
-from fastres.nn.match import Parts, Steps, norm_only, why_not_now, why_not_state
+from fastres.nn.match import Decline, Parts, Steps, activation_of, layer_of, why_not_now
 
 
 class _ConvBNReLU(nn.Module):
@@ -64,35 +66,78 @@ class ConvBNReLU(FusedModule, _ConvBNReLU):
         return Parts((Steps(conv, norm),), relu, "none")
 
 
-class BNReLU(nn.BatchNorm2d):
-    """relu(batch_norm(x)): nn.BatchNorm2d with a ReLU behind it, in one operation.
+class _NormReLU(nn.Module):
+    """A batch norm `bn` with what follows it up to a ReLU `relu`.
 
-    Arguments, parameters, buffers and errors are those of nn.BatchNorm2d. Input and output are
-    [N, C, H, W].
+    It contains the norm and is none: tools that freeze, fold or synchronise each batch norm of a
+    model act on `bn`, and leave the rest.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm2d(
+            num_features, eps, momentum, affine, track_running_stats, device, dtype
+        )
+        self.relu = nn.ReLU(inplace=True)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Takes the entries of an nn.BatchNorm2d in its place, too: they are the ones of `bn`."""
+        for name in [*self.bn._parameters, *self.bn._buffers]:
+            if prefix + name in state_dict:
+                state_dict[f"{prefix}bn.{name}"] = state_dict.pop(prefix + name)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+class BNReLU(_NormReLU):
+    """relu(batch_norm(x)) in one operation.
+
+    Arguments and errors are those of nn.BatchNorm2d, which is the child `bn`; a state dict of one
+    loads as well. Input and output are [N, C, H, W].
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """relu(super().forward(input))."""
+        """relu(bn(input))."""
         out = _run(self, input, None)
-        return F.relu(super().forward(input)) if out is None else out
+        if out is None:
+            out = self.relu(self.bn(input))
+        return out
 
 
-class BNAddReLU(nn.BatchNorm2d):
-    """relu(batch_norm(x) + residual): the end of a residual block, in one operation.
+class BNAddReLU(_NormReLU):
+    """relu(batch_norm(x) + residual), the end of a residual block, in one operation.
 
-    Arguments, parameters, buffers and errors are those of nn.BatchNorm2d. Both inputs and the
-    output are [N, C, H, W] of one dtype.
+    Arguments and errors are those of nn.BatchNorm2d, which is the child `bn`; a state dict of one
+    loads as well. Both inputs and the output are [N, C, H, W] of one dtype.
     """
 
-    def forward(self, input: Tensor, residual: Tensor) -> Tensor:  # type: ignore[override]
-        """relu(super().forward(input) + residual)."""
+    def forward(self, input: Tensor, residual: Tensor) -> Tensor:
+        """relu(bn(input) + residual)."""
         out = _run(self, input, residual)
-        return F.relu(super().forward(input) + residual) if out is None else out
+        if out is None:
+            out = self.relu(self.bn(input) + residual)
+        return out
 
 
-def _run(norm: nn.BatchNorm2d, x: Tensor, residual: Tensor | None) -> Tensor | None:
+def _run(module: _NormReLU, x: Tensor, residual: Tensor | None) -> Tensor | None:
     """The fused result, or None. The module's own hooks run around its forward, as ever."""
-    if not isinstance(x, Tensor) or why_not_now() is not None or why_not_state(norm) is not None:
+    if not isinstance(x, Tensor) or why_not_now() is not None:
         return None
-    layer, shortcut = norm_only(norm), "none" if residual is None else "tensor"
-    return try_layers(x, Block((layer.unit,), shortcut, act="relu"), [layer], residual)
+    children = module._modules
+    layer, act = layer_of(Steps(None, children.get("bn"))), activation_of(children.get("relu"))
+    if isinstance(layer, Decline) or isinstance(act, Decline):
+        return None
+    if layer.unit.norm is None or layer.unit.act != "none":
+        return None
+    shortcut = "none" if residual is None else "tensor"
+    return try_layers(x, Block((layer.unit,), shortcut, act=act), [layer], residual)
