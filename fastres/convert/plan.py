@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 
 from fastres.block import try_layers, why_not_layers
 from fastres.block.call import execute
+from fastres.convert.frozen import learn
 from fastres.convert.grammar import Found, Run, find_runs, match_run, modules_of
 from fastres.convert.guard import Guard, UnknownError
 from fastres.convert.trace import NotTraced, Trace, trace
@@ -141,6 +142,7 @@ def _make_plan(
     kwargs: dict[str, Any],
     leaves: set[nn.Module],
 ) -> Plan | NotTraced:
+    learn(module)
     while True:
         traced = trace(module, forward, args, kwargs, leaves)
         if isinstance(traced, NotTraced):
