@@ -57,6 +57,21 @@ class Cifar(nn.Module):
         return F.relu(self.left(x) + self.shortcut(x), inplace=True)
 
 
+class Activated(nn.Module):
+    """A basic block of any activation, given as a module or a function."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1, act: Any = None) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = conv3(inputs, outputs, stride), nn.BatchNorm2d(outputs)
+        self.conv2, self.bn2 = conv3(outputs, outputs), nn.BatchNorm2d(outputs)
+        self.down = nn.Conv2d(inputs, outputs, 1, stride)
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.act(self.bn1(self.conv1(x)))
+        return self.act(self.bn2(self.conv2(out)) + self.down(x))
+
+
 class ThreeConvolutions(nn.Module):
     """A bottleneck with every spelling of ReLU and addition, and one ReLU module for two places."""
 

@@ -17,6 +17,8 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from fastres.block import pair
+from fastres.block.layers import is_size
 from fastres.nn import factors
 from fastres.nn.frozen import frozen_of
 from fastres.nn.genuine import (
@@ -39,6 +41,7 @@ from fastres.nn.match import (
     Projection,
     Steps,
     called_behind,
+    convolution_of,
     has_activation,
     hooked,
     is_norm,
@@ -83,14 +86,15 @@ class Found(NamedTuple):
     left: tuple[Node, ...]
 
 
-def find_runs(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> Found:
+def find_runs(graph: fx.Graph, modules: Mapping[str, nn.Module], root: nn.Module) -> Found:
     """The runs of a graph.
 
     Args:
         graph: of one forward.
         modules: the children that it calls, by their names.
+        root: whose parameters it reads.
     """
-    ops = {node: _operation(node, modules) for node in graph.nodes}
+    ops = {node: _operation(node, modules, root) for node in graph.nodes}
     calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
     moments = _Moments(ops, {name: modules[str(name)] for name in calls}, calls)
     declines: dict[int, Decline] = {}
@@ -225,12 +229,14 @@ _POOL = (
 )  # fmt: skip
 
 
-def _operation(node: Node, modules: Mapping[str, nn.Module]) -> _Op | None:
+def _operation(node: Node, modules: Mapping[str, nn.Module], root: nn.Module) -> _Op | None:
     if node.op == "call_module":
         return _called(node, modules[str(node.target)])
     if node.op not in ("call_function", "call_method"):
         return None
     target: Any = node.target
+    if target is F.conv2d:
+        return _convolution(node, root)
     for read in (_activation, _add, _dropout, _pool):
         if (op := read(node, target)) is not None:
             return op
@@ -266,6 +272,39 @@ def _given(node: Node, names: tuple[tuple[str, Any], ...]) -> dict[str, Any] | N
         return None
     positional = zip([name for name, _ in names], node.args, strict=False)
     return {**dict(names), **dict(positional), **node.kwargs}
+
+
+_CONV = (
+    ("input", None), ("weight", None), ("bias", None), ("stride", 1), ("padding", 0),
+    ("dilation", 1), ("groups", 1),
+)  # fmt: skip
+
+
+def _convolution(node: Node, root: nn.Module) -> _Op | None:
+    """A convolution by its function, of a weight and bias that one module has by these names."""
+    given = _given(node, _CONV)
+    if given is None or not isinstance(value := given.pop("input"), Node):
+        return None
+    owner, weight = _parameter(given.pop("weight"), root)
+    other, bias = _parameter(given.pop("bias"), root)
+    if owner is None or weight != "weight" or (bias is not None and other is not owner):
+        return None
+    if bias != (None if owner._parameters.get("bias") is None else "bias"):
+        return None
+    stride, padding, dilation, groups = given.values()
+    if type(groups) is not int or not all([is_size(v) for v in (stride, padding, dilation)]):
+        return None
+    conv = convolution_of(owner, pair(stride), pair(padding), pair(dilation), groups)
+    return _Op("conv", (value,), conv)
+
+
+def _parameter(node: Any, root: nn.Module) -> tuple[nn.Module | None, str | None]:
+    """The module that has a parameter by itself, and its name there."""
+    if not isinstance(node, Node) or node.op != "get_attr":
+        return None, None if node is None else ""
+    path, _, name = str(node.target).rpartition(".")
+    owner = root.get_submodule(path)
+    return (owner, name) if name in owner._parameters else (None, "")
 
 
 def _activation(node: Node, target: Any) -> _Op | None:

@@ -80,6 +80,9 @@ def _nodes_of(run: Run, same: Mapping[fx.Node, fx.Node]) -> Callable[..., Any]:
     if run.residual is not None:
         known[run.residual] = new.placeholder("residual")
     for node in run.nodes:
+        for value in node.all_input_nodes:
+            if value.op == "get_attr" and value not in known:
+                known[value] = new.node_copy(value)
         known[node] = new.node_copy(node, lambda value: known[same[value]])
     new.output(known[run.nodes[-1]])
     return _compiled(new)
@@ -148,7 +151,7 @@ def _make_plan(
         if isinstance(traced, NotTraced):
             return traced
         modules = modules_of(traced.graph, module)
-        found = find_runs(traced.graph, modules)
+        found = find_runs(traced.graph, modules, module)
         idle = _idle(module, traced, found)
         if not idle:
             break
@@ -197,6 +200,9 @@ def _function(graph: fx.Graph, found: Found) -> Callable[..., Any]:
             new.output(fx.node.map_arg(node.args[0], known.__getitem__))
         elif node not in within:
             known[node] = new.node_copy(node, known.__getitem__)
+    for node in [*new.nodes]:
+        if node.op == "get_attr" and not node.users:
+            new.erase_node(node)
     return _compiled(new)
 
 

@@ -176,6 +176,16 @@ def match(parts: Parts | Decline, alone: bool = False) -> Match | Decline:
     return matched if parts.projection is None else _with_projection(matched, parts.projection)
 
 
+def convolution_of(
+    owner: nn.Module, stride: Any, padding: Any, dilation: Any, groups: int
+) -> nn.Module:
+    """A Conv2d that computes with the weight and bias that a module has now and later."""
+    conv = Conv2d(1, 1, 1, device="meta")
+    conv._parameters = owner._parameters
+    conv.stride, conv.padding, conv.dilation, conv.groups = stride, padding, dilation, groups
+    return conv
+
+
 class _Units(NamedTuple):
     """The units of a main path that do anything; `leads`: whether the first is one of them."""
 
