@@ -34,6 +34,7 @@ OTHERS = {
     "compare": "what moved between two result files",
     "report": "the page of a result file, drawn again",
     "readme": "README.md's tables, from the result files that it names",
+    "coverage": "what is recognised of many networks; writes docs/coverage.md",
     "convolutions": "Triton's fused convolutions, beside cuDNN's and separate passes",
     "host": "what a block costs where there is nearly nothing to compute",
     "launches": "what a launch costs on the host",

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 import fastres
 
@@ -54,6 +55,21 @@ class Cifar(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.left(x) + self.shortcut(x), inplace=True)
+
+
+class Activated(nn.Module):
+    """A basic block of any activation, given as a module or a function."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1, act: Any = None) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = conv3(inputs, outputs, stride), nn.BatchNorm2d(outputs)
+        self.conv2, self.bn2 = conv3(outputs, outputs), nn.BatchNorm2d(outputs)
+        self.down = nn.Conv2d(inputs, outputs, 1, stride)
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.act(self.bn1(self.conv1(x)))
+        return self.act(self.bn2(self.conv2(out)) + self.down(x))
 
 
 class ThreeConvolutions(nn.Module):
@@ -219,3 +235,142 @@ class Values(Textbook):
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(-x if x.sum() > 0 else x)
+
+
+# ---------------------------------------------------------------- layouts of large code bases
+
+
+class FrozenNorm(nn.Module):
+    """A frozen batch norm by detectron2's names: all four are buffers, `eps` an attribute."""
+
+    def __init__(self, channels: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.register_buffer("weight", torch.ones(channels))
+        self.register_buffer("bias", torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels) - eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.requires_grad:
+            scale = self.weight * (self.running_var + self.eps).rsqrt()
+            bias = self.bias - self.running_mean * scale
+            scale = scale.reshape(1, -1, 1, 1)
+            bias = bias.reshape(1, -1, 1, 1)
+            return x * scale.to(x.dtype) + bias.to(x.dtype)
+        return F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight, self.bias, False, eps=self.eps
+        )
+
+
+class ConvNorm(nn.Conv2d):
+    """detectron2's convolution, which calls a norm and an activation of its own."""
+
+    def __init__(self, *args: Any, norm: nn.Module | None = None, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.norm = norm
+        self.activation = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.conv2d(
+            x, self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups
+        )
+        if self.norm is not None:
+            x = self.norm(x)
+        if self.activation is not None:
+            x = self.activation(x)
+        return x
+
+
+class ByDetectron(nn.Module):
+    """A bottleneck in detectron2's layout: `conv1.norm`, `shortcut.norm`, functional ReLUs."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1, norm: Any = None) -> None:
+        super().__init__()
+        norm = norm or nn.BatchNorm2d
+        width = outputs // 2
+        self.shortcut = None
+        if inputs != outputs:
+            self.shortcut = ConvNorm(inputs, outputs, 1, stride, bias=False, norm=norm(outputs))
+        self.conv1 = ConvNorm(inputs, width, 1, stride, bias=False, norm=norm(width))
+        self.conv2 = ConvNorm(width, width, 3, padding=1, bias=False, norm=norm(width))
+        self.conv3 = ConvNorm(width, outputs, 1, bias=False, norm=norm(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = F.relu_(self.conv1(x))
+        out = F.relu_(self.conv2(out))
+        out = self.conv3(out)
+        shortcut = self.shortcut(x) if self.shortcut is not None else x
+        out += shortcut
+        return F.relu_(out)
+
+
+class ByDetection(nn.Module):
+    """A basic block in mmdetection's layout: norms by properties, a forward within the forward."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1, with_cp: bool = False) -> None:
+        super().__init__()
+        self.norm1_name, self.norm2_name = "bn1", "bn2"
+        self.conv1 = conv3(inputs, outputs, stride)
+        self.add_module(self.norm1_name, nn.BatchNorm2d(outputs))
+        self.conv2 = conv3(outputs, outputs)
+        self.add_module(self.norm2_name, nn.BatchNorm2d(outputs))
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = None
+        if stride != 1 or inputs != outputs:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
+            )
+        self.with_cp = with_cp
+
+    @property
+    def norm1(self) -> nn.Module:
+        return getattr(self, self.norm1_name)
+
+    @property
+    def norm2(self) -> nn.Module:
+        return getattr(self, self.norm2_name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        def _inner_forward(x: Tensor) -> Tensor:
+            identity = x
+            out = self.norm1(self.conv1(x))
+            out = self.relu(out)
+            out = self.norm2(self.conv2(out))
+            if self.downsample is not None:
+                identity = self.downsample(x)
+            out += identity
+            return out
+
+        if self.with_cp and x.requires_grad:
+            out = checkpoint(_inner_forward, x, use_reentrant=False)
+        else:
+            out = _inner_forward(x)
+        return self.relu(out)
+
+
+# ---------------------------------------------------------------- networks of them
+
+_NETWORKS: dict[str, Any] = {
+    "textbook": Textbook,
+    "textbook-bias": lambda *sizes: Textbook(*sizes, bias=True),
+    "cifar": Cifar,
+    "bottleneck": lambda inputs, outputs, stride=1: ThreeConvolutions(inputs, outputs // 2, stride),
+    "pre-activation": PreActivation,
+    "wide": Wide,
+    "squeeze-excite": WithSqueeze,
+    "double-conv": lambda inputs, outputs, _=1: DoubleConv(inputs, outputs),
+    "option-a": lambda i, o, s=1: Textbook(i, o, s) if i == o else OptionA(i, o),
+    "vgg": lambda inputs, outputs, _=1: vgg(inputs, outputs),
+    "dense": lambda inputs, outputs, _=1: Dense(inputs, outputs - inputs or 8),
+    "detectron2": ByDetectron,
+    "detectron2-frozen": lambda *sizes: ByDetectron(*sizes, norm=FrozenNorm),
+    "mmdetection": ByDetection,
+}
+
+
+def network(kind: str) -> nn.Module:
+    """A stem, and two blocks of a kind, of which the second is narrower in pixels."""
+    make = _NETWORKS[kind]
+    blocks = [make(8, 8), make(16 if kind == "dense" else 8, 24 if kind == "dense" else 16, 2)]
+    return nn.Sequential(conv3(3, 8, 2), nn.BatchNorm2d(8), nn.ReLU(inplace=True), *blocks)

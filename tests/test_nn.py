@@ -501,8 +501,8 @@ class TestFallback:
         [
             ("bn2", lambda: nn.GroupNorm(2, 4), "bn2 is a GroupNorm, not a BatchNorm2d"),
             ("bn2", lambda: _FrozenNorm(4), "bn2 is a _FrozenNorm, not a BatchNorm2d"),
-            ("relu", lambda: nn.GELU(), "relu is a GELU, not a ReLU"),
-            ("relu", lambda: nn.ReLU6(), "relu is a ReLU6, not a ReLU"),
+            ("relu", lambda: nn.Mish(), "relu is a Mish, not an activation of a kernel"),
+            ("relu", lambda: nn.LeakyReLU(0.2), "relu is a LeakyReLU, not an activation of"),
             (
                 "conv2",
                 lambda: nn.Conv2d(4, 4, 3, 2, 1, padding_mode="reflect", bias=False),

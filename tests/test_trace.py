@@ -13,6 +13,9 @@ from typing import Any
 import pytest
 import torch
 from handwritten import (
+    Activated,
+    ByDetection,
+    ByDetectron,
     Cifar,
     Dense,
     DoubleConv,
@@ -27,7 +30,7 @@ from handwritten import (
     WithSqueeze,
     vgg,
 )
-from module_parity import FusedCalls, assert_same, randomise, step
+from module_parity import FusedCalls, assert_same, assert_two_x, randomise, step
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -54,6 +57,8 @@ BLOCKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "dense": (lambda: Dense(4, 3), 1),
     "into-the-input": (lambda: IntoTheInput(4, 4), 1),
     "modes": (lambda: Modes(4, 4), 1),
+    "detectron2": (lambda: ByDetectron(4, 6, 2), 1),
+    "mmdetection": (lambda: ByDetection(4, 6, 2), 1),
 }
 KINDS = pytest.mark.parametrize("kind", BLOCKS)
 
@@ -95,6 +100,145 @@ def test_parity(kind: str, dtype: torch.dtype, fmt: torch.memory_format, mode: s
         found = seeded(fused, x, backward=mode != "inference")
     assert calls.forward == BLOCKS[kind][1]
     assert_same(found, seeded(stock, x, backward=mode != "inference"))
+
+
+def leaky(x: Tensor) -> Tensor:
+    return F.leaky_relu(x, 0.01)
+
+
+#: Each with the number of fused operations of a block.
+ACTIVATIONS: dict[str, tuple[Any, int]] = {
+    "silu": (nn.SiLU(inplace=True), 1), "f-silu": (F.silu, 1), "gelu": (nn.GELU(), 1),
+    "gelu-tanh": (nn.GELU(approximate="tanh"), 1), "f-gelu": (F.gelu, 1),
+    "leaky": (nn.LeakyReLU(), 1), "f-leaky": (leaky, 1), "relu6": (nn.ReLU6(inplace=True), 1),
+    "f-relu6": (F.relu6, 1), "hardswish": (nn.Hardswish(), 1), "f-hardswish": (F.hardswish, 1),
+    "steep-leaky": (nn.LeakyReLU(0.2), 2), "f-steep": (lambda x: F.leaky_relu(x, 0.2), 2),
+    "mish": (nn.Mish(), 2), "twice": (nn.Sequential(nn.ReLU(), nn.SiLU()), 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["train", "eval", "inference"])
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_activations(act: str, mode: str) -> None:
+    """What a kernel knows is fused; around anything else the rest is."""
+    stock = randomise(Activated(4, 6, 2, ACTIVATIONS[act][0])).double().train(mode == "train")
+    fused = copy.deepcopy(stock)
+    fastres.convert(fused)
+    x = images()
+    with FusedCalls() as calls:
+        found = step(fused, x, backward=mode != "inference")
+    assert calls.forward == ACTIVATIONS[act][1]
+    assert_same(found, step(stock, x, backward=mode != "inference"))
+
+
+@pytest.mark.parametrize("act", ["silu", "gelu", "leaky", "relu6", "hardswish"])
+def test_activations_in_lower_precision(act: str) -> None:
+    stock = randomise(Activated(4, 6, 2, ACTIVATIONS[act][0]))
+    fused = copy.deepcopy(stock)
+    fastres.convert(fused)
+    truth, x = copy.deepcopy(stock).double(), images(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = step(fused, x), step(stock, x)
+    assert_two_x(found, expected, step(truth, x.double()))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("negative_slope", 0.2), ("approximate", "tanh"), ("inplace", True)]
+)
+def test_settings_of_activations(name: str, value: Any) -> None:
+    """They may change after the conversion."""
+    act = {"negative_slope": nn.LeakyReLU, "approximate": nn.GELU, "inplace": nn.Hardswish}[name]
+    stock = randomise(Activated(4, 4, act=act())).double()
+    fused = copy.deepcopy(stock)
+    fastres.convert(fused)
+    x = images()
+    assert_same(step(fused, x), step(stock, x))
+    for module in (fused, stock):
+        setattr(module.act, name, value)
+    assert_same(step(fused, x), step(stock, x))
+
+
+@pytest.mark.parametrize("owner", [nn.SiLU, F], ids=["class", "function"])
+def test_replaced_activations(owner: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    stock = randomise(Activated(4, 4, act=nn.SiLU())).double()
+    fused = copy.deepcopy(stock)
+    fastres.convert(fused)
+    x = images()
+    assert_same(step(fused, x), step(stock, x))
+    if owner is F:
+        monkeypatch.setattr(F, "silu", lambda x, inplace=False: x * 2)
+    else:
+        monkeypatch.setattr(owner, "forward", lambda self, x: x * 3)
+    assert_same(step(fused, x), step(stock, x))
+
+
+def _weight(module: Any) -> None:
+    module.conv1.weight = nn.Parameter(module.conv1.weight.detach() * 2)
+
+
+def _all_parameters(module: Any) -> None:
+    weight = nn.Parameter(module.conv1.weight.detach() * 2)
+    module.conv1.__dict__["_parameters"] = {"weight": weight, "bias": None}
+
+
+def _settings(module: Any) -> None:
+    module.conv2.padding, module.conv2.dilation = (2, 2), (2, 2)
+
+
+def _with_bias(module: Any) -> None:
+    module.conv1.register_parameter("bias", nn.Parameter(torch.ones(3).double()))
+
+
+def _act_within(module: Any) -> None:
+    module.conv3.activation = nn.Mish()
+
+
+def _hook_within(module: Any) -> None:
+    module.conv2.register_forward_hook(lambda m, args, out: out * 2)
+
+
+def _weight_norm(module: Any) -> None:
+    torch.nn.utils.parametrizations.weight_norm(module.conv2)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [_weight, _all_parameters, _settings, _with_bias, _act_within, _hook_within, _weight_norm],
+    ids=lambda f: f.__name__,
+)
+def test_changes_to_functional_convolutions(change: Callable[[Any], None]) -> None:
+    stock = randomise(ByDetectron(4, 6, 2)).double()
+    if change is _with_bias:
+        for conv in (stock.conv1, stock.conv2, stock.conv3, stock.shortcut):
+            conv.bias = None
+    fused = copy.deepcopy(stock)
+    fastres.convert(fused)
+    x = images()
+    with FusedCalls() as calls:
+        assert_same(step(fused, x), step(stock, x))
+    assert calls.forward > 0
+    for module in (fused, stock):
+        torch.manual_seed(2)
+        change(module)
+    for train in (True, False):
+        assert_same(step(fused.train(train), x), step(stock.train(train), x))
+
+
+class _Scaled(ByDetectron):
+    """A weight that is computed, and one of another module."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.conv1.norm(F.conv2d(x, self.conv1.weight * 2)))
+        y = F.relu(self.conv2.norm(F.conv2d(y, self.conv2.weight, self.conv1.norm.bias, 1, 1)))
+        return self.conv3.norm(F.conv2d(y, self.conv3.weight, padding="same"))
+
+
+def test_functional_convolutions_of_other_weights() -> None:
+    stock = randomise(_Scaled(4, 6)).double()
+    fused = copy.deepcopy(stock)
+    fastres.convert(fused)
+    x = images()
+    assert_same(step(fused, x), step(stock, x))
 
 
 def test_what_a_block_writes_into_is_written_into() -> None:

@@ -126,7 +126,8 @@ def why_not_settings(unit: Unit) -> str | None:
     """
     norm, conv = unit.norm, unit.conv
     eps = 1.0 if norm is None or norm.source == "given" else norm.eps
-    if type(eps) not in (float, int) or not eps > 0:
+    running = norm is not None and norm.source == "running"
+    if type(eps) not in (float, int) or not (eps > 0 or (running and eps == 0)):
         return f"eps must be a positive float, got {eps!r}"
     if conv is None:
         return None
@@ -144,12 +145,16 @@ def _why_not_norm(layer: Layer, channels: int, x: Tensor) -> str | None:
             continue
         if t.numel() != channels or t.device != x.device or t.dim() != 1:
             return f"batch norm tensors must have shape [{channels}] on {x.device}"
+        if layer.promotes and t.dtype != x.dtype:
+            return f"a norm with tensors in {t.dtype} gives that for {x.dtype}"
         if t.dtype not in (x.dtype, torch.float32):
             return f"batch norm tensors must be {x.dtype} or float32, got {t.dtype}"
         if x.dtype == torch.float64 and t.dtype != torch.float64:
             return "batch norm tensors must be float64"
-    for t in (layer.running_mean, layer.running_var) if layer.training else ():
-        if t is not None and channels > 1 and t.stride(0) == 0:
+    for t in (layer.running_mean, layer.running_var):
+        if t is not None and t.requires_grad:
+            return "running statistics that want a gradient"
+        if t is not None and layer.training and channels > 1 and t.stride(0) == 0:
             return "running statistics that share one place are updated one after the other"
     return None
 

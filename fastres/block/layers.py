@@ -30,6 +30,7 @@ class Layer(NamedTuple):
             is the cumulative average, 1/counter.
         counter: 0-d integer, nn.BatchNorm2d's num_batches_tracked, or None; incremented in place
             in training.
+        promotes: whether an x of lower precision than the norm's tensors comes out in theirs.
     """
 
     unit: Unit
@@ -43,6 +44,7 @@ class Layer(NamedTuple):
     training: bool = False
     momentum: float | Tensor | None = 0.1
     counter: Tensor | None = None
+    promotes: bool = False
 
     @property
     def parameters(self) -> tuple[Tensor | None, ...]:

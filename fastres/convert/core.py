@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastres.convert.frozen import learn
 from fastres.convert.grammar import match_run
 from fastres.convert.levels import Target, describe
 from fastres.convert.plan import Plan, why_not_whole
@@ -24,7 +25,7 @@ from fastres.convert.swaps import swaps as known_swaps
 from fastres.convert.traced import Traced, bind, reverted, stock_of, why_not_traced
 from fastres.nn.blocks import FusedModule
 from fastres.nn.fused import FusedParts, explained, parts_now
-from fastres.nn.match import Decline, match
+from fastres.nn.match import Decline, is_norm, match
 from fastres.nn.stem import FusedStem
 
 #: Wrappers of a whole model that a user may wonder about.
@@ -60,6 +61,7 @@ def convert(model: nn.Module) -> Report:
         TypeError: where model is no torch.nn.Module.
     """
     _check(model)
+    learn(model)
     swaps = known_swaps()
     found = _survey(model, swaps)
     classes = {module: type(module) for module in model.modules()}
@@ -95,6 +97,7 @@ def revert(model: nn.Module, *, built: bool = False) -> Report:
         TypeError: where model is no torch.nn.Module.
     """
     _check(model)
+    learn(model)
     swaps, changed = known_swaps(), 0
     stocks = {fused: own for own, fused in swaps.items() if built or own not in BUILT}
     left: dict[str, None] = {}
@@ -141,6 +144,7 @@ def explain(
             what it would do on one where it can, and notes that.
     """
     _check(model)
+    learn(model)
     swaps = known_swaps()
     return _report(model, swaps, Target.of(x, device, dtype, channels_last, backend))
 
@@ -157,7 +161,10 @@ def _survey(model: nn.Module, swaps: Swaps) -> Survey:
 
 
 def _convertible(model: nn.Module, swaps: Swaps) -> list[nn.Module]:
-    """The modules whose class is to be swapped for the one that a zoo's file has for it."""
+    """The modules whose class is to be swapped for the one that a zoo's file has for it.
+
+    What is inside a zoo's block is left to whatever runs the block: by its class or by tracing.
+    """
     found, hidden = [], set[nn.Module]()
     for module in model.modules():
         fused = swaps.get(type(module))
@@ -165,9 +172,7 @@ def _convertible(model: nn.Module, swaps: Swaps) -> list[nn.Module]:
             continue
         if fused is not None and _permanent_obstacle(module, fused) is None:
             found.append(module)
-        elif not isinstance(module, FusedModule):
-            continue
-        if fused is None or issubclass(fused, FusedModule):
+        if issubclass(fused or type(module), FusedModule):
             hidden.update(inner for inner in module.modules() if inner is not module)
     return found
 
@@ -193,13 +198,13 @@ def _is_known(module: nn.Module, swaps: Swaps) -> bool:
 
 
 def _has_norms(module: nn.Module) -> bool:
-    return any([isinstance(child, nn.BatchNorm2d) for child in module.children()])
+    return any([isinstance(c, nn.BatchNorm2d) or is_norm(c) for c in module.children()])
 
 
 def _looks_residual(module: nn.Module) -> bool:
     children = list(module.children())
     convs = sum(isinstance(child, nn.Conv2d) for child in children)
-    norms = sum(isinstance(child, nn.BatchNorm2d) for child in children)
+    norms = sum(isinstance(child, nn.BatchNorm2d) or is_norm(child) for child in children)
     return convs > 1 and norms > 1 and not isinstance(module, nn.Sequential)
 
 

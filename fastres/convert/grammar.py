@@ -17,16 +17,34 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from fastres.block import pair
+from fastres.block.layers import is_size
 from fastres.nn import factors
-from fastres.nn.genuine import AvgPool2d, BatchNorm2d, Conv2d, Identity, ReLU
+from fastres.nn.frozen import frozen_of
+from fastres.nn.genuine import (
+    GELU,
+    AvgPool2d,
+    BatchNorm2d,
+    Conv2d,
+    Hardswish,
+    Identity,
+    LeakyReLU,
+    ReLU,
+    ReLU6,
+    SiLU,
+)
 from fastres.nn.match import (
+    ACTIVATIONS,
     Decline,
     Match,
     Parts,
     Projection,
     Steps,
+    called_behind,
+    convolution_of,
     has_activation,
     hooked,
+    is_norm,
     match,
 )
 
@@ -68,14 +86,15 @@ class Found(NamedTuple):
     left: tuple[Node, ...]
 
 
-def find_runs(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> Found:
+def find_runs(graph: fx.Graph, modules: Mapping[str, nn.Module], root: nn.Module) -> Found:
     """The runs of a graph.
 
     Args:
         graph: of one forward.
         modules: the children that it calls, by their names.
+        root: whose parameters it reads.
     """
-    ops = {node: _operation(node, modules) for node in graph.nodes}
+    ops = {node: _operation(node, modules, root) for node in graph.nodes}
     calls = Counter(node.target for node in graph.nodes if node.op == "call_module")
     moments = _Moments(ops, {name: modules[str(name)] for name in calls}, calls)
     declines: dict[int, Decline] = {}
@@ -124,7 +143,7 @@ def _interrupts(node: Node, modules: Mapping[str, nn.Module], between: bool) -> 
         module = modules[str(node.target)]
         if not between and any([True for _ in module.children()]):
             return False
-        norms = any([isinstance(m, nn.BatchNorm2d) or has_activation(m) for m in module.modules()])
+        norms = any([isinstance(m, nn.BatchNorm2d) or is_norm(m) for m in module.modules()])
         return type(module) not in _BETWEEN and not norms
     if node.op == "call_method":
         return node.target not in _VIEWS
@@ -187,16 +206,18 @@ class _Op(NamedTuple):
     writes: bool = False
 
 
-#: Stands in for the functions that compute the same.
-_RELU = ReLU()
-
-_RELUS: dict[Any, bool] = {
-    torch.relu: False,
-    torch.relu_: True,
-    F.relu: False,
-    "relu": False,
-    "relu_": True,
+_INPLACE = (("input", None), ("inplace", False))
+#: Functions that compute an activation, their arguments, and a module of the same by their values.
+_ACTS: dict[Any, tuple[tuple[tuple[str, Any], ...], Any]] = {
+    F.relu: (_INPLACE, ReLU),
+    F.silu: (_INPLACE, SiLU),
+    F.relu6: (_INPLACE, ReLU6),
+    F.hardswish: (_INPLACE, Hardswish),
+    F.gelu: ((("input", None), ("approximate", "none")), GELU),
+    F.leaky_relu: ((("input", None), ("negative_slope", 0.01), ("inplace", False)), LeakyReLU),
 }
+_RELU = ((("input", None),), ReLU)
+_ACTS |= {torch.relu: _RELU, torch.relu_: _RELU, "relu": _RELU, "relu_": _RELU}
 _ADDS: dict[Any, bool] = {
     operator.add: False, operator.iadd: True, torch.add: False, "add": False, "add_": True,
     "__add__": False, "__radd__": False, "__iadd__": True,
@@ -208,13 +229,15 @@ _POOL = (
 )  # fmt: skip
 
 
-def _operation(node: Node, modules: Mapping[str, nn.Module]) -> _Op | None:
+def _operation(node: Node, modules: Mapping[str, nn.Module], root: nn.Module) -> _Op | None:
     if node.op == "call_module":
         return _called(node, modules[str(node.target)])
     if node.op not in ("call_function", "call_method"):
         return None
     target: Any = node.target
-    for read in (_relu, _add, _dropout, _pool):
+    if target is F.conv2d:
+        return _convolution(node, root)
+    for read in (_activation, _add, _dropout, _pool):
         if (op := read(node, target)) is not None:
             return op
     return None
@@ -233,16 +256,10 @@ def _called(node: Node, module: nn.Module) -> _Op | None:
 
 def _kind(module: nn.Module) -> str | None:
     cls = type(module)
-    exact = {
-        Conv2d: "conv",
-        BatchNorm2d: "norm",
-        ReLU: "act",
-        AvgPool2d: "pool",
-        Identity: "identity",
-    }
-    if cls in exact:
-        return exact[cls]
-    if has_activation(module):
+    exact = {Conv2d: "conv", AvgPool2d: "pool", Identity: "identity"}
+    if cls in exact or cls in ACTIVATIONS:
+        return exact.get(cls, "act")
+    if is_norm(module):
         return "norm"
     if factors.drop_of(module) is not None:
         return "drop"
@@ -257,13 +274,50 @@ def _given(node: Node, names: tuple[tuple[str, Any], ...]) -> dict[str, Any] | N
     return {**dict(names), **dict(positional), **node.kwargs}
 
 
-def _relu(node: Node, target: Any) -> _Op | None:
-    if target not in _RELUS:
+_CONV = (
+    ("input", None), ("weight", None), ("bias", None), ("stride", 1), ("padding", 0),
+    ("dilation", 1), ("groups", 1),
+)  # fmt: skip
+
+
+def _convolution(node: Node, root: nn.Module) -> _Op | None:
+    """A convolution by its function, of a weight and bias that one module has by these names."""
+    given = _given(node, _CONV)
+    if given is None or not isinstance(value := given.pop("input"), Node):
         return None
-    given = _given(node, (("input", None), ("inplace", False)))
-    if given is None or not isinstance(given["input"], Node) or type(given["inplace"]) is not bool:
+    owner, weight = _parameter(given.pop("weight"), root)
+    other, bias = _parameter(given.pop("bias"), root)
+    if owner is None or weight != "weight" or (bias is not None and other is not owner):
         return None
-    return _Op("act", (given["input"],), _RELU, _RELUS[target] or given["inplace"])
+    if bias != (None if owner._parameters.get("bias") is None else "bias"):
+        return None
+    stride, padding, dilation, groups = given.values()
+    if type(groups) is not int or not all([is_size(v) for v in (stride, padding, dilation)]):
+        return None
+    conv = convolution_of(owner, pair(stride), pair(padding), pair(dilation), groups)
+    return _Op("conv", (value,), conv)
+
+
+def _parameter(node: Any, root: nn.Module) -> tuple[nn.Module | None, str | None]:
+    """The module that has a parameter by itself, and its name there."""
+    if not isinstance(node, Node) or node.op != "get_attr":
+        return None, None if node is None else ""
+    path, _, name = str(node.target).rpartition(".")
+    owner = root.get_submodule(path)
+    return (owner, name) if name in owner._parameters else (None, "")
+
+
+def _activation(node: Node, target: Any) -> _Op | None:
+    if target not in _ACTS:
+        return None
+    names, make = _ACTS[target]
+    given = _given(node, names)
+    if given is None or not isinstance(value := given.pop("input"), Node):
+        return None
+    writes = target in (torch.relu_, "relu_") or given.pop("inplace", False)
+    if type(writes) is not bool or any([type(v) not in (str, float) for v in given.values()]):
+        return None
+    return _Op("act", (value,), make(**given), writes)
 
 
 def _add(node: Node, target: Any) -> _Op | None:
@@ -319,10 +373,9 @@ _PURE_METHODS = {
     "chunk", "split", "expand", "expand_as", "unsqueeze", "squeeze", "repeat", "new_zeros", "to",
     "sigmoid", "add", "mul", "relu",
 }  # fmt: skip
-_PURE_MODULES = {
-    Conv2d, BatchNorm2d, AvgPool2d, Identity, ReLU, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.Sigmoid,
-    nn.SiLU, nn.GELU, nn.Upsample, nn.ZeroPad2d, nn.Linear, nn.Flatten, nn.Hardswish, nn.ReLU6,
-    nn.LeakyReLU,
+_PURE_MODULES: set[type] = {
+    *ACTIVATIONS, Conv2d, BatchNorm2d, AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.Sigmoid,
+    nn.Upsample, nn.ZeroPad2d, nn.Linear, nn.Flatten,
 }  # fmt: skip
 
 
@@ -348,7 +401,8 @@ def _is_pure(node: Node, module: nn.Module | None, calls: int) -> bool:
     if node.op in ("placeholder", "get_attr", "output"):
         return True
     if module is not None:
-        return type(module) in _PURE_MODULES and calls == 1 and not _writes(module)
+        known = type(module) in _PURE_MODULES or frozen_of(module) is not None
+        return known and calls == 1 and not any([_writes(m) for m in module.modules()])
     if node.kwargs.get("out") is not None or node.kwargs.get("inplace"):
         return False
     table = _PURE_METHODS if node.op == "call_method" else _PURE_FUNCTIONS
@@ -397,6 +451,8 @@ class _Chain(NamedTuple):
             return None
         conv, norm, act, drop = self.units[0]
         if conv is None or act is not None or drop is not None:
+            return None
+        if norm is not None and any([type(m) is not Identity for m in called_behind(norm)]):
             return None
         return Projection(conv, norm, self.pool)  # type: ignore[arg-type]
 
@@ -458,9 +514,11 @@ class _Values:
         op = self._ops[value]
         if len(self.readers[value]) != 1 or op is None:
             return False
-        if op.kind not in ("conv", "norm", "act", "add"):
+        if op.kind not in ("conv", "norm", "act", "add", "drop"):
             return False
-        return not op.writes or self.is_fresh(self.same[op.values[0]])
+        # Dropout that is not at work gives what it was given.
+        passes = op.writes or op.kind == "drop"
+        return not passes or self.is_fresh(self.same[op.values[0]])
 
 
 class _Moments(dict[Node, int]):

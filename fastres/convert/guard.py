@@ -58,12 +58,14 @@ class Guard:
             return False
 
     def _same_modules(self, root: nn.Module) -> bool:
-        for module, cls, names, values, children, absent in self._inside:
+        for module, cls, names, values, children, absent, table in self._inside:
             if module is None:
                 module = root
             elif type(module) is not cls or _hooked(module.__dict__):
                 return False
             now = module.__dict__
+            if now["_parameters"] is not table:
+                return False
             if [now.get(name, _MISSING) for name in names] != values:
                 return False
             if [*now["_modules"].items()] != children or _absent(now) != absent:
@@ -89,7 +91,8 @@ class Guard:
             self._watch(value)
         # The module itself is looked at when it is called: kept here it would never be freed.
         kept = None if module is root else module
-        return kept, type(module), names, values, [*now["_modules"].items()], _absent(now)
+        children = [*now["_modules"].items()]
+        return kept, type(module), names, values, children, _absent(now), now["_parameters"]
 
     def _watch(self, value: Any) -> None:
         """A value that may change and stay the same object is compared with a copy."""

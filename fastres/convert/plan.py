@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 
 from fastres.block import try_layers, why_not_layers
 from fastres.block.call import execute
+from fastres.convert.frozen import learn
 from fastres.convert.grammar import Found, Run, find_runs, match_run, modules_of
 from fastres.convert.guard import Guard, UnknownError
 from fastres.convert.trace import NotTraced, Trace, trace
@@ -79,6 +80,9 @@ def _nodes_of(run: Run, same: Mapping[fx.Node, fx.Node]) -> Callable[..., Any]:
     if run.residual is not None:
         known[run.residual] = new.placeholder("residual")
     for node in run.nodes:
+        for value in node.all_input_nodes:
+            if value.op == "get_attr" and value not in known:
+                known[value] = new.node_copy(value)
         known[node] = new.node_copy(node, lambda value: known[same[value]])
     new.output(known[run.nodes[-1]])
     return _compiled(new)
@@ -141,12 +145,13 @@ def _make_plan(
     kwargs: dict[str, Any],
     leaves: set[nn.Module],
 ) -> Plan | NotTraced:
+    learn(module)
     while True:
         traced = trace(module, forward, args, kwargs, leaves)
         if isinstance(traced, NotTraced):
             return traced
         modules = modules_of(traced.graph, module)
-        found = find_runs(traced.graph, modules)
+        found = find_runs(traced.graph, modules, module)
         idle = _idle(module, traced, found)
         if not idle:
             break
@@ -195,6 +200,9 @@ def _function(graph: fx.Graph, found: Found) -> Callable[..., Any]:
             new.output(fx.node.map_arg(node.args[0], known.__getitem__))
         elif node not in within:
             known[node] = new.node_copy(node, known.__getitem__)
+    for node in [*new.nodes]:
+        if node.op == "get_attr" and not node.users:
+            new.erase_node(node)
     return _compiled(new)
 
 

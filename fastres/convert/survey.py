@@ -14,7 +14,7 @@ from fastres.convert.traced import Traced, bound_plan, first_plan, stock_of, tra
 from fastres.nn import factors
 from fastres.nn.blocks import FusedModule
 from fastres.nn.fused import FusedParts, explained, parts_now
-from fastres.nn.match import Parts, has_activation
+from fastres.nn.match import Parts, is_norm
 
 
 class Survey(NamedTuple):
@@ -114,7 +114,7 @@ def _may_hold_runs(module: nn.Module, apart: Collection[nn.Module]) -> bool:
         return False
     if isinstance(module, torch.jit.ScriptModule) or cls.forward is nn.Module.forward:
         return False
-    if factors.drop_of(module) or factors.gate_of(module) or has_activation(module):
+    if factors.drop_of(module) or factors.gate_of(module) or is_norm(module):
         return False
     return any([_holds_norm(child, apart) for child in module.children()])
 
@@ -122,6 +122,6 @@ def _may_hold_runs(module: nn.Module, apart: Collection[nn.Module]) -> bool:
 def _holds_norm(module: nn.Module, apart: Collection[nn.Module]) -> bool:
     if module in apart:
         return False
-    if isinstance(module, nn.BatchNorm2d) or has_activation(module):
+    if isinstance(module, nn.BatchNorm2d) or is_norm(module):
         return True
     return any([_holds_norm(child, apart) for child in module.children()])

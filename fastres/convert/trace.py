@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 
 from fastres.nn import factors
 from fastres.nn.fused import FusedParts
-from fastres.nn.match import has_activation, hooked
+from fastres.nn.match import hooked, is_norm
 
 
 class RefusedError(Exception):
@@ -71,6 +71,7 @@ def trace(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     leaves: Collection[nn.Module],
+    wants_grad: bool | None = None,
 ) -> Trace | NotTraced:
     """Trace `forward(module, *args, **kwargs)`.
 
@@ -80,11 +81,13 @@ def trace(
         args: what it is called with; a `Placeholder` stands for each tensor.
         kwargs: likewise.
         leaves: children that are not looked into, besides those that never are.
+        wants_grad: what the inputs' `requires_grad` is taken to be; None leaves it open.
     """
     opaque = set(leaves)
     while True:
         with _tracing:
             tracer = _Tracer(opaque, forward, args, kwargs)
+            tracer.wants_grad = wants_grad
             failed = tracer.run(module)
             changed = tracer.watch.kept.restore()
         if failed is None and changed:
@@ -108,7 +111,7 @@ def never_inside(module: nn.Module) -> bool:
         return True
     if home[:2] in (["torch", "nn"], ["torch", "ao"]) and not isinstance(module, nn.Sequential):
         return True
-    known = factors.drop_of(module) or factors.gate_of(module) or has_activation(module)
+    known = factors.drop_of(module) or factors.gate_of(module) or is_norm(module)
     return bool(known) or hooked(module) is not None or "parametrizations" in module._modules
 
 
@@ -122,6 +125,14 @@ class _Value(fx.Proxy):
         if self.node.op == "placeholder":
             return Tensor
         raise RefusedError("asks for the type of a value")
+
+    @property
+    def requires_grad(self) -> Any:
+        """As was to be assumed of inputs; of any other value it stays open."""
+        assumed = self.tracer.wants_grad  # type: ignore[attr-defined]
+        if assumed is None or self.node.op != "placeholder":
+            return fx.proxy.Attribute(self, "requires_grad")
+        return assumed
 
 
 def _in_place(name: str) -> Any:
@@ -143,6 +154,7 @@ for _name in (
 
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
+    wants_grad: bool | None = None
 
     def __init__(
         self,
@@ -201,6 +213,8 @@ class _Tracer(fx.Tracer):
             raise RefusedError(
                 f"calls a {type(m).__name__} that is not among its children"
             ) from None
+        if _calls_its_own_way(m):
+            raise RefusedError(f"calls a {type(m).__name__}, which has a __call__ of its own")
         if self.is_leaf_module(m, path):
             return super().call_module(m, forward, args, kwargs)
         self._entered.append(m)
@@ -226,6 +240,17 @@ class _Tracer(fx.Tracer):
         if isinstance(a, (tuple, list, dict)) and type(a) not in (tuple, list, dict):
             raise RefusedError(f"makes a {type(a).__name__}")
         return super().create_arg(a)
+
+
+def _calls_its_own_way(module: nn.Module) -> bool:
+    """Whether calling a module may do more than torch's nn.Module.__call__."""
+    for cls in type(module).__mro__:
+        if cls is nn.Module:
+            return False
+        own = cls.__dict__.get("__call__")
+        if own is not None and not str(getattr(own, "__module__", "")).startswith("torch."):
+            return True
+    return False
 
 
 @contextmanager

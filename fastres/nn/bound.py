@@ -18,10 +18,11 @@ from fastres.block import current
 from fastres.block.call import Call, autocasts, prepare
 from fastres.block.plan import switches
 from fastres.kernels import registrations
+from fastres.nn.frozen import frozen_of_class
 from fastres.nn.match import Decline, Match, Parts, Projection, match
 
 #: A module, its class, its attributes, and the identities of its parameters, buffers and children.
-_Seen = tuple[nn.Module, type, dict[str, Any], list[int]]
+_Seen = tuple[nn.Module, Any, dict[str, Any], list[int]]
 
 #: Inputs of a module are of few kinds; one that sees ever new ones starts over now and then.
 _MOST_KEPT = 64
@@ -30,13 +31,17 @@ _MOST_KEPT = 64
 class Bound:
     """A match, and the calls that were prepared for it."""
 
-    __slots__ = ("_block", "_calls", "_seen", "match")
+    __slots__ = ("_block", "_calls", "_forwards", "_running", "_seen", "match")
 
     def __init__(self, module: nn.Module, parts: Parts, matched: Match) -> None:
         self.match = matched
         self._seen = [_look(one) for one in _modules(parts)]
         # The module itself is looked at when it is called: kept here it would never be freed.
         self._block = _look(module)[1:]
+        classes = dict.fromkeys([cls for _, cls, *_ in self._seen])
+        frozen = [(cls, frozen_of_class(cls)) for cls in classes]
+        self._forwards = [(cls, known.forward) for cls, known in frozen if known is not None]
+        self._running = [t for layer in matched.layers for t in layer[5:7] if t is not None]
         self._calls: dict[Any, Call | None] = {}
 
     def holds(self, module: nn.Module) -> bool:
@@ -56,7 +61,7 @@ class Bound:
                     or now["_backward_pre_hooks"]
                 ):
                     return False
-            return True
+            return all([cls.forward is forward for cls, forward in self._forwards])
         except Exception:  # An attribute that cannot be compared may have changed.
             return False
 
@@ -66,6 +71,7 @@ class Bound:
         tensors = [x, *[t for layer in layers for t in layer[1:7] if t is not None]]
         key = (
             torch.is_grad_enabled() and any([t.requires_grad for t in tensors]),
+            any([t.requires_grad for t in self._running]),
             current(), switches(x.device.type), registrations(),
             *[(t.shape, t.stride(), t.dtype, t.device, type(t)) for t in tensors],
         )  # fmt: skip

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch.nn import functional as F
-from torch.nn.modules.activation import ReLU
+from torch.nn.modules.activation import GELU, Hardswish, LeakyReLU, ReLU, ReLU6, SiLU
 from torch.nn.modules.batchnorm import BatchNorm2d
 from torch.nn.modules.container import Sequential
 from torch.nn.modules.conv import Conv2d
@@ -18,12 +18,17 @@ from torch.nn.modules.module import Module
 from torch.nn.modules.pooling import AvgPool2d
 
 __all__ = [
+    "GELU",
     "AvgPool2d",
     "BatchNorm2d",
     "Conv2d",
+    "Hardswish",
     "Identity",
+    "LeakyReLU",
     "ReLU",
+    "ReLU6",
     "Sequential",
+    "SiLU",
     "as_written",
     "replaced",
 ]
@@ -42,7 +47,9 @@ _WATCHED: tuple[tuple[Any, str], ...] = (
     (Conv2d, "forward"), (Conv2d, "_conv_forward"), (BatchNorm2d, "forward"),
     (BatchNorm2d, "_check_input_dim"), (ReLU, "forward"), (Identity, "forward"),
     (Sequential, "forward"), (AvgPool2d, "forward"), (Module, "__call__"), (F, "conv2d"),
-    (F, "batch_norm"), (F, "relu"), (F, "avg_pool2d"),
+    (F, "batch_norm"), (F, "relu"), (F, "avg_pool2d"), (GELU, "forward"), (Hardswish, "forward"),
+    (LeakyReLU, "forward"), (ReLU6, "forward"), (SiLU, "forward"), (F, "gelu"), (F, "hardswish"),
+    (F, "leaky_relu"), (F, "relu6"), (F, "hardtanh"), (F, "silu"),
 )  # fmt: skip
 _WRITTEN = tuple([as_written(owner, name) for owner, name in _WATCHED])
 
@@ -52,7 +59,9 @@ def replaced() -> str | None:
     now = (
         Conv2d.forward, Conv2d._conv_forward, BatchNorm2d.forward, BatchNorm2d._check_input_dim,
         ReLU.forward, Identity.forward, Sequential.forward, AvgPool2d.forward, Module.__call__,
-        F.conv2d, F.batch_norm, F.relu, F.avg_pool2d,
+        F.conv2d, F.batch_norm, F.relu, F.avg_pool2d, GELU.forward, Hardswish.forward,
+        LeakyReLU.forward, ReLU6.forward, SiLU.forward, F.gelu, F.hardswish, F.leaky_relu, F.relu6,
+        F.hardtanh, F.silu,
     )  # fmt: skip
     if now == _WRITTEN:
         return None

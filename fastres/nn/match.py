@@ -20,7 +20,21 @@ from fastres.block.check import why_not_watched
 from fastres.block.layers import is_size
 from fastres.kernels import Conv
 from fastres.nn import factors
-from fastres.nn.genuine import AvgPool2d, BatchNorm2d, Conv2d, Identity, ReLU, Sequential, replaced
+from fastres.nn.frozen import TENSORS, children_of, frozen_of, has_tensors
+from fastres.nn.genuine import (
+    GELU,
+    AvgPool2d,
+    BatchNorm2d,
+    Conv2d,
+    Hardswish,
+    Identity,
+    LeakyReLU,
+    ReLU,
+    ReLU6,
+    Sequential,
+    SiLU,
+    replaced,
+)
 
 
 class Decline(NamedTuple):
@@ -166,6 +180,16 @@ def match(parts: Parts | Decline, alone: bool = False) -> Match | Decline:
     return matched if parts.projection is None else _with_projection(matched, parts.projection)
 
 
+def convolution_of(
+    owner: nn.Module, stride: Any, padding: Any, dilation: Any, groups: int
+) -> nn.Module:
+    """A Conv2d that computes with the weight and bias that a module has now and later."""
+    conv = Conv2d(1, 1, 1, device="meta")
+    conv._parameters = owner._parameters
+    conv.stride, conv.padding, conv.dilation, conv.groups = stride, padding, dilation, groups
+    return conv
+
+
 class _Units(NamedTuple):
     """The units of a main path that do anything; `leads`: whether the first is one of them."""
 
@@ -280,25 +304,47 @@ def register_norm_act(cls: type, behind: Callable[[Any], tuple[nn.Module | None,
 
 
 def has_activation(module: nn.Module) -> bool:
-    """Whether a module is of a class that `register_norm_act` announced."""
-    return type(module) in _NORM_ACTS
+    """Whether a module is a norm of a class that calls more modules behind it."""
+    frozen = frozen_of(module)
+    return type(module) in _NORM_ACTS if frozen is None else bool(frozen.behind)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is of a class that is known for a batch norm over images."""
+    cls = type(module)
+    return cls is BatchNorm2d or cls in _NORM_ACTS or frozen_of(module) is not None
+
+
+def called_behind(norm: nn.Module | None) -> Sequence[nn.Module | None]:
+    """The modules that a norm calls behind its arithmetic; the last is an activation."""
+    if (frozen := frozen_of(norm)) is not None and norm is not None:
+        return children_of(norm, frozen)
+    announced = _NORM_ACTS.get(type(norm))
+    return () if announced is None else announced(norm)
 
 
 def _activation_behind(norm: nn.Module | None, act: nn.Module | None) -> str | Decline:
     """What a norm's own activation and the one behind it make together."""
     outer = activation_of(act)
-    behind = _NORM_ACTS.get(type(norm))
-    if behind is None or isinstance(outer, Decline):
+    behind = called_behind(norm)
+    if not behind or isinstance(outer, Decline):
         return outer
-    *rest, last = behind(norm)
+    *rest, last = behind
     inner = _why_not_identities(rest) or activation_of(last)
     if isinstance(inner, Decline) or outer == "none":
         return inner
     # A second ReLU changes nothing.
-    return outer if inner in ("none", "relu") else Decline(act, "is a second activation")
+    same = inner == "none" or inner == outer == "relu"
+    return outer if same else Decline(act, "is a second activation")
 
 
-def _with_norm(norm: nn.BatchNorm2d, conv: Conv | None, act: str, scale: bool) -> Layer:
+def _with_norm(norm: Any, conv: Conv | None, act: str, scale: bool) -> Layer:
+    if (frozen := frozen_of(norm)) is not None:
+        eps = norm.eps if frozen.eps is None else frozen.eps
+        weight, bias, mean, var = [tensor_of(norm, name) for name in TENSORS]
+        unit = Unit(conv, Norm(eps, "running"), act, scale)
+        promotes = frozen.promotes
+        return Layer(unit, None, None, weight, bias, mean, var, momentum=0.0, promotes=promotes)
     running_mean, running_var, momentum, counter = running_of(norm)
     known = running_mean is not None and running_var is not None
     source = "running" if known and not norm.training else "batch"
@@ -310,13 +356,28 @@ def _with_norm(norm: nn.BatchNorm2d, conv: Conv | None, act: str, scale: bool) -
 
 
 def activation_of(act: nn.Module | None) -> str | Decline:
-    """ "relu" or "none"; only torch's own ReLU and Identity are known."""
+    """The name of an activation, "none" for none; torch's own modules are known."""
     if act is None:
         return "none"
-    name = ACTIVATIONS.get(type(act))
+    name = _name_of(act)
     if name is not None:
         return hooked(act) or name
-    return Decline(act, f"is a {type(act).__name__}, not a ReLU")
+    return Decline(act, f"is a {type(act).__name__}, not an activation of a kernel")
+
+
+#: The slope that kernels know.
+_SLOPE = 0.01
+
+
+def _name_of(act: Any) -> str | None:
+    name = ACTIVATIONS.get(type(act))
+    if name == "gelu":
+        return {"none": "gelu", "tanh": "gelu_tanh"}.get(act.approximate)
+    if name == "leaky_relu" and act.negative_slope != _SLOPE:
+        return None
+    if name == "relu6" and (act.min_val, act.max_val) != (0.0, 6.0):
+        return None
+    return name
 
 
 def drops(module: nn.Module | None) -> bool | Decline:
@@ -328,8 +389,11 @@ def drops(module: nn.Module | None) -> bool | Decline:
     return hooked(module) or known.works(module)
 
 
-#: torch's modules without settings of their own, by the activation that they compute.
-ACTIVATIONS: dict[type, str] = {ReLU: "relu", Identity: "none"}
+#: torch's modules by the activation that they compute, where their settings are the usual ones.
+ACTIVATIONS: dict[type, str] = {
+    ReLU: "relu", Identity: "none", SiLU: "silu", GELU: "gelu", LeakyReLU: "leaky_relu",
+    ReLU6: "relu6", Hardswish: "hardswish",
+}  # fmt: skip
 
 
 def why_not_conv(conv: nn.Module | None) -> Decline | None:
@@ -345,12 +409,24 @@ def why_not_conv(conv: nn.Module | None) -> Decline | None:
 
 def why_not_norm(norm: nn.Module | None) -> Decline | None:
     """Why a batch norm cannot be fused, or None."""
-    if norm is None or (type(norm) is not BatchNorm2d and type(norm) not in _NORM_ACTS):
+    if norm is None or not is_norm(norm):
         return Decline(norm, f"is a {type(norm).__name__}, not a BatchNorm2d")
+    if frozen_of(norm) is not None:
+        return hooked(norm) or _why_not_frozen(norm)
     if "_check_input_dim" in norm.__dict__:
         return Decline(norm, "has its _check_input_dim replaced", permanent=False)
     assert isinstance(norm, nn.BatchNorm2d)
     return hooked(norm) or why_not_state(norm)
+
+
+def _why_not_frozen(norm: nn.Module) -> Decline | None:
+    """Why the tensors of a frozen norm cannot be fused, or None."""
+    frozen = frozen_of(norm)
+    if not has_tensors(norm) or frozen is None:
+        return Decline(norm, f"has not all of {', '.join(TENSORS)}")
+    if None in children_of(norm, frozen) or (frozen.eps is None and "eps" not in norm.__dict__):
+        return Decline(norm, "has lost an attribute that its forward reads")
+    return odd_tensor(norm, norm._parameters) or odd_tensor(norm, norm._buffers)
 
 
 def why_not_state(norm: nn.BatchNorm2d) -> Decline | None:
