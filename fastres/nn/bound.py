@@ -61,7 +61,10 @@ class Bound:
                     or now["_backward_pre_hooks"]
                 ):
                     return False
-            return all([cls.forward is forward for cls, forward in self._forwards])
+            for known, forward in self._forwards:
+                if known.forward is not forward:
+                    return False
+            return True
         except Exception:  # An attribute that cannot be compared may have changed.
             return False
 
@@ -69,9 +72,9 @@ class Bound:
         """How to run the match on x, or None where it cannot be fused."""
         layers = self.match.layers
         tensors = [x, *[t for layer in layers for t in layer[1:7] if t is not None]]
+        wanted = torch.is_grad_enabled() and any([t.requires_grad for t in tensors])
         key = (
-            torch.is_grad_enabled() and any([t.requires_grad for t in tensors]),
-            any([t.requires_grad for t in self._running]),
+            wanted, wanted and any([t.requires_grad for t in self._running]),
             current(), switches(x.device.type), registrations(),
             *[(t.shape, t.stride(), t.dtype, t.device, type(t)) for t in tensors],
         )  # fmt: skip
