@@ -7,15 +7,14 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, fx, nn
 
-from fastres.block import try_layers, why_not_layers
 from fastres.block.call import execute
 from fastres.convert.frozen import learn
 from fastres.convert.grammar import Found, Run, find_runs, match_run, modules_of
 from fastres.convert.guard import Guard, UnknownError
 from fastres.convert.trace import NotTraced, Trace, trace
 from fastres.nn.bound import Bound, simple
-from fastres.nn.fused import explained, placeholders, run_match, with_factors
-from fastres.nn.match import Decline, Match
+from fastres.nn.fused import explained, run_match
+from fastres.nn.match import Decline
 
 
 class RunNow:
@@ -53,24 +52,16 @@ class RunNow:
 
 def _fused(bound: Bound, x: Any, residual: Any) -> Tensor | None:
     """The run's value, or None where it cannot be fused; then nothing was changed."""
-    if not isinstance(x, Tensor):
-        return None
     matched = bound.match
-    if matched.block.shortcut == "tensor":
-        return _with_residual(matched, x, residual)
+    given = residual if matched.block.shortcut == "tensor" else None
+    if not isinstance(x, Tensor) or (residual is not None and not isinstance(residual, Tensor)):
+        return None
     if matched.drops or matched.gate is not None or not simple(x):
-        return run_match(matched, x)
-    call = bound.call(x)
-    return None if call is None else execute(call, x)
-
-
-def _with_residual(matched: Match, x: Tensor, residual: Any) -> Tensor | None:
-    block, layers = matched.block, matched.layers
-    if matched.drops:
-        if why_not_layers(x, block, placeholders(matched, x), residual) is not None:
-            return None
-        layers = tuple(with_factors(matched, x))
-    return try_layers(x, block, layers, residual)
+        return run_match(matched, x, given)
+    if given is not None and type(given) not in (Tensor, nn.Parameter):
+        return run_match(matched, x, given)
+    call = bound.call(x, given)
+    return None if call is None else execute(call, x, given)
 
 
 def _nodes_of(run: Run, same: Mapping[fx.Node, fx.Node]) -> Callable[..., Any]:
@@ -124,14 +115,17 @@ def make_plan(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     leaves: Collection[nn.Module],
+    able: Callable[[nn.Module], bool],
 ) -> Plan | NotTraced:
     """Trace a module's forward and find its runs; arguments as for `trace`.
 
     Children that no run needs to be looked into for are called as they are. Anybody's code runs
     here, and anybody's objects are compared: whatever goes wrong is a reason.
+
+    `able`: whether a child finds its runs by itself.
     """
     try:
-        return _make_plan(module, forward, args, kwargs, {*leaves})
+        return _make_plan(module, forward, args, kwargs, {*leaves}, able)
     except UnknownError as error:
         return NotTraced(module, str(error))
     except Exception as error:
@@ -144,6 +138,7 @@ def _make_plan(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     leaves: set[nn.Module],
+    able: Callable[[nn.Module], bool],
 ) -> Plan | NotTraced:
     learn(module)
     while True:
@@ -152,7 +147,7 @@ def _make_plan(
             return traced
         modules = modules_of(traced.graph, module)
         found = find_runs(traced.graph, modules, module)
-        idle = _idle(module, traced, found)
+        idle = _idle(module, traced, found, able)
         if not idle:
             break
         leaves |= idle
@@ -160,8 +155,12 @@ def _make_plan(
     return Plan(_function(traced.graph, found), guard, traced.inside[1:], found)
 
 
-def _idle(module: nn.Module, traced: Trace, found: Found) -> set[nn.Module]:
-    """The children that were looked into for nothing: no run goes in or out, or around them."""
+def _idle(
+    module: nn.Module, traced: Trace, found: Found, able: Callable[[nn.Module], bool]
+) -> set[nn.Module]:
+    """The children that were looked into for nothing: no run goes in or out, or around them, and
+    those inside are found without it.
+    """
     places = {node: i for i, node in enumerate(traced.graph.nodes)}
     inner: dict[str, list[fx.Node]] = {}
     for node in places:
@@ -169,9 +168,16 @@ def _idle(module: nn.Module, traced: Trace, found: Found) -> set[nn.Module]:
             inner.setdefault(path, []).append(node)
     # A child without a node of its own, as an empty nn.Sequential, changes nothing.
     needed = {id(module)} | {id(m) for m in traced.inside}
+    children = {path: module.get_submodule(path) for path in inner}
+    alone = [
+        {*inner[path]} for path, child in children.items() if child is not module if able(child)
+    ]
     for path, nodes in inner.items():
-        child = module.get_submodule(path)
-        if child is not module and not any([_concerns(run, nodes, places) for run in found.runs]):
+        child, own = children[path], {*nodes}
+        if child is module or any([_concerns(run, nodes, places) for run in found.runs]):
+            continue
+        runs = [{*run.nodes} for run in found.runs if own.issuperset(run.nodes)]
+        if all([any([run <= part <= own for part in alone]) for run in runs]):
             needed.discard(id(child))
     return {child for child in traced.inside[1:] if id(child) not in needed}
 

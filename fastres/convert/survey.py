@@ -50,7 +50,7 @@ def survey(model: nn.Module, known: Known) -> Survey:
         inner = [child for child in module.children() if child in apart]
         blocks = False
         if _may_hold_runs(module, apart):
-            plan = _plan_of(module, apart)
+            plan = _plan_of(module, apart, plans)
             if isinstance(plan, NotTraced):
                 failed[module] = plan
             elif plan.found.runs:
@@ -63,12 +63,14 @@ def survey(model: nn.Module, known: Known) -> Survey:
     return Survey(_outermost(modules, plans), failed)
 
 
-def _plan_of(module: nn.Module, apart: Collection[nn.Module]) -> Plan | NotTraced:
+def _plan_of(
+    module: nn.Module, apart: Collection[nn.Module], plans: Mapping[nn.Module, Plan]
+) -> Plan | NotTraced:
     if isinstance(module, Traced):
         return bound_plan(module)
     if "forward" in module.__dict__:
         return NotTraced(module, "has its forward replaced")
-    plan = first_plan(module, apart)
+    plan = first_plan(module, apart, plans.__contains__)
     if isinstance(plan, Plan) and plan.found.runs:
         try:
             traced_class(type(module))

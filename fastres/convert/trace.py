@@ -364,7 +364,7 @@ class _Watch:
                 for name in code.co_names:
                     self.kept.add(None, names.get(name))
             return _why_not_code(code) or _why_not_names(code, names)
-        if by_trusted or _is_private(code):
+        if by_trusted or _is_private(code) or code is torch._assert.__code__:
             return None
         if home.startswith(_COMPUTING) or home.partition(".")[0] not in ("torch", "fastres"):
             return None

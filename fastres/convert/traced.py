@@ -124,7 +124,7 @@ class Bindings:
             return None
         self.traces += 1
         args, kwargs = _stand_ins(args, kwargs)
-        made = make_plan(module, stock.forward, args, kwargs, leaves_of(module))
+        made = make_plan(module, stock.forward, args, kwargs, leaves_of(module), _is_traced)
         if isinstance(made, NotTraced):
             self.failed[_state(module, key)] = made
             return None
@@ -240,13 +240,22 @@ def stock_of(module: nn.Module) -> Any:
     return getattr(type(module), "_fastres_stock", None) or type(module)
 
 
-def first_plan(module: nn.Module, leaves: Collection[nn.Module]) -> Plan | NotTraced:
-    """The plan for a call with nothing but tensors, of a module that is not converted."""
+def _is_traced(module: nn.Module) -> bool:
+    return isinstance(module, Traced)
+
+
+def first_plan(
+    module: nn.Module, leaves: Collection[nn.Module], able: Callable[[nn.Module], bool]
+) -> Plan | NotTraced:
+    """The plan for a call with nothing but tensors, of a module that is not converted.
+
+    `leaves` and `able` as for `make_plan`.
+    """
     forward = stock_of(module).forward
     args = default_arguments(forward)
     if not args:
         return NotTraced(module, "does not say what it is called with")
-    return make_plan(module, forward, args, {}, leaves)
+    return make_plan(module, forward, args, {}, leaves, able)
 
 
 def bound_plan(module: nn.Module) -> Plan | NotTraced:

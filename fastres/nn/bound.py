@@ -68,10 +68,12 @@ class Bound:
         except Exception:  # An attribute that cannot be compared may have changed.
             return False
 
-    def call(self, x: Tensor) -> Call | None:
-        """How to run the match on x, or None where it cannot be fused."""
+    def call(self, x: Tensor, residual: Tensor | None = None) -> Call | None:
+        """How to run the match on x and what is added, or None where it cannot be fused."""
         layers = self.match.layers
         tensors = [x, *[t for layer in layers for t in layer[1:7] if t is not None]]
+        if residual is not None:
+            tensors.append(residual)
         wanted = torch.is_grad_enabled() and any([t.requires_grad for t in tensors])
         key = (
             wanted, wanted and any([t.requires_grad for t in self._running]),
@@ -81,7 +83,7 @@ class Bound:
         try:
             return self._calls[key]
         except KeyError:
-            call = prepare(x, self.match.block, layers)
+            call = prepare(x, self.match.block, layers, residual)
             call = None if call is None else call.with_programs(x.device)
         if x.device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
             if len(self._calls) >= _MOST_KEPT:

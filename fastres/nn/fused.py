@@ -48,14 +48,16 @@ def run_fused(module: FusedParts, x: Tensor) -> Tensor | None:
     return None if call is None else execute(call, x)
 
 
-def run_match(matched: Match, x: Tensor) -> Tensor | None:
-    """As `run_fused`. Random numbers are drawn only where the block will run."""
+def run_match(matched: Match, x: Tensor, residual: Tensor | None = None) -> Tensor | None:
+    """As `run_fused`, with what the shortcut "tensor" adds. Random numbers are drawn only where the
+    block will run.
+    """
     block, layers, drops, gate = matched
     if gate is not None:
         return _run_gated(matched, gate, x)
-    if drops and why_not_layers(x, block, placeholders(matched, x)) is not None:
+    if drops and why_not_layers(x, block, placeholders(matched, x), residual) is not None:
         return None
-    return try_layers(x, block, with_factors(matched, x) if drops else layers)
+    return try_layers(x, block, with_factors(matched, x) if drops else layers, residual)
 
 
 #: What stands behind a gate: statistics known by now are applied, and then a factor.
