@@ -116,3 +116,27 @@ def test_backward_under_autocast_stays_in_float32() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
             grads.append(torch.autograd.grad(out, block.conv.weight)[0])
     assert torch.equal(*grads)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kind", ["basic", "bottleneck", "bottleneck-pooled", "preact-basic"])
+def test_contiguous_inference_below_float32_takes_one_pass_behind_a_convolution(
+    kind: str, dtype: torch.dtype
+) -> None:
+    """Formulas took ten, and the block twice the time of torch's own modules."""
+    from kinds import kind as named
+
+    stock, block = named(kind).pair(last=False, training=False)
+    x = named(kind).input(last=False, shape=(8, 20, 20)).detach()
+    with torch.no_grad(), torch.autocast("cpu", dtype):
+        x = x.to(dtype)
+        out, own = block(x), stock(x)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            block(x)
+    assert out.dtype == dtype and out.is_contiguous()
+    truth = stock.double()(x.double())
+    error, rounding = (own - truth).abs().max(), torch.finfo(dtype).eps * truth.abs().max()
+    assert (out - truth).abs().max() <= 2 * error + rounding
+    ran = {event.key for event in profile.key_averages()}
+    passes = {f"aten::{name}" for name in ("mul", "add", "where", "lt", "relu", "clamp_min")}
+    assert not ran & passes, ran & passes

@@ -11,6 +11,7 @@ It takes what `fastres.kernels.cpu.native` leaves: groups, and bfloat16.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from fastres.kernels.aten import conv_backward_data as aten_data
 from fastres.kernels.aten import conv_backward_weight as aten_weight
+from fastres.kernels.aten import convolution_one_pass
 from fastres.kernels.common import ACT_CODES
 from fastres.kernels.cpu.module import empty
 from fastres.kernels.cpu.pointwise import (
@@ -337,3 +339,19 @@ def conv_bn_act(
         added = None if residual is None else residual[a:b]
         scale_shift_act(out, stats, residual=added, act=act, out=out)
     return y
+
+
+def _why_not_one_pass(request: Request) -> str | None:
+    if request.device != "cpu":
+        return f"it runs on the CPU, got {request.device}"
+    if request.act not in ACT_CODES:
+        return f"activation {request.act!r} has no CPU kernel"
+    if request.dtype.itemsize >= 4:
+        return f"batch norm folds into a convolution of {request.dtype}"
+    return None
+
+
+#: Below float32 nothing is folded, and formulas would take ten passes for one.
+register("conv_bn_act", "cpu", why_not=_why_not_one_pass, name="one_pass")(
+    partial(convolution_one_pass, scale_shift_act)
+)
