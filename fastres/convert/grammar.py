@@ -578,7 +578,7 @@ class _Reader:
 
     def __init__(self, ops: Mapping[Node, _Op | None], moments: Mapping[Node, int]) -> None:
         self._ops, self._epochs = ops, moments
-        values = _Values(ops)
+        self._values = values = _Values(ops)
         self._same, self._readers = values.same, values.readers
         #: Chains by the value that they give; those that others went on from are gone.
         self._open: dict[Node, _Chain] = {}
@@ -622,7 +622,10 @@ class _Reader:
                 if main is None or main.shortcut != "none" or not main.units:
                     continue
                 chain = find(node, main.behind_pool, side)
-                if chain is None or (op.writes and left not in chain.nodes):
+                if chain is None:
+                    continue
+                # What is written into is the run's own, or nobody else's.
+                if op.writes and left not in chain.nodes and not self._values.is_fresh(left):
                     continue
                 del self._open[end]
                 if chain.projection is not None:
