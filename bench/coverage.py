@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import re
 import sys
 import time
 import warnings
@@ -53,16 +54,6 @@ class Coverage:
     reasons: tuple[str, ...]
     seconds: float
 
-    @property
-    def cells(self) -> tuple[str, ...]:
-        """The columns of the table, the error apart."""
-        reasons = "; ".join(self.reasons)
-        return (self.name, _of(self.blocks), _of(self.pairs), reasons)
-
-
-def _of(counts: tuple[int, int]) -> str:
-    return f"{counts[0]} / {counts[1]}" if counts[1] else "-"
-
 
 def main(arguments: Sequence[str]) -> int:
     """Measure and write the page, or with --only print the table of some networks.
@@ -74,22 +65,25 @@ def main(arguments: Sequence[str]) -> int:
     """
     parser = argparse.ArgumentParser(prog="fastres bench coverage", description=__doc__)
     parser.add_argument("--only", nargs="+", metavar="NAME",
-        help="networks with this in their name, printed and not written")  # fmt: skip
+        help="measure networks with this in their name; the others' rows stay")  # fmt: skip
     options = parser.parse_args(arguments)
     names = [n for n in ZOO if not options.only or any(part in n for part in options.only)]
     if not names:
         raise CommandError(f"--only must be in one of {', '.join(ZOO)}")
-    found = []
+    if not PAGE.parent.is_dir():
+        raise CommandError(f"docs/ must be beside bench/, got none at {PAGE.parent}")
+    rows = rows_of(PAGE.read_text(encoding="utf-8")) if PAGE.is_file() else {}
+    wrong = 0
     for name in names:
-        found.append(cover(name))
-        print(f"{' | '.join(found[-1].cells)} | {found[-1].error:.0e} | "
-              f"{found[-1].seconds:.2f} s", file=sys.stderr, flush=True)  # fmt: skip
-    text = page(found)
-    if options.only:
-        print(text)
-    else:
-        PAGE.write_text(text, encoding="utf-8")
-    return int(any(one.error > ALLOWED for one in found))
+        found = cover(name)
+        rows[name] = found
+        wrong += found.error > ALLOWED
+        print(
+            line(found).strip(), f"converted in {found.seconds:.2f} s", file=sys.stderr, flush=True
+        )
+        known = [rows[one] for one in ZOO if one in rows]
+        PAGE.write_text(page(known), encoding="utf-8")
+    return int(wrong > 0)
 
 
 #: Between steps that differ in the order of sums alone, in float64. A sum of 2^20 terms is off by
@@ -242,5 +236,22 @@ def page(found: Sequence[Coverage]) -> str:
 
 def line(one: Coverage) -> str:
     """The row of a network."""
-    name, blocks, chains, reasons = one.cells
-    return f"| {name} | {blocks} | {chains} | {one.error:.0e} | {reasons} |\n"
+    blocks, chains = [f"{a} / {b}" if b else "-" for a, b in (one.blocks, one.pairs)]
+    return f"| {one.name} | {blocks} | {chains} | {one.error:.0e} | {'; '.join(one.reasons)} |\n"
+
+
+def rows_of(text: str) -> dict[str, Coverage]:
+    """The networks of a page, by name."""
+    found = {}
+    for cells in re.findall(r"^\| (.+?) \| (.+?) \| (.+?) \| (\S+) \| (.*)\|$", text, re.M):
+        name, blocks, chains, error, reasons = cells
+        if name in ZOO:
+            shown = tuple(reasons.strip().split("; ")) if reasons.strip() else ()
+            counts = [_counts_in(cell) for cell in (blocks, chains)]
+            found[name] = Coverage(name, counts[0], counts[1], float(error), shown, 0.0)
+    return found
+
+
+def _counts_in(cell: str) -> tuple[int, int]:
+    some, _, every = cell.partition(" / ")
+    return (int(some), int(every)) if every else (0, 0)

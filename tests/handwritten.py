@@ -94,6 +94,35 @@ class ThreeConvolutions(nn.Module):
         return self.relu(torch.add(identity, out))
 
 
+class ThreeBranches(nn.Module):
+    """RepVGG's: two convolutions and a norm of the input, added up in place."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.large = nn.Sequential(conv3(channels, channels), nn.BatchNorm2d(channels))
+        self.small = nn.Sequential(
+            nn.Conv2d(channels, channels, 1, bias=False), nn.BatchNorm2d(channels)
+        )
+        self.norm = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = self.norm(x)
+        out = self.large(x) + self.small(x)
+        out += identity
+        return F.relu(out)
+
+
+class WritesIntoWhatIsRead(ThreeBranches):
+    """As `ThreeBranches`, but the first sum is read again, as it is after the second."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.large(x) + self.small(x)
+        total = F.relu(out)
+        total += self.norm(x)
+        out += self.norm(total)
+        return out * total
+
+
 class PreActivation(nn.Module):
     def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
         super().__init__()

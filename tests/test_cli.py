@@ -221,13 +221,31 @@ def test_explain_own_model(capsys: pytest.CaptureFixture[str]) -> None:
         ("torchvision:resnet50", "torchvision", 16),
         ("timm:resnet50d", "timm", 16),
         ("transformers:ResNetConfig", "transformers", 16),
+        ("wide_resnet50_2", "torchvision", 16),
+        ("resnet26t", "timm", 8),
+        ("ResNetConfig", "transformers", 16),
+        ("torchvision:fcn_resnet50", "torchvision", 16),
     ],
 )
 def test_explain_model_of_a_zoo(name: str, package: str, blocks: int) -> None:
     needs(package)
     done = fastres("explain", name, "--json")  # afresh: in its own process it repairs torchvision
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["fused"] >= blocks
+    assert json.loads(done.stdout)["blocks"] == [blocks, blocks]
+
+
+def test_explain_what_anybody_builds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A module of the working directory, and a function of it."""
+    code = "import fastres\n\ndef build():\n    return fastres.BasicBlock(4, 4)\n\nnone = int\n"
+    (tmp_path / "of_mine.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["explain", "of_mine:build"]) == 0
+    assert "1 of 1 residual blocks" in capsys.readouterr().out
+    assert "must build a torch.nn.Module" in refused(capsys, "explain", "of_mine:none")
+    assert "has no attribute 'no'" in refused(capsys, "explain", "of_mine:no")
+    assert str(tmp_path) not in sys.path
 
 
 def test_explain_local_model_folder(tmp_path: Path) -> None:
@@ -251,9 +269,9 @@ def test_explain_obeys_its_options(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("model", "sentence"),
     [
-        ("resnet51", "MODEL must be one of resnet18"),
-        ("nowhere:resnet50", "LIBRARY one of torchvision, timm, transformers, got"),
-        (":resnet50", "MODEL must be a name or LIBRARY:NAME"),
+        ("rasnet50", "package.module:callable, got 'rasnet50'; the nearest are resnet50"),
+        ("nowhere:resnet50", "nowhere:resnet50 must build a model without arguments, got Module"),
+        (":resnet50", "MODEL must be a name, LIBRARY:NAME or package.module:callable, got"),
         ("transformers:no/such/folder", "or a local folder or config.json, got 'no/such/folder'"),
     ],
 )

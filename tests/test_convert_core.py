@@ -59,7 +59,7 @@ def test_a_report_in_words_and_as_data() -> None:
     model[1].relu.register_forward_hook(lambda *_: None)
     report = fastres.explain(model)
     text = str(report)
-    assert "torch.Sequential: 2 of 3 blocks fused" in text
+    assert "torch.Sequential: 1 of 2 residual blocks and 1 of 1 chains fused" in text
     assert "relu carries hooks" in text and "fastres.ConvBNReLU" in text
     assert not any(line.endswith(" ") for line in text.splitlines())
     found = json.loads(json.dumps(report.to_dict()))

@@ -24,10 +24,12 @@ from handwritten import (
     OptionA,
     PreActivation,
     Textbook,
+    ThreeBranches,
     ThreeConvolutions,
     Values,
     Wide,
     WithSqueeze,
+    WritesIntoWhatIsRead,
     vgg,
 )
 from module_parity import FusedCalls, assert_same, assert_two_x, randomise, step
@@ -59,6 +61,8 @@ BLOCKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "modes": (lambda: Modes(4, 4), 1),
     "detectron2": (lambda: ByDetectron(4, 6, 2), 1),
     "mmdetection": (lambda: ByDetection(4, 6, 2), 1),
+    "three-branches": (lambda: ThreeBranches(4), 2),
+    "writes-into-what-is-read": (lambda: WritesIntoWhatIsRead(4), 3),
 }
 KINDS = pytest.mark.parametrize("kind", BLOCKS)
 

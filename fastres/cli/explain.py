@@ -51,8 +51,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="resnet50, torchvision:resnet50, timm:resnet50d, transformers:ResNetConfig, or "
-        "transformers:PATH of a local model",
+        help="a name of fastres, torchvision or timm (resnet50d), a configuration of transformers "
+        "(ResNetConfig), LIBRARY:NAME, transformers:PATH of a local model, or "
+        "package.module:callable",
     )
     parser.add_argument("--backend", choices=("auto", *BACKENDS), default="auto")
     parser.add_argument(

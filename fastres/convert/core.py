@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastres.convert.count import has_norm, looks_residual, of_class, of_plan, outside
 from fastres.convert.frozen import learn
 from fastres.convert.grammar import match_run
 from fastres.convert.levels import Target, describe
@@ -25,7 +26,7 @@ from fastres.convert.swaps import swaps as known_swaps
 from fastres.convert.traced import Traced, bind, reverted, stock_of, why_not_traced
 from fastres.nn.blocks import FusedModule
 from fastres.nn.fused import FusedParts, explained, parts_now
-from fastres.nn.match import Decline, is_norm, match
+from fastres.nn.match import Decline, match
 from fastres.nn.stem import FusedStem
 
 #: Wrappers of a whole model that a user may wonder about.
@@ -186,7 +187,7 @@ def _blocks(model: nn.Module, swaps: Swaps, found: Survey) -> Iterator[tuple[str
             continue
         known = _is_known(module, swaps) or module in found.bound
         missed = module in found.failed and _has_norms(module)
-        if not known and not missed and not _looks_residual(module):
+        if not known and not missed and not looks_residual(module):
             continue
         yield name, module
         if isinstance(module, FusedModule):
@@ -198,14 +199,7 @@ def _is_known(module: nn.Module, swaps: Swaps) -> bool:
 
 
 def _has_norms(module: nn.Module) -> bool:
-    return any([isinstance(c, nn.BatchNorm2d) or is_norm(c) for c in module.children()])
-
-
-def _looks_residual(module: nn.Module) -> bool:
-    children = list(module.children())
-    convs = sum(isinstance(child, nn.Conv2d) for child in children)
-    norms = sum(isinstance(child, nn.BatchNorm2d) or is_norm(child) for child in children)
-    return convs > 1 and norms > 1 and not isinstance(module, nn.Sequential)
+    return any([has_norm(child) for child in module.children()])
 
 
 def _obstacle(module: nn.Module, fused: Any) -> Decline | None:
@@ -224,14 +218,23 @@ def _report(
     model: nn.Module, swaps: Swaps, target: Target, changed: int = 0, found: Survey | None = None
 ) -> Report:
     found = found or _survey(model, swaps)
-    rows = tuple(
-        _row(name, module, swaps, target, found) for name, module in _blocks(model, swaps, found)
-    )
+    modules = dict(_blocks(model, swaps, found))
+    rows = tuple([_counted(name, m, swaps, target, found) for name, m in modules.items()])
     name = type_name(type(model), swaps)
-    notes = list(_notes(model, rows))
+    notes = [*outside(model, modules.values()), *_notes(model, rows)]
     if target.why_not_here is not None:
         notes.append(f"this is what would run where it can: {target.why_not_here}")
     return Report(name, rows, changed, tuple(notes))
+
+
+def _counted(name: str, module: nn.Module, swaps: Swaps, target: Target, found: Survey) -> Row:
+    """The row of a module, with what it holds."""
+    row, plan = _row(name, module, swaps, target, found), found.bound.get(module)
+    if plan is not None:
+        counts = of_plan(plan, row.fused or row.runs > 0)
+    else:
+        counts = of_class(module, swaps.get(stock_of(module), type(module)), row.fused)
+    return replace(row, blocks=counts.blocks, chains=counts.chains)
 
 
 def _row(name: str, module: nn.Module, swaps: Swaps, target: Target, found: Survey) -> Row:

@@ -77,6 +77,7 @@ class Found(NamedTuple):
         declines: why there is not more.
         left: norms and additions that are in no run, and what runs end in front of, but for
             pooling, views and the like.
+        missed: how many of these are the sums of residual blocks, and how many are norms.
     """
 
     runs: tuple[Run, ...]
@@ -84,6 +85,7 @@ class Found(NamedTuple):
     through: frozenset[Node]
     declines: tuple[Decline, ...]
     left: tuple[Node, ...]
+    missed: tuple[int, int]
 
 
 def find_runs(graph: fx.Graph, modules: Mapping[str, nn.Module], root: nn.Module) -> Found:
@@ -131,7 +133,32 @@ def _found(
         counts = op is not None and op.kind in ("norm", "add")
         if counts or (behind and _interrupts(node, modules, between)):
             left.append(node)
-    return Found(tuple(runs), same, frozenset(through), tuple(declines), tuple(left))
+    sums = [n for n in left if (op := ops[n]) is not None and op.kind == "add"]
+    missed = (
+        sum([_is_residual(node, ops) for node in sums]),
+        sum([(op := ops[n]) is not None and op.kind == "norm" for n in left]),
+    )
+    return Found(tuple(runs), same, frozenset(through), tuple(declines), tuple(left), missed)
+
+
+def _is_residual(node: Node, ops: Mapping[Node, _Op | None]) -> bool:
+    """Whether a sum is a residual block's: one side stands behind a norm that the other does not,
+    and both come from one value.
+    """
+    op = ops[node]
+    assert op is not None
+    left, right = [_ancestors(value) for value in op.values]
+    norms = {n for n in left ^ right if (step := ops[n]) is not None and step.kind == "norm"}
+    return bool(norms) and any([n.op != "get_attr" for n in left & right])
+
+
+def _ancestors(node: Node) -> set[Node]:
+    seen, waiting = {node}, [node]
+    while waiting:
+        new = [value for value in waiting.pop().all_input_nodes if value not in seen]
+        seen.update(new)
+        waiting += new
+    return seen
 
 
 def _interrupts(node: Node, modules: Mapping[str, nn.Module], between: bool) -> bool:
@@ -551,7 +578,7 @@ class _Reader:
 
     def __init__(self, ops: Mapping[Node, _Op | None], moments: Mapping[Node, int]) -> None:
         self._ops, self._epochs = ops, moments
-        values = _Values(ops)
+        self._values = values = _Values(ops)
         self._same, self._readers = values.same, values.readers
         #: Chains by the value that they give; those that others went on from are gone.
         self._open: dict[Node, _Chain] = {}
@@ -595,7 +622,10 @@ class _Reader:
                 if main is None or main.shortcut != "none" or not main.units:
                     continue
                 chain = find(node, main.behind_pool, side)
-                if chain is None or (op.writes and left not in chain.nodes):
+                if chain is None:
+                    continue
+                # What is written into is the run's own, or nobody else's.
+                if op.writes and left not in chain.nodes and not self._values.is_fresh(left):
                     continue
                 del self._open[end]
                 if chain.projection is not None:

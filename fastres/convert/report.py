@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -20,6 +20,9 @@ class Row:
         backends: primitive -> implementation that runs it.
         runs: of a module whose forward was traced, how many fused operations it was found to hold;
             what is between them runs as it was written.
+        blocks: residual blocks in it, (fused, all): sums with a shortcut.
+        chains: in it, (fused, all): norms with what stands before and behind them, without a
+            shortcut.
     """
 
     name: str
@@ -29,6 +32,8 @@ class Row:
     level: str = ""
     backends: Mapping[str, str] = field(default_factory=dict)
     runs: int = 0
+    blocks: tuple[int, int] = (0, 0)
+    chains: tuple[int, int] = (0, 0)
 
     @property
     def kernels(self) -> str:
@@ -42,7 +47,7 @@ class Report:
 
     Attributes:
         model: class of the model.
-        rows: one per residual block or stem.
+        rows: one per module that is or holds residual blocks and chains.
         changed: how many modules a conversion changed.
         notes: what concerns the model as a whole.
     """
@@ -54,31 +59,48 @@ class Report:
 
     @property
     def fused(self) -> int:
-        """Number of blocks that run fused."""
+        """Number of rows that run fused wholly."""
         return sum(row.fused for row in self.rows)
 
     @property
     def unfused(self) -> int:
-        """Number of blocks that do not."""
+        """Number of rows that do not."""
         return len(self.rows) - self.fused
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """Residual blocks, (fused, all)."""
+        return _sum([row.blocks for row in self.rows])
+
+    @property
+    def chains(self) -> tuple[int, int]:
+        """Chains without a shortcut, (fused, all)."""
+        return _sum([row.chains for row in self.rows])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
-        return {**asdict(self), "fused": self.fused, "unfused": self.unfused}
+        counts = {"blocks": self.blocks, "chains": self.chains}
+        return {**asdict(self), "fused": self.fused, "unfused": self.unfused, **counts}
 
     def __str__(self) -> str:
         """A plain table with a line per block, and the implementation of each primitive."""
-        head = f"{self.model}: {self.fused} of {len(self.rows)} blocks fused"
+        blocks, chains = ["{} of {}".format(*counts) for counts in (self.blocks, self.chains)]
+        head = f"{self.model}: {blocks} residual blocks and {chains} chains fused"
         if self.changed:
             head += f", {self.changed} modules changed"
         notes = [f"note: {note}" for note in self.notes]
         return "\n".join([head, *_table(self.rows), *_kernels(self.rows), *notes])
 
 
+def _sum(counts: Iterable[tuple[int, int]]) -> tuple[int, int]:
+    fused, every = [sum(one) for one in zip((0, 0), *counts, strict=True)]
+    return fused, every
+
+
 def _table(rows: tuple[Row, ...]) -> list[str]:
     if not rows:
         return []
-    titles = ("block", "type", "fused", "level", "backends", "reason")
+    titles = ("module", "type", "fused", "level", "backends", "reason")
     cells = [(r.name or "(model)", r.type, _extent(r), r.level, r.kernels, r.reason) for r in rows]
     widths = [max(len(c[i]) for c in (titles, *cells)) for i in range(len(titles))]
     lines = [titles, tuple("-" * w for w in widths), *cells]
