@@ -4,6 +4,8 @@
 // columns of the other are read as whole vectors; the sums stay in registers over the whole of k.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/simd.h"
 
 namespace fastres::cpu::FASTRES_ISA {
@@ -18,16 +20,48 @@ inline constexpr int kTileRows = 6, kTileVectors = 2;
 #endif
 inline constexpr int kTileColumns = kTileVectors * kVectorLanes;
 
+// Two values that neighbour in k: what AVX512-BF16 multiplies in one step.
+struct Pair {
+  BFloat16 first, second;
+};
+
+// What a step of k reads of an operand, of tensors of T: bfloat16 becomes float where there is no
+// instruction for pairs. An operand is formed value by value, as `Formed<E>`.
+template <class T>
+struct OperandOf {
+  using type = float;
+};
+#if defined(__AVX512BF16__)
+template <>
+struct OperandOf<BFloat16> {
+  using type = Pair;
+};
+#endif
+template <class T>
+using Operand = typename OperandOf<T>::type;
+template <class E>
+using Formed = std::conditional_t<std::is_same_v<E, Pair>, BFloat16, float>;
+template <class E>
+inline constexpr int kPerStep = sizeof(E) / sizeof(Formed<E>);
+
+// Steps of k that so many values take.
+template <class E>
+FASTRES_INLINE int64_t steps_of(int64_t values) {
+  return (values + kPerStep<E> - 1) / kPerStep<E>;
+}
+
 // A stretch of k: `length` steps from a row's own address plus `a`, and from `b`; of a weight, it
 // begins at `step`.
+template <class E>
 struct Stretch {
   int64_t a;
-  const float* b;
+  const E* b;
   int64_t length;
   int64_t step;
 };
 
-FASTRES_INLINE int64_t depth_of(const Stretch* stretches, int64_t count) {
+template <class E>
+FASTRES_INLINE int64_t depth_of(const Stretch<E>* stretches, int64_t count) {
   int64_t depth = 0;
   for (int64_t i = 0; i < count; ++i) {
     depth += stretches[i].length;
@@ -35,19 +69,29 @@ FASTRES_INLINE int64_t depth_of(const Stretch* stretches, int64_t count) {
   return depth;
 }
 
+// Whether sums over a part of k need memory other than the result's, which would round them.
+template <class T>
+inline constexpr bool kInParts = !std::is_same_v<T, float>;
+
 // What becomes of the sums of a tile.
+template <class T = float>
 struct TileEnd {
   bool accumulate;     // they start with what stands in c
-  const float* bias;   // else with this per column, or zero where it is null
+  const T* bias;       // else with this per column, or zero where it is null
   const float* scale;  // per column: scale * sum + shift, or null
   const float* shift;
   bool relu;  // after that, and after the residual
+  // Where T would round them: they start with those of earlier parts of k, or are left for the
+  // next.
+  bool from_parts = false, to_parts = false;
 };
 
+template <class E = float, class T = float>
 struct Tile {
-  const float* a[kTileRows];
-  float* c[kTileRows];
-  const float* residual[kTileRows];  // added where `has_residual`
+  const E* a[kTileRows];
+  T* c[kTileRows];
+  const T* residual[kTileRows];  // added where `has_residual`
+  float* parts[kTileRows];       // whole tiles' columns
   bool has_residual;
   const char* ahead;  // memory that is asked for on the way, `ahead_step` bytes in each step of k
   int64_t ahead_step;
@@ -57,44 +101,79 @@ struct Tile {
 
 FASTRES_INLINE VectorF load_vector(const float* p) { return *(const MemoryF*)p; }
 FASTRES_INLINE void store_vector(float* p, VectorF v) { *(MemoryF*)p = v; }
+#if defined(__AVX512F__)
+FASTRES_INLINE VectorF load_vector(const BFloat16* p) { return load(p, Full{}).v[0]; }
+FASTRES_INLINE void store_vector(BFloat16* p, VectorF v) { store(p, Pack<float>{{v}}, Full{}); }
+#else
+FASTRES_INLINE VectorF load_vector(const BFloat16* p) {
+  VectorF v;
+  for (int lane = 0; lane < kVectorLanes; ++lane) {
+    v[lane] = to_acc(p[lane]);
+  }
+  return v;
+}
+FASTRES_INLINE void store_vector(BFloat16* p, VectorF v) {
+  for (int lane = 0; lane < kVectorLanes; ++lane) {
+    p[lane] = FromAcc<BFloat16>::convert(v[lane]);
+  }
+}
+#endif
+
+// One step of a row and of the columns: where a vector of either begins, and their product.
+FASTRES_INLINE VectorF broadcast_step(const float* p) { return *p - VectorF{}; }
+FASTRES_INLINE VectorF columns_of(const float* p) { return load_vector(p); }
+FASTRES_INLINE VectorF add_product(const float*, VectorF a, VectorF b, VectorF sum) {
+  return fma_vector(a, b, sum);
+}
+#if defined(__AVX512BF16__)
+FASTRES_INLINE VectorF broadcast_step(const Pair* p) {
+  int32_t bits;
+  memcpy(&bits, p, sizeof(bits));
+  return (VectorF)_mm512_set1_epi32(bits);
+}
+FASTRES_INLINE VectorF columns_of(const Pair* p) { return (VectorF)_mm512_loadu_si512(p); }
+FASTRES_INLINE VectorF add_product(const Pair*, VectorF a, VectorF b, VectorF sum) {
+  return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+}
+#endif
 
 // sums[i][j] += a[i][k] * b[k][j] over the stretches. Steps of a row are kStep elements apart, rows
 // of b `ldb` elements.
-template <int kRows, int kVectors, int kStep>
-FASTRES_INLINE void multiply(const Tile& tile, const Stretch* stretches, int64_t count, int64_t ldb,
-                             VectorF (&sums)[kRows][kVectors]) {
+template <int kRows, int kVectors, int kStep, class E, class T>
+FASTRES_INLINE void multiply(const Tile<E, T>& tile, const Stretch<E>* stretches, int64_t count,
+                             int64_t ldb, VectorF (&sums)[kRows][kVectors]) {
   const char* ahead = tile.ahead;
   const int64_t ahead_step = tile.ahead_step;
   for (int64_t s = 0; s < count; ++s) {
-    const float* row[kRows];
+    const E* row[kRows];
     FASTRES_UNROLL
     for (int i = 0; i < kRows; ++i) {
       row[i] = tile.a[i] + stretches[s].a;
     }
-    const float* b = stretches[s].b;
+    const E* b = stretches[s].b;
     const int64_t length = stretches[s].length;
     for (int64_t k = 0; k < length; ++k, b += ldb, ahead += ahead_step) {
       __builtin_prefetch(ahead, 0, 2);
       VectorF column[kVectors];
       FASTRES_UNROLL
       for (int j = 0; j < kVectors; ++j) {
-        column[j] = load_vector(b + j * kVectorLanes);
+        column[j] = columns_of(b + j * kVectorLanes);
       }
       FASTRES_UNROLL
       for (int i = 0; i < kRows; ++i) {
-        const VectorF value = row[i][k * kStep] - VectorF{};
+        const VectorF value = broadcast_step(row[i] + k * kStep);
         FASTRES_UNROLL
         for (int j = 0; j < kVectors; ++j) {
-          sums[i][j] = fma_vector(value, column[j], sums[i][j]);
+          sums[i][j] = add_product(b, value, column[j], sums[i][j]);
         }
       }
     }
   }
 }
 
-template <int kRows, int kVectors, int kStep>
-__attribute__((noinline)) void run_tile(const Tile& tile, const Stretch* stretches, int64_t count,
-                                        int64_t ldb, const TileEnd& end) {
+template <int kRows, int kVectors, int kStep, class E, class T>
+__attribute__((noinline)) void run_tile(const Tile<E, T>& tile, const Stretch<E>* stretches,
+                                        int64_t count, int64_t ldb, const TileEnd<T>& end) {
   VectorF sums[kRows][kVectors];
   FASTRES_UNROLL
   for (int i = 0; i < kRows; ++i) {
@@ -105,15 +184,15 @@ __attribute__((noinline)) void run_tile(const Tile& tile, const Stretch* stretch
   }
   multiply<kRows, kVectors, kStep>(tile, stretches, count, ldb, sums);
   // A last vector that is not whole goes through a row of our own.
-  float whole[kTileColumns];
+  T whole[kTileColumns];
   const bool part = tile.columns < kVectors * kVectorLanes;
-  const auto at = [&](const float* p, int j) -> VectorF {
+  const auto at = [&](const auto* p, int j) -> VectorF {
     if (!part) {
       return load_vector(p + j * kVectorLanes);
     }
     VectorF v{};
     for (int lane = 0; lane < kVectorLanes && j * kVectorLanes + lane < tile.columns; ++lane) {
-      v[lane] = p[j * kVectorLanes + lane];
+      v[lane] = to_acc(p[j * kVectorLanes + lane]);
     }
     return v;
   };
@@ -125,10 +204,16 @@ __attribute__((noinline)) void run_tile(const Tile& tile, const Stretch* stretch
     FASTRES_UNROLL
     for (int j = 0; j < kVectors; ++j) {
       VectorF v = sums[i][j];
-      if (end.accumulate) {
+      if (kInParts<T> && end.from_parts) {
+        v = v + load_vector(tile.parts[i] + j * kVectorLanes);
+      } else if (end.accumulate) {
         v = v + at(tile.c[i], j);
       } else if (end.bias) {
         v = v + at(end.bias, j);
+      }
+      if (kInParts<T> && end.to_parts) {
+        store_vector(tile.parts[i] + j * kVectorLanes, v);
+        continue;
       }
       if (end.scale) {
         v = fma_vector(v, at(end.scale, j), at(end.shift, j));
@@ -141,31 +226,32 @@ __attribute__((noinline)) void run_tile(const Tile& tile, const Stretch* stretch
       }
       store_vector(part ? whole + j * kVectorLanes : tile.c[i] + j * kVectorLanes, v);
     }
-    if (part) {
-      memcpy(tile.c[i], whole, sizeof(float) * size_t(tile.columns));
+    if (part && !(kInParts<T> && end.to_parts)) {
+      memcpy(tile.c[i], whole, sizeof(T) * size_t(tile.columns));
     }
   }
 }
 
-using RunTile = void (*)(const Tile&, const Stretch*, int64_t, int64_t, const TileEnd&);
+template <class E = float, class T = float>
+using RunTile = void (*)(const Tile<E, T>&, const Stretch<E>*, int64_t, int64_t, const TileEnd<T>&);
 
 // The instance for so many rows and columns. With fewer columns than a whole tile there is one for
 // all rows: those that do not exist must have addresses that can be read.
-template <int kStep>
-FASTRES_INLINE RunTile tile_for(int rows, int columns) {
-  static constexpr RunTile kByRows[] = {
-      run_tile<1, kTileVectors, kStep>, run_tile<2, kTileVectors, kStep>,
-      run_tile<3, kTileVectors, kStep>, run_tile<4, kTileVectors, kStep>,
-      run_tile<5, kTileVectors, kStep>, run_tile<6, kTileVectors, kStep>};
+template <int kStep, class E = float, class T = float>
+FASTRES_INLINE RunTile<E, T> tile_for(int rows, int columns) {
+  static constexpr RunTile<E, T> kByRows[] = {
+      run_tile<1, kTileVectors, kStep, E, T>, run_tile<2, kTileVectors, kStep, E, T>,
+      run_tile<3, kTileVectors, kStep, E, T>, run_tile<4, kTileVectors, kStep, E, T>,
+      run_tile<5, kTileVectors, kStep, E, T>, run_tile<6, kTileVectors, kStep, E, T>};
   const int vectors = (columns + kVectorLanes - 1) / kVectorLanes;
   if (vectors == kTileVectors) {
     return kByRows[rows - 1];
   }
-  static constexpr RunTile kByVectors[] = {
-      run_tile<kTileRows, 1, kStep>,
+  static constexpr RunTile<E, T> kByVectors[] = {
+      run_tile<kTileRows, 1, kStep, E, T>,
 #if defined(__AVX512F__)
-      run_tile<kTileRows, 2, kStep>,
-      run_tile<kTileRows, 3, kStep>,
+      run_tile<kTileRows, 2, kStep, E, T>,
+      run_tile<kTileRows, 3, kStep, E, T>,
 #endif
   };
   return kByVectors[vectors - 1];

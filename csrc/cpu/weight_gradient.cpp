@@ -32,16 +32,18 @@ struct Segment {
   int64_t band, out, width;
 };
 
+template <class T = float>
 struct WeightJob {
+  using Input = Source<Formed<Operand<T>>>;
   const ConvShape& shape;
   Sweep sweep;
-  const Source &input, &grad;
-  float* result;
+  const Input &input, &grad;
+  T* result;
   int64_t row_floats;  // of one output channel
   int64_t lines, panels, groups;
   int64_t depth;  // pixels summed up at a time
 
-  WeightJob(const ConvShape& s, const Source& input, const Source& grad, float* result)
+  WeightJob(const ConvShape& s, const Input& input, const Input& grad, T* result)
       : shape(s), sweep(forward_sweep(s)), input(input), grad(grad), result(result) {
     row_floats = s.taps() * s.c;
     const int64_t total = sweep.n * sweep.lines;
@@ -68,12 +70,45 @@ struct WeightJob {
   }
 };
 
+// Two rows of values as pairs; beside those of a last one without a second stand zeros.
+FASTRES_INLINE void pair_rows(const BFloat16* first, const BFloat16* second, int64_t count,
+                              Pair* to) {
+  const auto visit = [&](int64_t i, auto lanes) {
+#if defined(__AVX512BF16__)
+    __m512i pairs = _mm512_cvtepu16_epi32(load_16bit(first + i, lanes));
+    if (second) {
+      const __m512i words = _mm512_cvtepu16_epi32(load_16bit(second + i, lanes));
+      pairs = _mm512_or_si512(pairs, _mm512_slli_epi32(words, 16));
+    }
+    _mm512_storeu_si512(to + i, pairs);
+#else
+    for (int lane = 0; lane < lanes.n; ++lane) {
+      to[i + lane] = {first[i + lane], second ? second[i + lane] : BFloat16{}};
+    }
+#endif
+  };
+  int64_t i = 0;
+  for (; i + kPack <= count; i += kPack) {
+    visit(i, Full{});
+  }
+  if (i < count) {
+    visit(i, Part{int(count - i)});
+  }
+}
+
+template <class T = float>
 class WeightWorker {
+  using E = Operand<T>;
+  using F = Formed<E>;
+  static constexpr bool kPairs = kPerStep<E> > 1;
+
  public:
-  explicit WeightWorker(const WeightJob& job)
+  explicit WeightWorker(const WeightJob<T>& job)
       : job_(job),
         band_(job.sweep, job.lines, job.channels()),
-        gradient_(round_up(job.shape.k, kRowBlock) * job.lines * job.sweep.out_w),
+        gradient_(round_up(job.shape.k, kRowBlock) * steps_of<E>(job.lines * job.sweep.out_w)),
+        values_(kPairs ? kRowBlock * job.lines * job.sweep.out_w : 0),
+        columns_(kPairs ? kTileColumns * steps_of<E>(job.lines * job.sweep.out_w) : 0),
         // Tiles read whole vectors, beyond the last pixel too.
         gathered_(gathers() ? job.row_floats * job.lines * job.sweep.out_w + kTileColumns : 0) {}
 
@@ -96,6 +131,9 @@ class WeightWorker {
       if (gathers()) {
         gather(lines);
       }
+      if constexpr (kPairs) {
+        locate(lines);
+      }
       for (const Segment& segment : segments(columns)) {
         multiply(lines, rows, segment, accumulate, out);
       }
@@ -106,13 +144,22 @@ class WeightWorker {
   // Whether all that a pixel's taps read is laid side by side: with so few channels that several
   // lines of taps fit a tile.
   bool gathers() const { return job_.tap_lines() > 1; }
+  // Whether lines are of one pixel.
+  bool is_product() const {
+    const Sweep& s = job_.sweep;
+    return s.in_w == 1 && s.in_step_h == 1 && s.n == 1;
+  }
+  // Values from a pixel to the next one.
+  int64_t pixel_step() const {
+    return gathers() ? job_.row_floats : job_.sweep.in_step_w * job_.channels();
+  }
 
   void gather(Range lines) {
     const Sweep& s = job_.sweep;
     const int64_t width = job_.line_floats(), step = s.in_step_w * s.in_c;
-    float* to = gathered_.data();
+    F* to = gathered_.data();
     for (int64_t line = lines.begin; line < lines.end; ++line) {
-      const float* from = band_.line(line);
+      const F* from = band_.line(line);
       for (int64_t pixel = 0; pixel < s.out_w; ++pixel, from += step) {
         for (int64_t tap = 0; tap < job_.shape.kh; ++tap, to += width) {
           copy_few(from + tap * job_.shape.dh * band_.pitch(), to, width);
@@ -121,7 +168,7 @@ class WeightWorker {
     }
   }
 
-  static void copy_few(const float* from, float* to, int64_t count) {
+  static void copy_few(const F* from, F* to, int64_t count) {
     int64_t i = 0;
     for (; i + kPack <= count; i += kPack) {
       store(to + i, load(from + i, Full{}), Full{});
@@ -135,10 +182,44 @@ class WeightWorker {
   void form_gradient(Range lines, Range rows) {
     const int64_t width = job_.sweep.out_w;
     pixels_ = (lines.end - lines.begin) * width;
-    float* to = gradient_.data();
-    for (int64_t k = rows.begin; k < rows.end; k += kRowBlock, to += pixels_ * kRowBlock) {
+    steps_ = steps_of<E>(pixels_);
+    E* to = gradient_.data();
+    for (int64_t k = rows.begin; k < rows.end; k += kRowBlock, to += steps_ * kRowBlock) {
       const Range channels{k, at_most(k + kRowBlock, rows.end)};
-      job_.grad.form({lines.begin * width, lines.end * width}, channels, to, kRowBlock, true);
+      const Range pixels{lines.begin * width, lines.end * width};
+      if constexpr (kPairs) {
+        const F* values = values_.data();
+        job_.grad.form(pixels, channels, values_.data(), kRowBlock, kRowBlock);
+        for (int64_t p = 0; p < pixels_; p += 2, values += 2 * kRowBlock) {
+          pair_rows(values, p + 1 < pixels_ ? values + kRowBlock : nullptr, kRowBlock,
+                    to + p / 2 * kRowBlock);
+        }
+      } else {
+        job_.grad.form(pixels, channels, to, kRowBlock, kRowBlock);
+      }
+    }
+  }
+
+  // The panel's pixels as pairs of neighbours, `width` values of each.
+  static void pair_pixels(const std::vector<const F*>& pixels, int64_t offset, int64_t width,
+                          int64_t to_step, Pair* to) {
+    for (size_t p = 0; p < pixels.size(); p += 2, to += to_step) {
+      const F* second = p + 1 < pixels.size() ? pixels[p + 1] + offset : nullptr;
+      pair_rows(pixels[p] + offset, second, width, to);
+    }
+  }
+
+  // Where each pixel of the panel lies, with what its taps read.
+  void locate(Range lines) {
+    const Sweep& s = job_.sweep;
+    const bool together = is_product() || gathers();
+    const int64_t step = pixel_step();
+    located_.clear();
+    for (int64_t line = lines.begin; line < lines.end; line += together ? pixels_ : 1) {
+      const F* from = gathers() ? gathered_.data() : band_.line(line);
+      for (int64_t pixel = 0; pixel < (together ? pixels_ : s.out_w); ++pixel, from += step) {
+        located_.push_back(from);
+      }
     }
   }
 
@@ -176,10 +257,15 @@ class WeightWorker {
   }
 
   void multiply(Range lines, Range rows, const Segment& segment, bool accumulate, float* out) {
-    const Sweep& s = job_.sweep;
-    find_stretches(lines, segment);
-    const int64_t step = gathers() ? job_.row_floats : s.in_step_w * job_.channels();
-    Tile tile{};
+    int64_t step = kTileColumns;
+    if constexpr (kPairs) {
+      pair_pixels(located_, segment.band, segment.width, step, columns_.data());
+      cut_columns();
+    } else {
+      find_stretches(lines, segment);
+      step = pixel_step();
+    }
+    Tile<E> tile{};
     tile.columns = int(segment.width);
     for (int64_t k = rows.begin; k < rows.end; k += kRowBlock) {
       int64_t row = k;
@@ -188,13 +274,13 @@ class WeightWorker {
           break;
         }
         tile.rows = int(at_most(height, rows.end - row));
-        const float* a = gradient_.data() + (k - rows.begin) * pixels_ + (row - k);
+        const E* a = gradient_.data() + (k - rows.begin) * steps_ + (row - k);
         for (int i = 0; i < kTileRows; ++i) {
           const int64_t at = at_most(i, tile.rows - 1);
           tile.a[i] = a + at;
           tile.c[i] = out + (row + at) * job_.row_floats + segment.out;
         }
-        ahead_.give(tile, pixels_);
+        ahead_.give(tile, steps_);
         run_tile(tile, step, accumulate);
         row += height;
       }
@@ -204,7 +290,7 @@ class WeightWorker {
   // A panel's pixels in groups that are summed up in registers.
   void find_stretches(Range lines, const Segment& segment) {
     const Sweep& s = job_.sweep;
-    const bool product = s.in_w == 1 && s.in_step_h == 1 && s.n == 1;  // lines of one pixel
+    const bool product = is_product();
     const int64_t at_once = product ? job_.depth : at_least(1, job_.depth / s.out_w);
     stretches_.clear();
     ends_.clear();
@@ -212,36 +298,51 @@ class WeightWorker {
       const int64_t last = at_most(first + at_once, lines.end), count = product ? 1 : last - first;
       for (int64_t line = first; line < first + count; ++line) {
         const int64_t pixel = (line - lines.begin) * s.out_w;
-        const float* from =
-            gathers() ? gathered_.data() + pixel * job_.row_floats : band_.line(line);
-        const float* b = from + segment.band;
+        const F* from = gathers() ? gathered_.data() + pixel * job_.row_floats : band_.line(line);
+        const F* b = from + segment.band;
         stretches_.push_back({pixel * kRowBlock, b, product ? last - first : s.out_w, 0});
       }
       ends_.push_back(stretches_.size());
     }
   }
 
-  void run_tile(Tile& tile, int64_t step, bool accumulate) const {
-    const RunTile run = tile_for<kRowBlock>(tile.rows, tile.columns);
+  // Likewise of columns that were laid side by side.
+  void cut_columns() {
+    stretches_.clear();
+    ends_.clear();
+    for (int64_t first = 0; first < steps_; first += job_.depth) {
+      stretches_.push_back({first * kRowBlock, columns_.data() + first * kTileColumns,
+                            at_most(job_.depth, steps_ - first), 0});
+      ends_.push_back(stretches_.size());
+    }
+  }
+
+  void run_tile(Tile<E>& tile, int64_t step, bool accumulate) const {
+    const RunTile<E> run = tile_for<kRowBlock, E>(tile.rows, tile.columns);
     size_t begin = 0;
     for (const size_t end : ends_) {
-      const TileEnd sums{accumulate || begin > 0, nullptr, nullptr, nullptr, false};
+      const TileEnd<> sums{accumulate || begin > 0, nullptr, nullptr, nullptr, false};
       run(tile, stretches_.data() + begin, int64_t(end - begin), step, sums);
       begin = end;
     }
   }
 
-  const WeightJob& job_;
-  Band band_;
-  Scratch<float> gradient_, gathered_;
+  const WeightJob<T>& job_;
+  Band<F> band_;
+  Scratch<E> gradient_;
+  Scratch<F> values_;   // of a block of the gradient's channels, before they are paired
+  Scratch<E> columns_;  // of a segment, where they are paired
+  Scratch<F> gathered_;
   Ahead ahead_;
-  int64_t pixels_ = 0;
-  std::vector<Stretch> stretches_;
+  int64_t pixels_ = 0, steps_ = 0;
+  std::vector<const F*> located_;
+  std::vector<Stretch<E>> stretches_;
   std::vector<size_t> ends_;
 };
 
 // The groups' results added up, in their order.
-void add_groups(const float* partial, int64_t groups, int64_t size, Range part, float* result) {
+template <class T>
+void add_groups(const float* partial, int64_t groups, int64_t size, Range part, T* result) {
   const auto visit = [&](int64_t i, auto lanes) {
     Pack<float> sum = load(partial + i, lanes);
     for (int64_t group = 1; group < groups; ++group) {
@@ -268,22 +369,24 @@ int64_t splits_of(int64_t groups, int64_t blocks, int team) {
 }
 
 // Groups of panels, each with a part of the output channels.
-void run(const WeightJob& job, int threads) {
+template <class T>
+void run(const WeightJob<T>& job, int threads) {
   const int64_t blocks = ceil_div(job.shape.k, kRowBlock);
-  const Scratch<float> partial(job.groups > 1 ? job.groups * job.size() : 0);
+  const bool apart = kInParts<T> || job.groups > 1;
+  const Scratch<float> partial(apart ? job.groups * job.size() : 0);
   const int64_t work = job.sweep.n * job.sweep.lines * job.sweep.out_w * job.shape.k * job.shape.c;
   parallel(threads, work, [&](Worker worker) {
-    WeightWorker own(job);
+    WeightWorker<T> own(job);
     const int64_t splits = splits_of(job.groups, blocks, worker.team);
     const Range tasks = worker.share(job.groups * splits);
     for (int64_t task = tasks.begin; task < tasks.end; ++task) {
       const int64_t group = task / splits, split = task % splits;
       const Range rows{blocks * split / splits * kRowBlock,
                        at_most(blocks * (split + 1) / splits * kRowBlock, job.shape.k)};
-      float* out = job.groups > 1 ? partial.data() + group * job.size() : job.result;
+      float* out = apart ? partial.data() + group * job.size() : (float*)job.result;
       own.run(job.panels_of(group), rows, out);
     }
-    if (job.groups == 1) {
+    if (!apart) {
       return;
     }
     worker.wait_for_all();
@@ -302,11 +405,11 @@ constexpr int64_t kPointPartial = 1024 * 1024;
 // The sum runs over squares: G^T [sum of (A dy A^T) * (B^T d B)] G, for each point a product of
 // matrices.
 struct SquaresJob {
-  const WeightJob& direct;
+  const WeightJob<>& direct;
   Sweep sweep;
   int64_t lines, panels, groups, blocks;
 
-  explicit SquaresJob(const WeightJob& job) : direct(job), sweep(in_squares(job.sweep)) {
+  explicit SquaresJob(const WeightJob<>& job) : direct(job), sweep(in_squares(job.sweep)) {
     const int64_t total = sweep.n * sweep.lines;
     lines = at_least(1, kSquares / at_least(1, sweep.phases[0].pixels));
     lines = ceil_div(total, ceil_div(total, lines));
@@ -396,7 +499,7 @@ class SquaresWorker {
     fits_.assign(size_t(job_.blocks), 0);
     for (int64_t block = blocks.begin; block < blocks.end && fits; ++block) {
       job_.direct.grad.form({own.begin * width, own.end * width}, job_.rows(block),
-                            gradient_.data(), kRowBlock, true);
+                            gradient_.data(), kRowBlock, kRowBlock);
       const Values of_gradient = look_at(gradient_.data(), gradient_.data() + pixels * kRowBlock);
       if (serve(of_gradient, double(pixels * kRowBlock), found.largest)) {
         fits_[size_t(block)] = 1;
@@ -471,7 +574,7 @@ class SquaresWorker {
     const float* a =
         transformed_gradient_.data() + point * gradient_point_ + block * squares_ * kRowBlock;
     const float* b = transformed_.data() + point * point_ + c;
-    Tile tile{};
+    Tile<> tile{};
     tile.columns = int(at_most(kTileColumns, shape_.c - c));
     int64_t row = rows.begin;
     for (int height : kRowsOfTiles) {
@@ -484,7 +587,7 @@ class SquaresWorker {
         tile.a[i] = a + at - rows.begin;
         tile.c[i] = out + at * shape_.c + c;
       }
-      const RunTile run = tile_for<kRowBlock>(tile.rows, tile.columns);
+      const RunTile<> run = tile_for<kRowBlock>(tile.rows, tile.columns);
       for (int64_t t = 0; t < count_; t += kSquaresAtOnce) {
         const Stretch stretch{t * kRowBlock, b + t * shape_.c, at_most(kSquaresAtOnce, count_ - t),
                               0};
@@ -498,10 +601,10 @@ class SquaresWorker {
 
   void add_directly(Range lines, int64_t group, int64_t block, SquaresSums& sums) {
     if (!direct_) {
-      direct_ = std::make_unique<WeightWorker>(job_.direct);
+      direct_ = std::make_unique<WeightWorker<>>(job_.direct);
     }
     const Range own = direct_lines(lines), rows = job_.rows(block);
-    const WeightJob& job = job_.direct;
+    const WeightJob<>& job = job_.direct;
     uint8_t& before = sums.direct[size_t(group * job_.blocks + block)];
     float* out = sums.pixels.data() + group * job.size();
     for (int64_t line = own.begin; line < own.end; line += job.lines) {
@@ -513,12 +616,12 @@ class SquaresWorker {
   const SquaresJob& job_;
   const ConvShape& shape_;
   int64_t squares_, point_, gradient_point_;
-  Band band_;
+  Band<> band_;
   Scratch<float> transformed_, gradient_, transformed_gradient_;
   Ahead ahead_;
   int64_t count_ = 0;
   std::vector<uint8_t> fits_, started_;
-  std::unique_ptr<WeightWorker> direct_;
+  std::unique_ptr<WeightWorker<>> direct_;
 };
 
 // G^T of a column of points.
@@ -599,17 +702,23 @@ void run(const SquaresJob& job, int threads) {
 
 }  // namespace
 
+template <class T>
 void conv_backward_weight(const ConvWeightArgs& a) {
-  with_input(a.input, a.shape.c, [&](const Source& input) {
-    with_gradient(a.grad, [&](const Source& grad) {
-      const WeightJob job(a.shape, input, grad, a.grad_weight);
-      if (a.winograd) {
-        run(SquaresJob(job), a.threads);
-      } else {
-        run(job, a.threads);
+  using Input = typename WeightJob<T>::Input;
+  with_input<T>(a.input, a.shape.c, [&](const Input& input) {
+    with_gradient<T>(a.grad, [&](const Input& grad) {
+      const WeightJob<T> job(a.shape, input, grad, (T*)a.grad_weight);
+      if constexpr (std::is_same_v<T, float>) {
+        if (a.winograd) {
+          run(SquaresJob(job), a.threads);
+          return;
+        }
       }
+      run(job, a.threads);
     });
   });
 }
+
+FASTRES_CONVOLUTIONS(template void conv_backward_weight, (const ConvWeightArgs&))
 
 }  // namespace fastres::cpu::FASTRES_ISA
