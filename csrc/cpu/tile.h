@@ -103,7 +103,17 @@ FASTRES_INLINE VectorF load_vector(const float* p) { return *(const MemoryF*)p; 
 FASTRES_INLINE void store_vector(float* p, VectorF v) { *(MemoryF*)p = v; }
 #if defined(__AVX512F__)
 FASTRES_INLINE VectorF load_vector(const BFloat16* p) { return load(p, Full{}).v[0]; }
-FASTRES_INLINE void store_vector(BFloat16* p, VectorF v) { store(p, Pack<float>{{v}}, Full{}); }
+FASTRES_INLINE void store_vector(BFloat16* p, VectorF v) {
+#if defined(__AVX512BF16__)
+  // The instruction would round subnormal numbers to zero.
+  constexpr int kSubnormal = 0x20;
+  if (__builtin_expect(_mm512_fpclass_ps_mask(v, kSubnormal) == 0, true)) {
+    _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(v));
+    return;
+  }
+#endif
+  store(p, Pack<float>{{v}}, Full{});
+}
 #else
 FASTRES_INLINE VectorF load_vector(const BFloat16* p) {
   VectorF v;
@@ -171,6 +181,82 @@ FASTRES_INLINE void multiply(const Tile<E, T>& tile, const Stretch<E>* stretches
   }
 }
 
+// A row of sums becomes a row of c, or is left for the next part of k.
+template <int kVectors, class T>
+FASTRES_INLINE void end_row(VectorF (&v)[kVectors], T* c, const T* residual, float* parts,
+                            const TileEnd<T>& end) {
+  const auto each = [&](const auto& f) {
+    FASTRES_UNROLL
+    for (int j = 0; j < kVectors; ++j) {
+      v[j] = f(v[j], j * kVectorLanes);
+    }
+  };
+  const auto put = [&](auto* to) {
+    FASTRES_UNROLL
+    for (int j = 0; j < kVectors; ++j) {
+      store_vector(to + j * kVectorLanes, v[j]);
+    }
+  };
+  if (kInParts<T> && end.from_parts) {
+    each([&](VectorF sum, int at) { return sum + load_vector(parts + at); });
+  } else if (end.accumulate) {
+    each([&](VectorF sum, int at) { return sum + load_vector(c + at); });
+  } else if (end.bias) {
+    each([&](VectorF sum, int at) { return sum + load_vector(end.bias + at); });
+  }
+  if (kInParts<T> && end.to_parts) {
+    return put(parts);
+  }
+  if (end.scale) {
+    each([&](VectorF sum, int at) {
+      return fma_vector(sum, load_vector(end.scale + at), load_vector(end.shift + at));
+    });
+  }
+  if (residual) {
+    each([&](VectorF sum, int at) { return sum + load_vector(residual + at); });
+  }
+  if (end.relu) {
+    each([](VectorF sum, int) { return relu_vector(sum); });
+  }
+  put(c);
+}
+
+// The same of rows whose last vector is not whole: all that a row needs and becomes goes through
+// rows of our own.
+template <class E, class T>
+__attribute__((noinline)) void end_part(const Tile<E, T>& tile, const float* sums, int vectors,
+                                        TileEnd<T> end) {
+  T c[kTileColumns] = {}, bias[kTileColumns] = {}, residual[kTileColumns] = {};
+  float scale[kTileColumns] = {}, shift[kTileColumns] = {};
+  const auto own = [&](auto*& given, auto& to) {
+    if (given) {
+      memcpy((void*)to, given, sizeof(to[0]) * size_t(tile.columns));
+      given = to;
+    }
+  };
+  own(end.bias, bias);
+  own(end.scale, scale);
+  own(end.shift, shift);
+  for (int i = 0; i < tile.rows; ++i) {
+    const T *added = tile.has_residual ? tile.residual[i] : nullptr,
+            *before = end.accumulate ? tile.c[i] : nullptr;
+    own(added, residual);
+    own(before, c);
+    for (int j = 0; j < vectors; ++j) {
+      const int at = j * kVectorLanes;
+      VectorF v[1] = {load_vector(sums + i * vectors * kVectorLanes + at)};
+      TileEnd<T> here = end;
+      here.bias = end.bias ? bias + at : nullptr;
+      here.scale = end.scale ? scale + at : nullptr;
+      here.shift = shift + at;
+      end_row(v, c + at, added ? residual + at : nullptr, tile.parts[i] + at, here);
+    }
+    if (!end.to_parts) {
+      memcpy((void*)tile.c[i], c, sizeof(T) * size_t(tile.columns));
+    }
+  }
+}
+
 template <int kRows, int kVectors, int kStep, class E, class T>
 __attribute__((noinline)) void run_tile(const Tile<E, T>& tile, const Stretch<E>* stretches,
                                         int64_t count, int64_t ldb, const TileEnd<T>& end) {
@@ -183,53 +269,25 @@ __attribute__((noinline)) void run_tile(const Tile<E, T>& tile, const Stretch<E>
     }
   }
   multiply<kRows, kVectors, kStep>(tile, stretches, count, ldb, sums);
-  // A last vector that is not whole goes through a row of our own.
-  T whole[kTileColumns];
-  const bool part = tile.columns < kVectors * kVectorLanes;
-  const auto at = [&](const auto* p, int j) -> VectorF {
-    if (!part) {
-      return load_vector(p + j * kVectorLanes);
+  if (tile.columns == kVectors * kVectorLanes) {
+    FASTRES_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      if (kVectors == kTileVectors || i < tile.rows) {
+        end_row(sums[i], tile.c[i], tile.has_residual ? tile.residual[i] : nullptr, tile.parts[i],
+                end);
+      }
     }
-    VectorF v{};
-    for (int lane = 0; lane < kVectorLanes && j * kVectorLanes + lane < tile.columns; ++lane) {
-      v[lane] = to_acc(p[j * kVectorLanes + lane]);
-    }
-    return v;
-  };
+    return;
+  }
+  float memory[kRows * kVectors * kVectorLanes];
   FASTRES_UNROLL
   for (int i = 0; i < kRows; ++i) {
-    if (i >= tile.rows) {
-      break;
-    }
     FASTRES_UNROLL
     for (int j = 0; j < kVectors; ++j) {
-      VectorF v = sums[i][j];
-      if (kInParts<T> && end.from_parts) {
-        v = v + load_vector(tile.parts[i] + j * kVectorLanes);
-      } else if (end.accumulate) {
-        v = v + at(tile.c[i], j);
-      } else if (end.bias) {
-        v = v + at(end.bias, j);
-      }
-      if (kInParts<T> && end.to_parts) {
-        store_vector(tile.parts[i] + j * kVectorLanes, v);
-        continue;
-      }
-      if (end.scale) {
-        v = fma_vector(v, at(end.scale, j), at(end.shift, j));
-      }
-      if (tile.has_residual) {
-        v = v + at(tile.residual[i], j);
-      }
-      if (end.relu) {
-        v = relu_vector(v);
-      }
-      store_vector(part ? whole + j * kVectorLanes : tile.c[i] + j * kVectorLanes, v);
-    }
-    if (part && !(kInParts<T> && end.to_parts)) {
-      memcpy(tile.c[i], whole, sizeof(T) * size_t(tile.columns));
+      store_vector(memory + (i * kVectors + j) * kVectorLanes, sums[i][j]);
     }
   }
+  end_part(tile, memory, kVectors, end);
 }
 
 template <class E = float, class T = float>

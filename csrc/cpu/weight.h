@@ -6,6 +6,37 @@
 
 namespace fastres::cpu::FASTRES_ISA {
 
+#if defined(__AVX512F__)
+// Sixteen rows of sixteen four-byte values, `step` bytes apart, become columns.
+FASTRES_INLINE void transpose_block(const void* from, int64_t step, void* to, int64_t to_step) {
+  __m512i rows[16];
+  FASTRES_UNROLL
+  for (int i = 0; i < 16; ++i) {
+    rows[i] = _mm512_loadu_si512((const char*)from + i * step);
+  }
+  const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  FASTRES_UNROLL
+  for (int half = 8; half > 0; half /= 2) {
+    // Lanes of the second operand are counted from 16 on.
+    const __mmask16 upper = _mm512_test_epi32_mask(lane, _mm512_set1_epi32(half));
+    const __m512i low = _mm512_mask_add_epi32(lane, upper, lane, _mm512_set1_epi32(16 - half));
+    const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(half));
+    FASTRES_UNROLL
+    for (int i = 0; i < 16; ++i) {
+      if (!(i & half)) {
+        const __m512i a = rows[i], b = rows[i + half];
+        rows[i] = _mm512_permutex2var_epi32(a, low, b);
+        rows[i + half] = _mm512_permutex2var_epi32(a, high, b);
+      }
+    }
+  }
+  FASTRES_UNROLL
+  for (int i = 0; i < 16; ++i) {
+    _mm512_storeu_si512((char*)to + i * to_step, rows[i]);
+  }
+}
+#endif
+
 // How a block of columns is read off a weight that lies in any order. A step is a tap's k, or two
 // of them.
 template <class T = float>
@@ -40,6 +71,8 @@ struct WeightView {
   }
 
  private:
+  static constexpr bool kAsItLies = std::is_same_v<T, Formed<E>>;
+
   // A few lines of the weight at a time: what they hold of other steps is still in L1 then. `left`
   // values of k are there.
   void pack_tap(const T* from, int64_t width, int64_t count, int64_t left, E* to) const {
@@ -52,7 +85,17 @@ struct WeightView {
                     to + k * kTileColumns);
         }
       } else {
-        for (int64_t col = 0; col < width; ++col) {
+        int64_t col = 0;
+#if defined(__AVX512F__)
+        // What lies together in memory stays so in a step.
+        const bool whole = end == begin + kSteps && end * kPerStep<E> <= left;
+        for (; depth_stride == 1 && kAsItLies && whole && col + kSteps <= width; col += kSteps) {
+          transpose_block(from + begin * kPerStep<E> + col * column_stride,
+                          column_stride * int64_t(sizeof(T)), to + begin * kTileColumns + col,
+                          kTileColumns * int64_t(sizeof(E)));
+        }
+#endif
+        for (; col < width; ++col) {
           for (int64_t k = begin; k < end; ++k) {
             const T* p = from + k * kPerStep<E> * depth_stride + col * column_stride;
             to[k * kTileColumns + col] = step(p, left - k * kPerStep<E>, (E*)nullptr);

@@ -276,7 +276,9 @@ def conv_backward(
     if want_x:
         grad_x, sums = _data_gradient(code, x, weight, job, accumulate, reduce)
     if want_weight:
-        grad_weight = torch.empty(weight.shape, dtype=weight.dtype, memory_format=torch.channels_last)
+        grad_weight = torch.empty(
+            weight.shape, dtype=weight.dtype, memory_format=torch.channels_last
+        )
         _kernels.conv_backward_weight(
             code, *_input(x, prologue), grad_weight.data_ptr(), job.shape, job.threads,
             _is_winograd_gradient(job),

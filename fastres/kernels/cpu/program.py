@@ -79,7 +79,11 @@ def _stack(to: Tensor, tensors: Sequence[Tensor], dim: int = 0) -> None:
 def _add(to: Tensor, x: Tensor, r: Any, **how: object) -> None:
     """A step that adds two tensors which lie alike."""
     alike = isinstance(r, Tensor) and {x.stride(), r.stride()} == {to.stride()} and not how
-    if not alike or x.shape != r.shape or not {x.dtype} == {r.dtype} <= {torch.float32, torch.bfloat16}:
+    if (
+        not alike
+        or x.shape != r.shape
+        or not {x.dtype} == {r.dtype} <= {torch.float32, torch.bfloat16}
+    ):
         raise NotRecordableError("a sum of another kind than of two activations")
     if _bytes(to) != to.numel() * to.element_size():
         raise NotRecordableError("a sum with gaps in its memory")
