@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import fastres
 from fastres.kernels import (
     Branch,
     Conv,
@@ -267,6 +268,31 @@ def test_whole_unit_equals_the_reference(
     torch.testing.assert_close(wide(own[:2]), expected[:2], rtol=1e-5, atol=1e-5 * scale)
 
 
+def test_nan_reaches_no_weight_but_its_own(isa: str) -> None:
+    """Pairs of pixels: lines of odd length, whose last pixel has no neighbour."""
+    for shape in (SHAPES[2], SHAPES[3], SHAPES[5], SHAPES[10]):
+        x, weight, grad = shape.tensors(dtype=torch.bfloat16)
+        x[0, 0, :, -1] = x[-1, -1, -1] = float("nan")
+        grad[0, 1, 0, -1] = float("inf")
+        stride, padding, dilation, _ = shape.conv
+        truth = torch.nn.grad.conv2d_weight(
+            x.double(), weight.shape, grad.double(), stride, padding, dilation
+        )
+        found = native.conv_backward_weight(grad, x, weight, shape.conv)
+        assert torch.equal(found.isfinite(), truth.isfinite()) and not truth.isfinite().all()
+
+
+def test_subnormal_numbers_of_bfloat16(isa: str) -> None:
+    """AVX512-BF16 takes them as zero, as oneDNN does by it; what is added behind keeps them."""
+    x = channels_last(torch.full((1, 2, 4, 4), 2.0**-130, dtype=torch.bfloat16))
+    weight, conv = torch.ones(3, 2, 1, 1, dtype=torch.bfloat16), Conv()
+    y, _ = native.conv_forward(x, weight, None, conv)
+    assert torch.equal(y, torch.full_like(y, 0 if isa == "avx512_bf16" else 2.0**-129))
+    added = torch.full_like(y, 2.0**-131)
+    stats = torch.zeros(5, 3)
+    assert torch.equal(native.conv_bn_act(x, weight, None, conv, stats, residual=added), added)
+
+
 def test_statistics_hold_far_from_zero(isa: str) -> None:
     """A mean of 1e4 with a standard deviation of 1, and an outlier where a shift is taken."""
     x = channels_last(torch.randn(4, 8, 20, 20, dtype=torch.float64) + 1e4).float()
@@ -473,16 +499,18 @@ def infer(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def by_torch(x: Tensor, weight: Tensor) -> Tensor:
-    return F.conv2d(x.double(), weight.detach().double()).float() + 1
+    return (F.conv2d(x.double(), weight.detach().double()) + 1).to(x.dtype)
 
 
-#: Weights by whether they are kept in Winograd's form.
-WEIGHTS = {False: (9, 8, 1, 1), True: (33, 32, 3, 3)}
+#: Weights by the form in which they are kept.
+WEIGHTS = {DIRECT: (9, 8, 1, 1), WINOGRAD: (33, 32, 3, 3), BFLOAT16: (9, 8, 1, 1)}
+#: How near float64 a result is: to one rounding in bfloat16.
+NEAR = {torch.float32: {"rtol": 1e-5, "atol": 1e-4}, torch.bfloat16: {"rtol": 4e-3, "atol": 4e-3}}
 
 
-def to_be_kept(winograd: bool) -> tuple[Tensor, torch.nn.Parameter]:
-    weight = torch.nn.Parameter(torch.randn(WEIGHTS[winograd]))
-    return channels_last(torch.randn(2, weight.shape[1], 8, 8)), weight
+def to_be_kept(form: str) -> tuple[Tensor, torch.nn.Parameter]:
+    weight = torch.nn.Parameter(torch.randn(WEIGHTS[form]).to(dtype_of(form)))
+    return channels_last(torch.randn(2, weight.shape[1], 8, 8)).to(weight.dtype), weight
 
 
 def negate(weight: Tensor) -> None:
@@ -511,10 +539,10 @@ def change_layout(weight: Tensor) -> None:
     [negate, negate_behind_the_counter, negate_one_channel, exchange_memory, change_layout],
     ids=lambda f: f.__name__,
 )
-@pytest.mark.parametrize("winograd", WEIGHTS)
-def test_a_changed_weight_is_packed_anew(winograd: bool, change) -> None:
-    x, weight = to_be_kept(winograd)
-    key, near = (id(weight), winograd), {"rtol": 1e-5, "atol": 1e-4}
+@pytest.mark.parametrize("form", WEIGHTS)
+def test_a_changed_weight_is_packed_anew(form: str, change) -> None:
+    x, weight = to_be_kept(form)
+    key, near = (id(weight), form == WINOGRAD), NEAR[x.dtype]
     torch.testing.assert_close(infer(x, weight), by_torch(x, weight), **near)
     packed = native._kept[key].packed
     infer(x, weight)
@@ -523,11 +551,11 @@ def test_a_changed_weight_is_packed_anew(winograd: bool, change) -> None:
     torch.testing.assert_close(infer(x, weight), by_torch(x, weight), **near)
 
 
-@pytest.mark.parametrize("winograd", WEIGHTS)
-def test_a_packed_weight_goes_with_its_parameter(winograd: bool) -> None:
-    x, weight = to_be_kept(winograd)
+@pytest.mark.parametrize("form", WEIGHTS)
+def test_a_packed_weight_goes_with_its_parameter(form: str) -> None:
+    x, weight = to_be_kept(form)
     infer(x, weight)
-    key = id(weight), winograd
+    key = id(weight), form == WINOGRAD
     assert key in native._kept
     del weight
     gc.collect()
@@ -539,3 +567,15 @@ def test_weights_of_inference_mode_have_no_counter_and_are_not_kept() -> None:
         x, weight = channels_last(torch.randn(2, 8, 5, 5)), torch.randn(9, 8, 1, 1)
         torch.testing.assert_close(infer(x, weight), by_torch(x, weight))
         assert (id(weight), False) not in native._kept
+
+
+def test_a_weight_that_autocast_casts_is_not_kept() -> None:
+    """It is another one at each call."""
+    block = fastres.nn.BasicBlock(8, 8).eval().to(memory_format=torch.channels_last)
+    x, kept, found = channels_last(torch.randn(2, 8, 5, 5)), len(native._kept), []
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for _ in range(3):
+            found.append(block(x))
+            block.conv1.weight.neg_()
+    assert found[0].dtype == torch.bfloat16 and len(native._kept) == kept
+    assert torch.equal(found[0], found[2]) and not torch.equal(found[0], found[1])

@@ -18,6 +18,7 @@ inline constexpr int kTileRows = 6, kTileVectors = 4;
 // 12 sums, 2 vectors and one value: 15 of 16 registers.
 inline constexpr int kTileRows = 6, kTileVectors = 2;
 #endif
+inline constexpr int kLine = 64;  // bytes of a cache line
 inline constexpr int kTileColumns = kTileVectors * kVectorLanes;
 
 // Two values that neighbour in k: what AVX512-BF16 multiplies in one step.
@@ -266,6 +267,14 @@ __attribute__((noinline)) void run_tile(const Tile<E, T>& tile, const Stretch<E>
     FASTRES_UNROLL
     for (int j = 0; j < kVectors; ++j) {
       sums[i][j] = VectorF{};
+    }
+  }
+  // Where the sums go is in L1 by then.
+  FASTRES_UNROLL
+  for (int i = 0; i < kRows; ++i) {
+    FASTRES_UNROLL
+    for (int j = 0; j < kVectors * kVectorLanes; j += kLine / int(sizeof(T))) {
+      __builtin_prefetch(tile.c[i] + j, 1, 3);
     }
   }
   multiply<kRows, kVectors, kStep>(tile, stretches, count, ldb, sums);

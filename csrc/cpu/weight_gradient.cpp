@@ -26,6 +26,8 @@ constexpr int64_t kMostGroups = 16;
 // Pixels summed up in registers at a time: an eighth of all, within bounds. The error of a longer
 // sum shows, the more so the fewer the parts are.
 constexpr int64_t kFewestAtOnce = 32, kMostAtOnce = 128;
+// Pairs of pixels that lie side by side at a time: with the rows of the other operand they fit L1.
+constexpr int64_t kPairsAtOnce = 96;
 
 // Columns of the result that one tile has: where they begin in a band and in a row of the result.
 struct Segment {
@@ -101,14 +103,15 @@ class WeightWorker {
   using E = Operand<T>;
   using F = Formed<E>;
   static constexpr bool kPairs = kPerStep<E> > 1;
+  static constexpr int64_t kFormedAtOnce = kRowBlock * kPerStep<E>;  // a cache line of them
 
  public:
   explicit WeightWorker(const WeightJob<T>& job)
       : job_(job),
         band_(job.sweep, job.lines, job.channels()),
         gradient_(round_up(job.shape.k, kRowBlock) * steps_of<E>(job.lines * job.sweep.out_w)),
-        values_(kPairs ? kRowBlock * job.lines * job.sweep.out_w : 0),
-        columns_(kPairs ? kTileColumns * steps_of<E>(job.lines * job.sweep.out_w) : 0),
+        values_(kPairs ? kFormedAtOnce * job.lines * job.sweep.out_w : 0),
+        columns_(kPairs ? kTileColumns * kPairsAtOnce : 0),
         // Tiles read whole vectors, beyond the last pixel too.
         gathered_(gathers() ? job.row_floats * job.lines * job.sweep.out_w + kTileColumns : 0) {}
 
@@ -183,16 +186,14 @@ class WeightWorker {
     const int64_t width = job_.sweep.out_w;
     pixels_ = (lines.end - lines.begin) * width;
     steps_ = steps_of<E>(pixels_);
-    E* to = gradient_.data();
-    for (int64_t k = rows.begin; k < rows.end; k += kRowBlock, to += steps_ * kRowBlock) {
-      const Range channels{k, at_most(k + kRowBlock, rows.end)};
-      const Range pixels{lines.begin * width, lines.end * width};
+    const Range pixels{lines.begin * width, lines.end * width};
+    for (int64_t k = rows.begin; k < rows.end; k += kFormedAtOnce) {
+      const Range channels{k, at_most(k + kFormedAtOnce, rows.end)};
+      E* to = gradient_.data() + (k - rows.begin) * steps_;
       if constexpr (kPairs) {
-        const F* values = values_.data();
-        job_.grad.form(pixels, channels, values_.data(), kRowBlock, kRowBlock);
-        for (int64_t p = 0; p < pixels_; p += 2, values += 2 * kRowBlock) {
-          pair_rows(values, p + 1 < pixels_ ? values + kRowBlock : nullptr, kRowBlock,
-                    to + p / 2 * kRowBlock);
+        job_.grad.form(pixels, channels, values_.data(), kFormedAtOnce, kFormedAtOnce);
+        for (int64_t i = 0; i < channels.end - k; i += kRowBlock, to += steps_ * kRowBlock) {
+          pair_block(values_.data() + i, to);
         }
       } else {
         job_.grad.form(pixels, channels, to, kRowBlock, kRowBlock);
@@ -200,12 +201,20 @@ class WeightWorker {
     }
   }
 
-  // The panel's pixels as pairs of neighbours, `width` values of each.
-  static void pair_pixels(const std::vector<const F*>& pixels, int64_t offset, int64_t width,
-                          int64_t to_step, Pair* to) {
-    for (size_t p = 0; p < pixels.size(); p += 2, to += to_step) {
-      const F* second = p + 1 < pixels.size() ? pixels[p + 1] + offset : nullptr;
-      pair_rows(pixels[p] + offset, second, width, to);
+  // A block of channels of the panel's pixels, as pairs of neighbours.
+  void pair_block(const F* from, E* to) const {
+    for (int64_t p = 0; p < pixels_; p += 2, from += 2 * kFormedAtOnce, to += kRowBlock) {
+      pair_rows(from, p + 1 < pixels_ ? from + kFormedAtOnce : nullptr, kRowBlock, to);
+    }
+  }
+
+  // Some of the panel's pixels as pairs of neighbours: the columns of a segment.
+  void pair_pixels(Range steps, const Segment& segment) {
+    E* to = columns_.data();
+    for (int64_t step = steps.begin; step < steps.end; ++step, to += kTileColumns) {
+      const F* const* pixel = located_.data() + 2 * step;
+      const F* second = 2 * step + 1 < pixels_ ? pixel[1] + segment.band : nullptr;
+      pair_rows(pixel[0] + segment.band, second, segment.width, to);
     }
   }
 
@@ -233,7 +242,9 @@ class WeightWorker {
       job_.grad.ask({lines.begin * s.out_w, lines.end * s.out_w}, ahead_);
     }
     const int64_t tiles = ceil_div(rows.end - rows.begin, kRowBlock) * 3;
-    ahead_.spread(tiles * ceil_div(s.in_c, kTileColumns) * int64_t(s.phases[0].taps.size()));
+    const int64_t at_once = kPairs ? 2 * kPairsAtOnce : job_.depth;
+    ahead_.spread(tiles * ceil_div(job_.lines * s.out_w, at_once) * ceil_div(s.in_c, kTileColumns) *
+                  int64_t(s.phases[0].taps.size()));
   }
 
   // Taps of one line that lie together are one segment where they fit a tile, and several lines
@@ -256,15 +267,31 @@ class WeightWorker {
     return found;
   }
 
+  // Groups of pixels outside: what a group's tiles read of the input stays in L1.
   void multiply(Range lines, Range rows, const Segment& segment, bool accumulate, float* out) {
-    int64_t step = kTileColumns;
     if constexpr (kPairs) {
-      pair_pixels(located_, segment.band, segment.width, step, columns_.data());
-      cut_columns();
+      const int64_t parts = ceil_div(steps_, kPairsAtOnce), part = ceil_div(steps_, parts);
+      for (int64_t first = 0; first < steps_; first += part) {
+        const Range steps{first, at_most(first + part, steps_)};
+        pair_pixels(steps, segment);
+        const Stretch<E> stretch{first * kRowBlock, columns_.data(), steps.end - first, 0};
+        multiply_group(&stretch, 1, kTileColumns, rows, segment, accumulate || first > 0, out);
+      }
     } else {
       find_stretches(lines, segment);
-      step = pixel_step();
+      size_t begin = 0;
+      for (const size_t end : ends_) {
+        multiply_group(stretches_.data() + begin, int64_t(end - begin), pixel_step(), rows, segment,
+                       accumulate || begin > 0, out);
+        begin = end;
+      }
     }
+  }
+
+  void multiply_group(const Stretch<E>* stretches, int64_t count, int64_t step, Range rows,
+                      const Segment& segment, bool accumulate, float* out) {
+    const TileEnd<> end{accumulate, nullptr, nullptr, nullptr, false};
+    const int64_t depth = depth_of(stretches, count);
     Tile<E> tile{};
     tile.columns = int(segment.width);
     for (int64_t k = rows.begin; k < rows.end; k += kRowBlock) {
@@ -280,8 +307,8 @@ class WeightWorker {
           tile.a[i] = a + at;
           tile.c[i] = out + (row + at) * job_.row_floats + segment.out;
         }
-        ahead_.give(tile, steps_);
-        run_tile(tile, step, accumulate);
+        ahead_.give(tile, depth);
+        tile_for<kRowBlock, E>(tile.rows, tile.columns)(tile, stretches, count, step, end);
         row += height;
       }
     }
@@ -306,32 +333,11 @@ class WeightWorker {
     }
   }
 
-  // Likewise of columns that were laid side by side.
-  void cut_columns() {
-    stretches_.clear();
-    ends_.clear();
-    for (int64_t first = 0; first < steps_; first += job_.depth) {
-      stretches_.push_back({first * kRowBlock, columns_.data() + first * kTileColumns,
-                            at_most(job_.depth, steps_ - first), 0});
-      ends_.push_back(stretches_.size());
-    }
-  }
-
-  void run_tile(Tile<E>& tile, int64_t step, bool accumulate) const {
-    const RunTile<E> run = tile_for<kRowBlock, E>(tile.rows, tile.columns);
-    size_t begin = 0;
-    for (const size_t end : ends_) {
-      const TileEnd<> sums{accumulate || begin > 0, nullptr, nullptr, nullptr, false};
-      run(tile, stretches_.data() + begin, int64_t(end - begin), step, sums);
-      begin = end;
-    }
-  }
-
   const WeightJob<T>& job_;
   Band<F> band_;
   Scratch<E> gradient_;
-  Scratch<F> values_;   // of a block of the gradient's channels, before they are paired
-  Scratch<E> columns_;  // of a segment, where they are paired
+  Scratch<F> values_;   // of some of the gradient's channels, before they are paired
+  Scratch<E> columns_;  // of a segment and some pixels, where they are paired
   Scratch<F> gathered_;
   Ahead ahead_;
   int64_t pixels_ = 0, steps_ = 0;
