@@ -41,8 +41,11 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     ISAS["avx512"] += ["-mprefer-vector-width=512", *ISAS["avx2"]]
     # gcc 12 takes the deliberately undefined registers of its own intrinsics for a mistake.
     ISAS["avx512"] += ["-Wno-uninitialized", "-Wno-maybe-uninitialized"]
-KERNELS = ["activation", "channel_stats", "scale_shift_act", "backward_reduce", "backward_apply"]
-KERNELS += ["pointwise", "pack_weight", "pack_winograd", "convolution", "weight_gradient"]
+    # What this one has of its own: convolutions by dot products of pairs.
+    ISAS["avx512_bf16"] = ["-mavx512bf16", *ISAS["avx512"]]
+KERNELS = ["channel_stats", "scale_shift_act", "backward_reduce", "backward_apply"]
+CONVOLUTIONS = ["activation", "pack_weight", "convolution", "weight_gradient"]
+KERNELS += ["pointwise", "pack_winograd", *CONVOLUTIONS]
 ONCE = ["cpu/dispatch", "cpu/finalize_stats", "cpu/update_running", "cpu/parameters"]
 ONCE += ["cpu/program", "cpu/allocator"]
 
@@ -179,8 +182,9 @@ def cpu_recipe() -> Recipe:
     units = [Unit(CSRC / f"{name}.cpp", name.replace("/", "_"), []) for name in ONCE]
     units += [binding("cpu_module", []), binding("cpu_program", [])]
     for isa, isa_flags in ISAS.items():
+        names = CONVOLUTIONS if isa == "avx512_bf16" else KERNELS
         own = [f"-DFASTRES_ISA={isa}", *isa_flags]
-        units += [Unit(CSRC / "cpu" / f"{name}.cpp", f"{isa}_{name}", own) for name in KERNELS]
+        units += [Unit(CSRC / "cpu" / f"{name}.cpp", f"{isa}_{name}", own) for name in names]
     return Recipe({"cpp": f"{cxx} {joined(flags)}"}, units, link(cxx, openmp), {})
 
 

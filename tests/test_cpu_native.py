@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import fastres
 from bench.shapes import CONVOLUTIONS
 from fastres.kernels import (
     Branch,
@@ -58,12 +59,15 @@ class Shape(NamedTuple):
     def conv(self) -> Conv:
         return Conv(self.stride, (self.padding,) * 2, (self.dilation,) * 2, 1)
 
-    def tensors(self, draw=torch.randn) -> tuple[Tensor, Tensor, Tensor]:
+    def tensors(
+        self, draw=torch.randn, dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """x, weight and a gradient of the output."""
         x = channels_last(draw(self.n, self.c, self.h, self.w))
         weight = draw(self.k, self.c, self.kernel, self.kernel)
         size = self.conv.output_size((self.h, self.w), weight.shape[2:])
-        return x, weight, channels_last(draw(self.n, self.k, *size))
+        grad = channels_last(draw(self.n, self.k, *size))
+        return x.to(dtype), weight.to(dtype), grad.to(dtype)
 
 
 #: Tails of rows, vectors and blocks; several panels and images in one; strides with and without
@@ -99,8 +103,14 @@ SQUARES = [
     Shape(2, 32, 41, 30, 64, 3, padding=1),
     Shape(3, 600, 6, 7, 70, 3, padding=1),
 ]
-#: Shapes, and whether they are computed in Winograd's form, worth it or not.
-FORMS = [(s, False) for s in SHAPES] + [(s, True) for s in (*SHAPES, *SQUARES) if s.squares]
+#: How a convolution is computed: float32 without and by Winograd's form, worth it or not; bfloat16.
+DIRECT, WINOGRAD, BFLOAT16 = FORMS = ("float32", "winograd", "bfloat16")
+
+
+def forms(shapes: list[Shape], squares: list[Shape]) -> list[tuple[Shape, str]]:
+    """Shapes in each form that can compute them; `squares` by Winograd's alone."""
+    by_squares = [(s, WINOGRAD) for s in (*shapes, *squares) if s.squares]
+    return [(s, DIRECT) for s in shapes] + by_squares + [(s, BFLOAT16) for s in shapes]
 
 
 def channels_last(t: Tensor) -> Tensor:
@@ -113,6 +123,10 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     _cpu.set_isa(request.param)
     yield request.param
     _cpu.set_isa(before)
+
+
+def dtype_of(form: str) -> torch.dtype:
+    return torch.bfloat16 if form == BFLOAT16 else torch.float32
 
 
 def take(monkeypatch: pytest.MonkeyPatch, winograd: bool) -> None:
@@ -141,18 +155,19 @@ def stats_of(channels: int) -> Tensor:
 
 
 def integers(*shape: int) -> Tensor:
-    """Small integers: their sums are exact in float32."""
+    """Small integers: their sums are exact in float32, and round once to bfloat16."""
     return torch.randint(-3, 4, shape).float()
 
 
-@pytest.mark.parametrize(("shape", "winograd"), FORMS, ids=str)
+@pytest.mark.parametrize(("shape", "form"), forms(SHAPES, SQUARES), ids=str)
 def test_small_integers_are_exact_whatever_the_threads(
-    isa: str, shape: Shape, winograd: bool, monkeypatch: pytest.MonkeyPatch
+    isa: str, shape: Shape, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    take(monkeypatch, winograd)
-    x, weight, grad = shape.tensors(integers)
-    conv, bias = shape.conv, integers(shape.k)
-    start = channels_last(integers(*x.shape))
+    take(monkeypatch, form == WINOGRAD)
+    dtype = dtype_of(form)
+    x, weight, grad = shape.tensors(integers, dtype)
+    conv, bias = shape.conv, integers(shape.k).to(dtype)
+    start = channels_last(integers(*x.shape)).to(dtype)
 
     def run() -> list[Tensor]:
         y, state = native.conv_forward(x, weight, bias, conv, want_state=True)
@@ -168,40 +183,41 @@ def test_small_integers_are_exact_whatever_the_threads(
     y, state, grad_x, added, grad_weight = first
     stride, padding, dilation, _ = conv
     expected = F.conv2d(x.double(), weight.double(), bias.double(), stride, padding, dilation)
-    assert torch.equal(y.double(), expected)
+    assert torch.equal(y, expected.to(dtype))
+    expected = y.double()
     mean = expected.mean((0, 2, 3))
     torch.testing.assert_close(state[0], mean, rtol=0, atol=1e-4)
     m2 = (expected - mean.view(1, -1, 1, 1)).square().sum((0, 2, 3))
     torch.testing.assert_close(state[1], m2, rtol=1e-5, atol=1e-4)
     arguments = (stride, padding, dilation)
     wanted = torch.nn.grad.conv2d_input(x.shape, weight.double(), grad.double(), *arguments)
-    assert torch.equal(grad_x.double(), wanted)
-    assert torch.equal(added.double(), wanted + start)
+    assert torch.equal(grad_x, wanted.to(dtype))
+    assert torch.equal(added, (wanted + start).to(dtype))
     wanted = torch.nn.grad.conv2d_weight(x.double(), weight.shape, grad.double(), *arguments)
-    assert torch.equal(grad_weight.double(), wanted)
+    assert torch.equal(grad_weight, wanted.to(dtype))
 
 
 @pytest.mark.parametrize("act", ["none", "relu", "silu"])
 @pytest.mark.parametrize(
-    ("shape", "winograd"),
-    [*((s, False) for s in SHAPES[2:6]), *((s, True) for s in SQUARES[1:])],
+    ("shape", "form"),
+    [pair for pair in forms(SHAPES[2:6], SQUARES[1:]) if pair != (SHAPES[2], WINOGRAD)],
     ids=str,
 )
 def test_whole_unit_equals_the_reference(
-    isa: str, shape: Shape, winograd: bool, act: str, monkeypatch: pytest.MonkeyPatch
+    isa: str, shape: Shape, form: str, act: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Prologue, gradient formed on the way, gated residual, sums for the norm in front."""
-    take(monkeypatch, winograd)
-    x, weight, grad_out = shape.tensors()
+    take(monkeypatch, form == WINOGRAD)
+    dtype = dtype_of(form)
+    x, weight, grad_out = shape.tensors(dtype=dtype)
     conv, before, behind = shape.conv, stats_of(shape.c), stats_of(shape.k)
     prologue = Prologue(before, act)
     y, _ = native.conv_forward(x, weight, None, conv, prologue=prologue)
     branch = Branch(y, behind)
     gate = Gate("affine", act=act) if act != "none" else Gate("none")
     sums = torch.randn(3, shape.k, dtype=torch.float64)
-    residual = Gated(
-        channels_last(torch.randn(x.shape)), Gate("out", channels_last(torch.randn(x.shape)))
-    )
+    added, out = [channels_last(torch.randn(x.shape)).to(dtype) for _ in range(2)]
+    residual = Gated(added, Gate("out", out))
     count = y.numel() // shape.k
     front = Gate("affine", act=act) if act != "none" else Gate("none")
     first, *others = on_threads(
@@ -224,11 +240,16 @@ def test_whole_unit_equals_the_reference(
     def branch_of(y: Tensor, stats: Tensor) -> Branch:
         return Branch(wide(y), wide(stats))
 
+    # bfloat16 rounds the result once, and some term to the other side than float64 does.
+    near = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps
+
     acc = {"acc": torch.float64, "channels_last": True}
     (grad_y,), _ = reference.bn_act_backward_apply(
         wide(grad_out), gate, (branch_of(y, behind),), sums, count, want_grads=(True,), **acc
     )
     z, _ = reference.scale_shift_act(wide(x), wide(before), act=act, **acc)
+    if form == BFLOAT16:  # as operands are stored
+        grad_y, z = wide(grad_y.to(dtype)), wide(z.to(dtype))
     g = reference.act_backward(
         wide(residual.grad_out), residual.gate._replace(tensor=wide(residual.gate.tensor)), **acc
     )
@@ -237,15 +258,40 @@ def test_whole_unit_equals_the_reference(
         torch.nn.grad.conv2d_input(x.shape, wide(weight), grad_y, stride, padding, dilation) + g
     )
     torch.testing.assert_close(
-        wide(grad_x), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max())
+        wide(grad_x), expected, rtol=near, atol=near * float(expected.abs().max())
     )
     expected = torch.nn.grad.conv2d_weight(z, weight.shape, grad_y, stride, padding, dilation)
     torch.testing.assert_close(
-        wide(grad_weight), expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max())
+        wide(grad_weight), expected, rtol=near, atol=near * float(expected.abs().max())
     )
     expected = reference.bn_act_backward_reduce(wide(grad_x), front, (branch_of(x, before),), **acc)
     scale = float(expected[:2].abs().max())
     torch.testing.assert_close(wide(own[:2]), expected[:2], rtol=1e-5, atol=1e-5 * scale)
+
+
+def test_nan_reaches_no_weight_but_its_own(isa: str) -> None:
+    """Pairs of pixels: lines of odd length, whose last pixel has no neighbour."""
+    for shape in (SHAPES[2], SHAPES[3], SHAPES[5], SHAPES[10]):
+        x, weight, grad = shape.tensors(dtype=torch.bfloat16)
+        x[0, 0, :, -1] = x[-1, -1, -1] = float("nan")
+        grad[0, 1, 0, -1] = float("inf")
+        stride, padding, dilation, _ = shape.conv
+        truth = torch.nn.grad.conv2d_weight(
+            x.double(), weight.shape, grad.double(), stride, padding, dilation
+        )
+        found = native.conv_backward_weight(grad, x, weight, shape.conv)
+        assert torch.equal(found.isfinite(), truth.isfinite()) and not truth.isfinite().all()
+
+
+def test_subnormal_numbers_of_bfloat16(isa: str) -> None:
+    """AVX512-BF16 takes them as zero, as oneDNN does by it; what is added behind keeps them."""
+    x = channels_last(torch.full((1, 2, 4, 4), 2.0**-130, dtype=torch.bfloat16))
+    weight, conv = torch.ones(3, 2, 1, 1, dtype=torch.bfloat16), Conv()
+    y, _ = native.conv_forward(x, weight, None, conv)
+    assert torch.equal(y, torch.full_like(y, 0 if isa == "avx512_bf16" else 2.0**-129))
+    added = torch.full_like(y, 2.0**-131)
+    stats = torch.zeros(5, 3)
+    assert torch.equal(native.conv_bn_act(x, weight, None, conv, stats, residual=added), added)
 
 
 def test_statistics_hold_far_from_zero(isa: str) -> None:
@@ -454,16 +500,18 @@ def infer(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def by_torch(x: Tensor, weight: Tensor) -> Tensor:
-    return F.conv2d(x.double(), weight.detach().double()).float() + 1
+    return (F.conv2d(x.double(), weight.detach().double()) + 1).to(x.dtype)
 
 
-#: Weights by whether they are kept in Winograd's form.
-WEIGHTS = {False: (9, 8, 1, 1), True: (33, 32, 3, 3)}
+#: Weights by the form in which they are kept.
+WEIGHTS = {DIRECT: (9, 8, 1, 1), WINOGRAD: (33, 32, 3, 3), BFLOAT16: (9, 8, 1, 1)}
+#: How near float64 a result is: to one rounding in bfloat16.
+NEAR = {torch.float32: {"rtol": 1e-5, "atol": 1e-4}, torch.bfloat16: {"rtol": 4e-3, "atol": 4e-3}}
 
 
-def to_be_kept(winograd: bool) -> tuple[Tensor, torch.nn.Parameter]:
-    weight = torch.nn.Parameter(torch.randn(WEIGHTS[winograd]))
-    return channels_last(torch.randn(2, weight.shape[1], 8, 8)), weight
+def to_be_kept(form: str) -> tuple[Tensor, torch.nn.Parameter]:
+    weight = torch.nn.Parameter(torch.randn(WEIGHTS[form]).to(dtype_of(form)))
+    return channels_last(torch.randn(2, weight.shape[1], 8, 8)).to(weight.dtype), weight
 
 
 def negate(weight: Tensor) -> None:
@@ -492,10 +540,10 @@ def change_layout(weight: Tensor) -> None:
     [negate, negate_behind_the_counter, negate_one_channel, exchange_memory, change_layout],
     ids=lambda f: f.__name__,
 )
-@pytest.mark.parametrize("winograd", WEIGHTS)
-def test_a_changed_weight_is_packed_anew(winograd: bool, change) -> None:
-    x, weight = to_be_kept(winograd)
-    key, near = (id(weight), winograd), {"rtol": 1e-5, "atol": 1e-4}
+@pytest.mark.parametrize("form", WEIGHTS)
+def test_a_changed_weight_is_packed_anew(form: str, change) -> None:
+    x, weight = to_be_kept(form)
+    key, near = (id(weight), form == WINOGRAD), NEAR[x.dtype]
     torch.testing.assert_close(infer(x, weight), by_torch(x, weight), **near)
     packed = native._kept[key].packed
     infer(x, weight)
@@ -504,11 +552,11 @@ def test_a_changed_weight_is_packed_anew(winograd: bool, change) -> None:
     torch.testing.assert_close(infer(x, weight), by_torch(x, weight), **near)
 
 
-@pytest.mark.parametrize("winograd", WEIGHTS)
-def test_a_packed_weight_goes_with_its_parameter(winograd: bool) -> None:
-    x, weight = to_be_kept(winograd)
+@pytest.mark.parametrize("form", WEIGHTS)
+def test_a_packed_weight_goes_with_its_parameter(form: str) -> None:
+    x, weight = to_be_kept(form)
     infer(x, weight)
-    key = id(weight), winograd
+    key = id(weight), form == WINOGRAD
     assert key in native._kept
     del weight
     gc.collect()
@@ -520,6 +568,18 @@ def test_weights_of_inference_mode_have_no_counter_and_are_not_kept() -> None:
         x, weight = channels_last(torch.randn(2, 8, 5, 5)), torch.randn(9, 8, 1, 1)
         torch.testing.assert_close(infer(x, weight), by_torch(x, weight))
         assert (id(weight), False) not in native._kept
+
+
+def test_a_weight_that_autocast_casts_is_not_kept() -> None:
+    """It is another one at each call."""
+    block = fastres.nn.BasicBlock(8, 8).eval().to(memory_format=torch.channels_last)
+    x, kept, found = channels_last(torch.randn(2, 8, 5, 5)), len(native._kept), []
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for _ in range(3):
+            found.append(block(x))
+            block.conv1.weight.neg_()
+    assert found[0].dtype == torch.bfloat16 and len(native._kept) == kept
+    assert torch.equal(found[0], found[2]) and not torch.equal(found[0], found[1])
 
 
 #: Of ResNet-50's convolutions with so many images and threads: the least part of the threads' time

@@ -60,13 +60,28 @@ def programs_of(block: nn.Module) -> list[Programs]:
     return [call.run.programs for call in calls if call is not None and call.run.programs]
 
 
+def lowered(block: nn.Module, dtype: torch.dtype, norms: torch.dtype) -> nn.Module:
+    """The block in a dtype, and its batch norms in one of their own."""
+    block = block.to(dtype)
+    for m in block.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.to(norms)
+    return block
+
+
+F32, BF16 = torch.float32, torch.bfloat16
+#: Of a block and of its batch norms.
+DTYPES = {"float32": (F32, F32), "bfloat16": (BF16, BF16), "mixed": (BF16, F32)}
+
+
 def history(block: nn.Module, last: bool, training: bool) -> list[Tensor]:
     """Outputs, gradients and buffers over three steps and two inferences."""
     block = copy.deepcopy(block).train(training)
+    dtype = next(p.dtype for p in block.parameters() if p.dim() == 4)
     kept: list[Tensor] = []
     for seed in range(3):
         torch.manual_seed(seed)
-        x = torch.randn(3, 8, 9, 6)
+        x = torch.randn(3, 8, 9, 6).to(dtype)
         x = x.contiguous(memory_format=CHANNELS_LAST) if last else x
         out = block(x.requires_grad_())
         out.backward(torch.randn_like(out))
@@ -85,13 +100,14 @@ def history(block: nn.Module, last: bool, training: bool) -> list[Tensor]:
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("weights", [CHANNELS_LAST, torch.contiguous_format])
 @pytest.mark.parametrize("memory", ["speed", "balanced", "lean"])
+@pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("kind", BLOCKS, ids=str)
 def test_same_bits_as_the_walk(
-    kind: Kind, memory: str, weights: torch.memory_format, training: bool,
+    kind: Kind, dtypes: str, memory: str, weights: torch.memory_format, training: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     torch.manual_seed(0)
-    block = kind.make().to(memory_format=weights)
+    block = lowered(kind.make(), *DTYPES[dtypes]).to(memory_format=weights)
     with fastres.use_memory(memory):
         written = history(block, True, training)
         walked(monkeypatch)
@@ -100,10 +116,12 @@ def test_same_bits_as_the_walk(
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("kind", BLOCKS, ids=str)
-def test_blocks_are_written_down(kind: Kind) -> None:
-    block = kind.make().to(memory_format=CHANNELS_LAST)
-    x = torch.randn(2, 8, 5, 5).contiguous(memory_format=CHANNELS_LAST).requires_grad_()
+def test_blocks_are_written_down(kind: Kind, dtypes: str) -> None:
+    block = lowered(kind.make(), *DTYPES[dtypes]).to(memory_format=CHANNELS_LAST)
+    x = torch.randn(2, 8, 5, 5).to(DTYPES[dtypes][0])
+    x = x.contiguous(memory_format=CHANNELS_LAST).requires_grad_()
     block(x).sum().backward()
     (written,) = programs_of(block)
     if kind.name in _BY_TORCH:

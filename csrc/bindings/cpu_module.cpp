@@ -171,12 +171,18 @@ void act_backward_py(Address grad_out, int gate, Address gate_ptr, Address grad,
 
 // ---- convolutions ----
 
-// n, h, w, c, k, kh, kw, stride, padding and dilation per axis.
-using ShapeCode = std::array<int64_t, 13>;
+// n, h, w, c, k, kh, kw, stride, padding and dilation per axis, dtype.
+using ShapeCode = std::array<int64_t, 14>;
+
+DType checked_conv_dtype(int64_t code) {
+  require(code == int(DType::kFloat32) || code == int(DType::kBFloat16),
+          "dtype must be float32 or bfloat16, got code " + std::to_string(code));
+  return DType(code);
+}
 
 ConvShape checked_conv(const ShapeCode& s) {
-  const ConvShape shape{s[0], s[1], s[2], s[3],  s[4],  s[5], s[6],
-                        s[7], s[8], s[9], s[10], s[11], s[12]};
+  const ConvShape shape{s[0], s[1], s[2], s[3],  s[4],  s[5],  s[6],
+                        s[7], s[8], s[9], s[10], s[11], s[12], checked_conv_dtype(s[13])};
   for (int i = 0; i < 5; ++i) {
     require_size("shape", s[size_t(i)]);
   }
@@ -199,11 +205,13 @@ bool is_empty(const ConvShape& s) { return s.n * s.c * s.k * s.out_h() * s.out_w
 const float* floats(Address address) { return static_cast<const float*>(at(address)); }
 
 int64_t packed_size_py(const ShapeCode& shape, bool transposed) {
-  return active_table().packed_size(checked_conv(shape), transposed);
+  const ConvShape conv = checked_conv(shape);
+  return active_table().convolutions(conv).packed_size(conv, transposed);
 }
 
 bool packs_ahead_py(const ShapeCode& shape, bool transposed) {
-  return active_table().packs_ahead(checked_conv(shape), transposed);
+  const ConvShape conv = checked_conv(shape);
+  return active_table().convolutions(conv).packs_ahead(conv, transposed);
 }
 
 std::vector<int64_t> shares_py(const ShapeCode& code, const std::string& pass, bool winograd,
@@ -213,11 +221,11 @@ std::vector<int64_t> shares_py(const ShapeCode& code, const std::string& pass, b
   require(team > 0, "team must be positive");
   require(!winograd || is_winograd(shape), "no squares for this shape");
   std::vector<int64_t> shares(static_cast<size_t>(team));
-  active_table().shares({shape,
-                         pass == "forward" ? Pass::kForward
-                         : pass == "data"  ? Pass::kDataGradient
-                                           : Pass::kWeightGradient,
-                         winograd, team, shares.data()});
+  active_table().convolutions(shape).shares({shape,
+                                             pass == "forward" ? Pass::kForward
+                                             : pass == "data"  ? Pass::kDataGradient
+                                                               : Pass::kWeightGradient,
+                                             winograd, team, shares.data()});
   return shares;
 }
 
@@ -227,12 +235,14 @@ using WeightCode = std::tuple<Address, std::array<int64_t, 4>>;
 ConvWeight checked_weight(const WeightCode& code) {
   const auto& [weight, strides] = code;
   require_address("weight", weight);
-  return {floats(weight), strides[0], strides[1], strides[2], strides[3]};
+  return {at(weight), strides[0], strides[1], strides[2], strides[3]};
 }
 
 bool checked_winograd(bool winograd, const ConvShape& shape, Address packed) {
-  require(!winograd || (is_winograd(shape) && packed),
-          "winograd must be false but for three by three taps in steps of one, packed for it");
+  const bool able = is_winograd(shape) && shape.dtype == DType::kFloat32;
+  require(!winograd || (able && packed),
+          "winograd must be false but for three by three taps in steps of one, packed for it, of "
+          "float32");
   return winograd;
 }
 
@@ -246,20 +256,20 @@ void pack_weight_py(const WeightCode& weight, bool transposed, Address packed,
                     const ShapeCode& code, int threads, bool winograd) {
   const ConvShape shape = checked_conv(code);
   require_address("packed", packed);
-  perform(PackWeightArgs{checked_weight(weight), transposed, static_cast<float*>(at(packed)), shape,
+  perform(PackWeightArgs{checked_weight(weight), transposed, at(packed), shape,
                          checked_threads(threads), checked_winograd(winograd, shape, packed)});
 }
 
 int64_t sample_weight_py(Address weight, const std::array<int64_t, 4>& shape,
-                         const std::array<int64_t, 4>& strides) {
+                         const std::array<int64_t, 4>& strides, int dtype) {
   require_address("weight", weight);
-  return sample_weight(floats(weight), shape.data(), strides.data());
+  return sample_weight(at(weight), checked_conv_dtype(dtype), shape.data(), strides.data());
 }
 
 ConvInput checked_input(Address x, Address scale, Address shift, int act) {
   require_address("x", x);
   require(!scale == !shift, "scale and shift must be given together");
-  return {floats(x), floats(scale), floats(shift), checked_act(act)};
+  return {at(x), floats(scale), floats(shift), checked_act(act)};
 }
 
 void conv_forward_py(Address x, Address scale, Address shift, int act, const WeightCode& weight,
@@ -270,11 +280,10 @@ void conv_forward_py(Address x, Address scale, Address shift, int act, const Wei
   require(!is_empty(shape), "shape must not be empty");
   require_address("y", y);
   require(!out_scale == !out_shift, "out_scale and out_shift must be given together");
-  perform(ConvForwardArgs{checked_input(x, scale, shift, act), checked_weight(weight),
-                          floats(packed), checked_winograd(winograd, shape, packed), floats(bias),
-                          static_cast<float*>(at(y)), static_cast<double*>(at(state)),
-                          floats(out_scale), floats(out_shift), floats(residual),
-                          checked_act(out_act), shape, checked_threads(threads)});
+  perform(ConvForwardArgs{checked_input(x, scale, shift, act), checked_weight(weight), at(packed),
+                          checked_winograd(winograd, shape, packed), at(bias), at(y),
+                          static_cast<double*>(at(state)), floats(out_scale), floats(out_shift),
+                          at(residual), checked_act(out_act), shape, checked_threads(threads)});
 }
 
 // How grad_y is formed: grad_out, gate, its activation and source, y, stats, sums, count.
@@ -282,8 +291,7 @@ using GradientCode = std::tuple<Address, int, int, Address, Address, Address, Ad
 
 BackwardApplyArgs checked_gradient(const GradientCode& code, const ConvShape& s, int threads) {
   const auto& [grad_out, gate, act, gate_ptr, y, stats, sums, count] = code;
-  const Problem problem{{s.n, s.k, s.out_h() * s.out_w(), Layout::kChannelsLast, DType::kFloat32},
-                        threads};
+  const Problem problem{{s.n, s.k, s.out_h() * s.out_w(), Layout::kChannelsLast, s.dtype}, threads};
   const Gate gate_code = checked_gate(gate);
   require_size("count", count);
   require_address("grad_out", grad_out);
@@ -315,14 +323,13 @@ void conv_backward_data_py(const GradientCode& grad, const WeightCode& weight, A
   const ConvShape shape = checked_conv(code);
   require(!is_empty(shape), "shape must not be empty");
   require_address("grad_x", grad_x);
-  const Problem problem{
-      {shape.n, shape.c, shape.h * shape.w, Layout::kChannelsLast, DType::kFloat32},
-      checked_threads(threads)};
+  const Problem problem{{shape.n, shape.c, shape.h * shape.w, Layout::kChannelsLast, shape.dtype},
+                        checked_threads(threads)};
   ConvDataArgs args{checked_gradient(grad, shape, threads),
                     checked_weight(weight),
-                    floats(packed),
+                    at(packed),
                     checked_winograd(winograd, shape, packed),
-                    static_cast<float*>(at(grad_x)),
+                    at(grad_x),
                     accumulate,
                     {},
                     {},
@@ -359,8 +366,8 @@ void conv_backward_weight_py(const GradientCode& grad, Address x, Address scale,
   require(!is_empty(shape), "shape must not be empty");
   require_address("grad_weight", grad_weight);
   perform(ConvWeightArgs{checked_gradient(grad, shape, checked_threads(threads)),
-                         checked_input(x, scale, shift, act), static_cast<float*>(at(grad_weight)),
-                         shape, threads, checked_winograd(winograd, shape, 1)});
+                         checked_input(x, scale, shift, act), at(grad_weight), shape, threads,
+                         checked_winograd(winograd, shape, 1)});
 }
 
 void update_running_py(const std::vector<UpdateCode>& updates) {
@@ -547,7 +554,7 @@ void define_kernels(py::module_& m) {
 
 void define_convolutions(py::module_& m) {
   m.def("packed_size", &packed_size_py, py::arg("shape"), py::arg("transposed"),
-        "Floats of a packed weight.");
+        "Steps of a packed weight, of four bytes.");
   m.def("packs_ahead", &packs_ahead_py, py::arg("shape"), py::arg("transposed"),
         "Whether a weight is used often enough to be packed as a whole.");
   m.def(
@@ -561,7 +568,7 @@ void define_convolutions(py::module_& m) {
   m.def("winograd_size", &winograd_size_py, py::arg("shape"), py::arg("transposed"),
         "Floats of a weight transformed for Winograd's convolution.");
   m.def("sample_weight", &sample_weight_py, py::arg("weight"), py::arg("shape"), py::arg("strides"),
-        "A number that changes when an output channel's sample does.");
+        py::arg("dtype"), "A number that changes when an output channel's sample does.");
   m.def("conv_forward", &conv_forward_py, Unlocked(), py::arg("x"), py::arg("scale"),
         py::arg("shift"), py::arg("act"), py::arg("weight"), py::arg("packed"), py::arg("bias"),
         py::arg("y"), py::arg("state"), py::arg("out_scale"), py::arg("out_shift"),

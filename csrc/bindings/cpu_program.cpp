@@ -16,8 +16,8 @@ namespace {
 
 // (address, bytes)
 using MemoryCode = std::tuple<Address, int64_t>;
-// (which of the memories given, shape, strides, sample)
-using PackedCode = std::tuple<size_t, std::array<int64_t, 4>, std::array<int64_t, 4>, int64_t>;
+// (which of the memories given, dtype, shape, strides, sample)
+using PackedCode = std::tuple<size_t, int, std::array<int64_t, 4>, std::array<int64_t, 4>, int64_t>;
 
 std::vector<Memory> memories(const std::vector<MemoryCode>& codes) {
   std::vector<Memory> all;
@@ -31,10 +31,11 @@ std::vector<Memory> memories(const std::vector<MemoryCode>& codes) {
 std::vector<PackedWeight> packed_weights(const std::vector<PackedCode>& codes,
                                          const std::vector<MemoryCode>& given) {
   std::vector<PackedWeight> all;
-  for (const auto& [index, shape, strides, sample] : codes) {
+  for (const auto& [index, dtype, shape, strides, sample] : codes) {
     require(index < given.size(), "a packed weight must be one of the memories given");
     all.push_back({index,
                    std::get<0>(given[index]),
+                   checked_dtype(dtype),
                    {shape.begin(), shape.end()},
                    {strides.begin(), strides.end()},
                    sample});
@@ -69,8 +70,7 @@ void copy_py(Address from, int from_dtype, const std::array<int64_t, 4>& from_st
              const std::array<int64_t, 4>& shape) {
   CopyArgs args{at(from), at(to), checked_dtype(from_dtype), checked_dtype(to_dtype), {}, {}, {}};
   for (const DType dtype : {args.from_dtype, args.to_dtype}) {
-    require(dtype == DType::kFloat32 || dtype == DType::kFloat64,
-            "dtypes must be float32 or float64");
+    require(dtype != DType::kFloat16, "dtypes must be float32, bfloat16 or float64");
   }
   for (size_t i = 0; i < 4; ++i) {
     require_size("shape", shape[i]);
@@ -99,7 +99,7 @@ void define_program(py::module_& m) {
            py::arg("packed"), "What was written down, as a program.");
   m.def("copy", &copy_py, py::arg("from_"), py::arg("from_dtype"), py::arg("from_strides"),
         py::arg("to"), py::arg("to_dtype"), py::arg("to_strides"), py::arg("shape"),
-        "Copies between strides of four axes, and between float32 and float64.");
+        "Copies between strides of four axes, and between float32, bfloat16 and float64.");
 }
 
 }  // namespace fastres::cpu

@@ -17,10 +17,11 @@ FASTRES_INLINE double rows_of(const Sweep& s, const PanelCut& cut, int64_t panel
 const auto kNothing = [](auto&&...) {};
 
 // A pass over what a panel's products left, for an activation that the tile does not know.
-void activate(float* y, const ConvForwardArgs& a, Range rows, Range columns) {
+template <class T>
+void activate(T* y, const ConvForwardArgs& a, Range rows, Range columns) {
   const AnyActivation<float> act = any_activation<float>(a.act);
   for (int64_t row = rows.begin; row < rows.end; ++row) {
-    float* p = y + row * a.shape.k;
+    T* p = y + row * a.shape.k;
     int64_t col = columns.begin;
     for (; col + kPack <= columns.end; col += kPack) {
       store(p + col, act.value(load(p + col, Full{})), Full{});
@@ -34,23 +35,27 @@ void activate(float* y, const ConvForwardArgs& a, Range rows, Range columns) {
 
 // Calls f(sweep, sweeper, packed weight, sweep without squares) with what computes a convolution. A
 // weight that squares do not serve is packed anew here.
-template <class F>
+template <class T, class F>
 void with_sweeper(const Sweep& direct, const ConvShape& shape, const ConvWeight& weight,
-                  const float* packed, bool winograd, bool transposed, int threads, const F& f) {
-  if (winograd && PointWeight{direct.out_c, direct.in_c}.fits(packed)) {
-    f(in_squares(direct), TypeTag<WinogradSweeper>{}, packed, &direct);
-  } else if (winograd && PanelCut(direct).panels > 1) {
-    const Scratch<float> own(packed_size(shape, transposed));
-    pack_weight({weight, transposed, own.data(), shape, threads});
-    f(direct, TypeTag<Sweeper>{}, own.data(), nullptr);
-  } else {
-    f(direct, TypeTag<Sweeper>{}, winograd ? nullptr : packed, nullptr);
+                  const void* given, bool winograd, bool transposed, int threads, const F& f) {
+  const auto* packed = (const Operand<T>*)given;
+  if constexpr (std::is_same_v<T, float>) {
+    if (winograd && PointWeight{direct.out_c, direct.in_c}.fits(packed)) {
+      return f(in_squares(direct), TypeTag<WinogradSweeper>{}, packed, &direct);
+    }
+    if (winograd && PanelCut(direct).panels > 1) {
+      const Scratch<float> own(packed_size<float>(shape, transposed));
+      pack_weight<float>({weight, transposed, own.data(), shape, threads});
+      return f(direct, TypeTag<Sweeper<>>{}, own.data(), nullptr);
+    }
+    packed = winograd ? nullptr : packed;
   }
+  f(direct, TypeTag<Sweeper<T>>{}, packed, nullptr);
 }
 
 // A convolution, and the state of its output.
-template <class Sweeper>
-void run_with_stats(const Sweep& s, const SweepArgs& args, const ConvForwardArgs& a) {
+template <class Sweeper, class T>
+void run_with_stats(const Sweep& s, const SweepArgs<T>& args, const ConvForwardArgs& a) {
   const PanelCut cut = Sweeper::cut(s);
   const int64_t k = s.out_c;
   const Scratch<double> partial(cut.panels * 2 * k);
@@ -58,12 +63,12 @@ void run_with_stats(const Sweep& s, const SweepArgs& args, const ConvForwardArgs
       a.y,
       a.state,
       0,
-      {{s.n * s.out_h * s.out_w, k, 1, Layout::kChannelsLast, DType::kFloat32}, a.threads}};
+      {{s.n * s.out_h * s.out_w, k, 1, Layout::kChannelsLast, a.shape.dtype}, a.threads}};
   run_sweep<Sweeper>(
       s, args, kNothing,
       [&](int64_t panel, Range rows, Range columns) {
         const BlockScratch<float> scratch(columns.end - columns.begin);
-        block_stats(a.y, k, rows, columns, scratch, partial.data() + panel * 2 * k, true);
+        block_stats(args.out, k, rows, columns, scratch, partial.data() + panel * 2 * k, true);
       },
       [&](Worker worker, const PanelCut& cut) {
         merge_channels(stats, partial.data(), cut.panels, worker.share(k, 8),
@@ -73,25 +78,28 @@ void run_with_stats(const Sweep& s, const SweepArgs& args, const ConvForwardArgs
 
 }  // namespace
 
+template <class T>
 void conv_forward(const ConvForwardArgs& a) {
   const bool known = a.act == Activation::kNone || a.act == Activation::kRelu;
-  const auto run = [&](const Sweep& s, auto sweeper, const float* packed, const Sweep* direct) {
+  const auto run = [&](const Sweep& s, auto sweeper, const Operand<T>* packed,
+                       const Sweep* direct) {
     using Sweeper = typename decltype(sweeper)::type;
-    with_input(a.input, a.shape.c, [&](const Source& source) {
-      const SweepArgs args{source,
-                           a.input.scale ? nullptr : a.input.x,
-                           WeightView(a.weight, a.shape, false),
-                           packed,
-                           a.y,
-                           a.residual,
-                           false,
-                           a.bias,
-                           a.scale,
-                           a.shift,
-                           a.act == Activation::kRelu,
-                           a.threads,
-                           a.residual,
-                           direct};
+    const T* residual = (const T*)a.residual;
+    with_input<T>(a.input, a.shape.c, [&](const Source<Formed<Operand<T>>>& source) {
+      const SweepArgs<T> args{source,
+                              a.input.scale ? nullptr : (const T*)a.input.x,
+                              WeightView<T>(a.weight, a.shape, false),
+                              packed,
+                              (T*)a.y,
+                              residual,
+                              false,
+                              (const T*)a.bias,
+                              a.scale,
+                              a.shift,
+                              a.act == Activation::kRelu,
+                              a.threads,
+                              residual,
+                              direct};
       if (a.state) {
         run_with_stats<Sweeper>(s, args, a);
       } else if (known) {
@@ -99,22 +107,24 @@ void conv_forward(const ConvForwardArgs& a) {
       } else {
         run_sweep<Sweeper>(
             s, args, kNothing,
-            [&](int64_t, Range rows, Range columns) { activate(a.y, a, rows, columns); }, kNothing);
+            [&](int64_t, Range rows, Range columns) { activate(args.out, a, rows, columns); },
+            kNothing);
       }
     });
   };
-  with_sweeper(forward_sweep(a.shape), a.shape, a.weight, a.packed, a.winograd, false, a.threads,
-               run);
+  with_sweeper<T>(forward_sweep(a.shape), a.shape, a.weight, a.packed, a.winograd, false, a.threads,
+                  run);
 }
 
 namespace {
 
 // The gated gradient of the residual, where the products are to be added to it.
-void form_residual(const ActBackwardArgs& a, float* to, int64_t cols, Range rows, Range columns) {
+template <class T>
+void form_residual(const ActBackwardArgs& a, T* to, int64_t cols, Range rows, Range columns) {
   with_gating(a.gate, a.act, [&](auto gate) {
     constexpr Gating kGate = decltype(gate)::value;
     if constexpr (kGate != Gating::kReluOfY) {
-      const auto gradient = gated_gradient<float, true, kGate>(a);
+      const auto gradient = gated_gradient<T, true, kGate>(a);
       const auto visit = [&](int64_t row, int64_t col, auto lanes) {
         const auto params = gradient.params(col, lanes);
         const Pack<float> g = gradient.get(row, col, params, lanes, broadcast(0.0f));
@@ -133,13 +143,13 @@ void form_residual(const ActBackwardArgs& a, float* to, int64_t cols, Range rows
   });
 }
 
-template <class Sweeper, class Before>
-void run_with_sums(const Sweep& s, const SweepArgs& args, const BackwardReduceArgs& a,
+template <class Sweeper, class T, class Before>
+void run_with_sums(const Sweep& s, const SweepArgs<T>& args, const BackwardReduceArgs& a,
                    const Before& before) {
   const PanelCut cut = Sweeper::cut(s);
   const int64_t c = s.out_c;
   with_gating(a.gate, a.act, [&](auto gate) {
-    const auto op = gradient_sums<float, true, decltype(gate)::value, 1>(a);
+    const auto op = gradient_sums<T, true, decltype(gate)::value, 1>(a);
     using Op = std::remove_const_t<decltype(op)>;
     const Scratch<double> partial(cut.panels * Op::kSums * c);
     run_sweep<Sweeper>(
@@ -161,28 +171,30 @@ void run_with_sums(const Sweep& s, const SweepArgs& args, const BackwardReduceAr
 
 }  // namespace
 
+template <class T>
 void conv_backward_data(const ConvDataArgs& a) {
   const bool residual = a.residual.grad_out != nullptr;
-  const auto run = [&](const Sweep& s, auto sweeper, const float* packed, const Sweep* direct) {
+  const auto run = [&](const Sweep& s, auto sweeper, const Operand<T>* packed,
+                       const Sweep* direct) {
     using Sweeper = typename decltype(sweeper)::type;
-    with_gradient(a.grad, [&](const Source& source) {
-      const SweepArgs args{source,
-                           a.grad.stats[0] ? nullptr : (const float*)a.grad.grad_out,
-                           WeightView(a.weight, a.shape, true),
-                           packed,
-                           a.grad_x,
-                           nullptr,
-                           a.accumulate || residual,
-                           nullptr,
-                           nullptr,
-                           nullptr,
-                           false,
-                           a.threads,
-                           (const float*)a.reduce.y[0],
-                           direct};
+    with_gradient<T>(a.grad, [&](const Source<Formed<Operand<T>>>& source) {
+      const SweepArgs<T> args{source,
+                              a.grad.stats[0] ? nullptr : (const T*)a.grad.grad_out,
+                              WeightView<T>(a.weight, a.shape, true),
+                              packed,
+                              (T*)a.grad_x,
+                              nullptr,
+                              a.accumulate || residual,
+                              nullptr,
+                              nullptr,
+                              nullptr,
+                              false,
+                              a.threads,
+                              (const T*)a.reduce.y[0],
+                              direct};
       const auto before = [&](Range rows, Range columns) {
         if (residual) {
-          form_residual(a.residual, a.grad_x, s.out_c, rows, columns);
+          form_residual(a.residual, args.out, s.out_c, rows, columns);
         }
       };
       if (a.reduce.sums) {
@@ -192,8 +204,8 @@ void conv_backward_data(const ConvDataArgs& a) {
       }
     });
   };
-  with_sweeper(data_gradient_sweep(a.shape), a.shape, a.weight, a.packed, a.winograd, true,
-               a.threads, run);
+  with_sweeper<T>(data_gradient_sweep(a.shape), a.shape, a.weight, a.packed, a.winograd, true,
+                  a.threads, run);
 }
 
 namespace {
@@ -214,9 +226,10 @@ void sweep_shares(const Sweep& s, const PanelCut& cut, const SharesArgs& a) {
 
 }  // namespace
 
+template <class T>
 void shares(const SharesArgs& a) {
   if (a.pass == Pass::kWeightGradient) {
-    weight_shares(a);
+    weight_shares<T>(a);
     return;
   }
   const bool forward = a.pass == Pass::kForward;
@@ -225,8 +238,12 @@ void shares(const SharesArgs& a) {
     const Sweep squares = in_squares(direct);
     sweep_shares(squares, WinogradSweeper::cut(squares), a);
   } else {
-    sweep_shares(direct, Sweeper::cut(direct), a);
+    sweep_shares(direct, Sweeper<T>::cut(direct), a);
   }
 }
+
+FASTRES_CONVOLUTIONS(template void conv_forward, (const ConvForwardArgs&))
+FASTRES_CONVOLUTIONS(template void conv_backward_data, (const ConvDataArgs&))
+FASTRES_CONVOLUTIONS(template void shares, (const SharesArgs&))
 
 }  // namespace fastres::cpu::FASTRES_ISA

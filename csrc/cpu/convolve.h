@@ -63,6 +63,7 @@ FASTRES_INLINE Range source_pixels(const Sweep& s, Range lines) {
 }
 
 // The source pixels of a panel, with zeros around the image.
+template <class F = float>
 class Band {
  public:
   // For at most `lines` lines, of `channels` columns at a time.
@@ -75,10 +76,10 @@ class Band {
 
   // Forms lines [begin, end) of the sweep, which may belong to several images; columns that do not
   // exist become zero.
-  void form(const Source& source, Range lines, Range columns) {
+  void form(const Source<F>& source, Range lines, Range columns) {
     lines_ = lines;
     columns_ = columns;
-    float* to = memory_.data();
+    F* to = memory_.data();
     starts_.clear();
     for (int64_t line = lines.begin; line < lines.end;) {
       const int64_t image = line / s_.lines, first = line % s_.lines;
@@ -93,11 +94,11 @@ class Band {
   }
 
   // What was formed, zeros around the image with it.
-  const float* begin() const { return memory_.data(); }
-  const float* end() const { return end_; }
+  const F* begin() const { return memory_.data(); }
+  const F* end() const { return end_; }
 
   // Where the source pixel of tap (low_h, low_w) of a line's first pixel is.
-  const float* line(int64_t line) const {
+  const F* line(int64_t line) const {
     const int64_t first = lines_.begin / s_.lines, image = line / s_.lines;
     const int64_t begin = image == first ? lines_.begin % s_.lines : 0;
     return memory_.data() + starts_[size_t(image - first)] +
@@ -113,43 +114,45 @@ class Band {
     return lines * s.in_step_h + images * (s.high_h - s.low_h + 1);
   }
 
-  float* form_image(const Source& source, int64_t image, int64_t top, int64_t rows, float* to) {
+  F* form_image(const Source<F>& source, int64_t image, int64_t top, int64_t rows, F* to) {
     const int64_t left = at_least(0, -s_.low_w), c = channels_;
-    const bool whole = c > columns_.end - columns_.begin;
     const int64_t begin = at_least(0, s_.low_w), end = at_most(s_.in_w, s_.low_w + width_);
     if (left == 0 && begin == 0 && end == width_ && end == s_.in_w && top >= 0 &&
         top + rows <= s_.in_h) {  // whole rows, which lie together
       const int64_t pixel = (image * s_.in_h + top) * s_.in_w, pixels = rows * s_.in_w;
-      source.form({pixel, pixel + pixels}, columns_, to, c, whole);
+      source.form({pixel, pixel + pixels}, columns_, to, c, c);
       return to + pixels * c;
     }
     for (int64_t row = top; row < top + rows; ++row, to += pitch_) {
       if (row < 0 || row >= s_.in_h || begin >= end) {
-        memset(to, 0, sizeof(float) * size_t(pitch_));
+        memset((void*)to, 0, sizeof(F) * size_t(pitch_));
         continue;
       }
       const int64_t pixel = (image * s_.in_h + row) * s_.in_w, pixels = end - begin;
-      memset(to, 0, sizeof(float) * size_t(left * c));
-      source.form({pixel + begin, pixel + end}, columns_, to + left * c, c, whole);
-      memset(to + (left + pixels) * c, 0, sizeof(float) * size_t((width_ - left - pixels) * c));
+      memset((void*)to, 0, sizeof(F) * size_t(left * c));
+      source.form({pixel + begin, pixel + end}, columns_, to + left * c, c, c);
+      memset((void*)(to + (left + pixels) * c), 0,
+             sizeof(F) * size_t((width_ - left - pixels) * c));
     }
     return to;
   }
 
   const Sweep& s_;
   int64_t width_, channels_, pitch_;
-  Scratch<float> memory_;
+  Scratch<F> memory_;
   Range lines_{0, 0}, columns_{0, 0};
   std::vector<int64_t> starts_;
-  const float* end_ = nullptr;
+  const F* end_ = nullptr;
 };
 
 // The taps of a phase as stretches of k, in groups of about kDepth steps.
+template <class E>
 struct PhaseStretches {
-  std::vector<Stretch> all;
+  std::vector<Stretch<E>> all;
   std::vector<size_t> ends;
 
-  PhaseStretches(const Sweep& s, const Phase& phase, int64_t pitch) {
+  // `pitch` counts steps, as does a pixel's `in_c`.
+  PhaseStretches(const Sweep& s, const Phase& phase, int64_t pitch, int64_t in_c) {
     int64_t depth = 0;
     for (size_t t = 0; t < phase.taps.size();) {
       const Tap& first = phase.taps[t];
@@ -157,8 +160,8 @@ struct PhaseStretches {
       while (next < phase.taps.size() && follows(phase.taps[next], phase.taps[next - 1])) {
         ++next;
       }
-      const int64_t a = (first.dh - s.low_h) * pitch + (first.dw - s.low_w) * s.in_c;
-      add({a, nullptr, int64_t(next - t) * s.in_c, first.index * s.in_c}, depth);
+      const int64_t a = (first.dh - s.low_h) * pitch + (first.dw - s.low_w) * in_c;
+      add({a, nullptr, int64_t(next - t) * in_c, first.index * in_c}, depth);
       t = next;
     }
     ends.push_back(all.size());
@@ -169,7 +172,7 @@ struct PhaseStretches {
     return tap.dh == before.dh && tap.dw == before.dw + 1 && tap.index == before.index + 1;
   }
 
-  void add(const Stretch& stretch, int64_t& depth) {
+  void add(const Stretch<E>& stretch, int64_t& depth) {
     const int64_t parts = ceil_div(stretch.length, kDepth), part = ceil_div(stretch.length, parts);
     for (int64_t k = 0; k < stretch.length; k += part) {
       const int64_t length = at_most(part, stretch.length - k);
@@ -184,24 +187,26 @@ struct PhaseStretches {
 };
 
 // What stands in front of a sweep, and behind it.
+template <class T = float>
 struct SweepArgs {
-  const Source& source;
-  const float* plain;  // the source itself where nothing has to be formed, or null
-  WeightView weight;
-  const float* packed;  // or null
-  float* out;
-  const float* residual;  // shape of the output, or null
+  const Source<Formed<Operand<T>>>& source;
+  const T* plain;  // the source itself where nothing has to be formed, or null
+  WeightView<T> weight;
+  const Operand<T>* packed;  // or null
+  T* out;
+  const T* residual;  // shape of the output, or null
   bool accumulate;
-  const float *bias, *scale, *shift;
+  const T* bias;
+  const float *scale, *shift;
   bool relu;
   int threads;
-  const float* late;  // shape of the output: what is read behind a panel's products, or null
+  const T* late;  // shape of the output: what is read behind a panel's products, or null
   const Sweep* direct = nullptr;  // of a sweep in squares: the same without
 };
 
 // Asks for what comes behind a panel's products, and for what the next panel reads and writes.
-inline void ask_for_next(const Sweep& s, const SweepArgs& args, Range rows, Range next,
-                         Ahead& ahead) {
+template <class T>
+void ask_for_next(const Sweep& s, const SweepArgs<T>& args, Range rows, Range next, Ahead& ahead) {
   ahead.clear();
   ahead.ask(args.late, rows, s.out_c);
   if (next.begin < next.end) {
@@ -211,16 +216,22 @@ inline void ask_for_next(const Sweep& s, const SweepArgs& args, Range rows, Rang
 }
 
 // One worker's tiles.
+template <class T = float>
 class Sweeper {
+  using E = Operand<T>;
+  using F = Formed<E>;
+
  public:
   static PanelCut cut(const Sweep& s) { return PanelCut(s); }
 
-  Sweeper(const Sweep& s, const SweepArgs& args, const PanelCut& cut)
+  Sweeper(const Sweep& s, const SweepArgs<T>& args, const PanelCut& cut)
       : s_(s),
         args_(args),
-        direct_(args.plain && s.pointwise()),
-        band_(s, direct_ ? 0 : cut.lines, s.in_c),
-        block_(args.packed ? 0 : kDepth * kTileColumns) {}
+        depth_(steps_of<E>(s.in_c)),
+        direct_(args.plain && s.pointwise() && lies_as_formed(s)),
+        band_(s, direct_ ? 0 : cut.lines, depth_ * kPerStep<E>),
+        block_(args.packed ? 0 : kDepth * kTileColumns),
+        parts_(in_parts(s) ? cut.lines * line_pixels(s) * kTileColumns : 0) {}
 
   void form(Range lines) {
     if (!direct_) {
@@ -241,13 +252,13 @@ class Sweeper {
         continue;
       }
       locate(lines, phase);
-      PhaseStretches stretches(s_, phase, band_.pitch());
+      PhaseStretches<E> stretches(s_, phase, band_.pitch() / kPerStep<E>, depth_);
       for (int64_t col = columns.begin; col < columns.end; col += kTileColumns) {
         const int width = int(at_most(kTileColumns, columns.end - col));
         size_t begin = 0;
         for (size_t group = 0; group < stretches.ends.size(); ++group) {
           const size_t end = stretches.ends[group];
-          Stretch* first = stretches.all.data() + begin;
+          Stretch<E>* first = stretches.all.data() + begin;
           find_weight(first, int64_t(end - begin), col);
           run_block(first, int64_t(end - begin), col, width, group == 0,
                     group + 1 == stretches.ends.size());
@@ -258,12 +269,25 @@ class Sweeper {
   }
 
  private:
+  // Whether memory holds a pixel as a band does: values as they are, and whole steps of them.
+  static bool lies_as_formed(const Sweep& s) {
+    return std::is_same_v<T, F> && s.in_c % kPerStep<E> == 0;
+  }
+  bool in_parts(const Sweep& s) const { return kInParts<T> && depth_ * s.weight_taps > kDepth; }
+  static int64_t line_pixels(const Sweep& s) {
+    int64_t most = 0;
+    for (const Phase& phase : s.phases) {
+      most = at_least(most, phase.pixels);
+    }
+    return most;
+  }
+
   // Where the stretches' part of a block of the weight is: packed ahead, or here and now.
-  void find_weight(Stretch* stretches, int64_t count, int64_t col) {
-    const int64_t steps = s_.in_c * s_.weight_taps;
-    float* to = block_.data();
+  void find_weight(Stretch<E>* stretches, int64_t count, int64_t col) {
+    const int64_t steps = depth_ * s_.weight_taps;
+    E* to = block_.data();
     for (int64_t i = 0; i < count; ++i) {
-      Stretch& stretch = stretches[i];
+      Stretch<E>& stretch = stretches[i];
       if (args_.packed) {
         stretch.b = args_.packed + col * steps + stretch.step * kTileColumns;
       } else {
@@ -278,18 +302,19 @@ class Sweeper {
   void locate(Range lines, const Phase& phase) {
     from_.clear();
     to_.clear();
+    const F* plain = (const F*)args_.plain;
+    const int64_t in_c = depth_ * kPerStep<E>;
     for (int64_t line = lines.begin; line < lines.end;) {
       const int64_t image = line / s_.lines, first = line % s_.lines;
       const int64_t end = at_most(s_.lines, first + lines.end - line);
-      const float* from =
-          direct_ ? args_.plain + (image * s_.in_h + first * s_.in_step_h) * s_.in_w * s_.in_c
-                  : band_.line(line);
-      const int64_t pitch = s_.in_step_h * (direct_ ? s_.in_w * s_.in_c : band_.pitch());
+      const F* from = direct_ ? plain + (image * s_.in_h + first * s_.in_step_h) * s_.in_w * in_c
+                              : band_.line(line);
+      const int64_t pitch = s_.in_step_h * (direct_ ? s_.in_w * in_c : band_.pitch());
       for (int64_t i = first; i < at_most(end, phase.lines); ++i, from += pitch) {
         int64_t to =
             ((image * s_.out_h + phase.h0 + i * s_.out_step_h) * s_.out_w + phase.w0) * s_.out_c;
         for (int64_t j = 0; j < phase.pixels; ++j, to += s_.out_step_w * s_.out_c) {
-          from_.push_back(from + j * s_.in_step_w * s_.in_c);
+          from_.push_back((const E*)(from + j * s_.in_step_w * in_c));
           to_.push_back(to);
         }
       }
@@ -297,12 +322,21 @@ class Sweeper {
     }
   }
 
-  void run_block(const Stretch* stretches, int64_t count, int64_t col, int width, bool first,
+  TileEnd<T> end_of(int64_t col, bool first, bool last) const {
+    TileEnd<T> end{!first || args_.accumulate, first && args_.bias ? args_.bias + col : nullptr,
+                   last && args_.scale ? args_.scale + col : nullptr,
+                   last && args_.scale ? args_.shift + col : nullptr, last && args_.relu};
+    if constexpr (kInParts<T>) {
+      end.from_parts = !first;
+      end.to_parts = !last;
+    }
+    return end;
+  }
+
+  void run_block(const Stretch<E>* stretches, int64_t count, int64_t col, int width, bool first,
                  bool last) {
-    const TileEnd end{!first || args_.accumulate, first && args_.bias ? args_.bias + col : nullptr,
-                      last && args_.scale ? args_.scale + col : nullptr,
-                      last && args_.scale ? args_.shift + col : nullptr, last && args_.relu};
-    Tile tile;
+    const TileEnd<T> end = end_of(col, first, last);
+    Tile<E, T> tile;
     tile.has_residual = last && args_.residual;
     tile.columns = width;
     const int64_t pixels = int64_t(from_.size());
@@ -314,19 +348,24 @@ class Sweeper {
         tile.a[i] = from_[at];
         tile.c[i] = args_.out + to_[at] + col;
         tile.residual[i] = tile.has_residual ? args_.residual + to_[at] + col : nullptr;
+        if constexpr (kInParts<T>) {
+          tile.parts[i] = parts_.data() + int64_t(at) * kTileColumns;
+        }
       }
       ahead_.give(tile, depth);
-      tile_for<1>(tile.rows, width)(tile, stretches, count, kTileColumns, end);
+      tile_for<1, E, T>(tile.rows, width)(tile, stretches, count, kTileColumns, end);
     }
   }
 
   const Sweep& s_;
-  const SweepArgs& args_;
+  const SweepArgs<T>& args_;
+  int64_t depth_;  // steps of k of a pixel
   bool direct_;
-  Band band_;
-  Scratch<float> block_;
+  Band<F> band_;
+  Scratch<E> block_;
+  Scratch<float> parts_;  // of a panel's rows, for one block of columns
   Ahead ahead_;
-  std::vector<const float*> from_;
+  std::vector<const E*> from_;
   std::vector<int64_t> to_;
 };
 
@@ -360,8 +399,8 @@ struct Tasks {
 
 // before(rows, columns) and after(panel, rows, columns) are called around each panel's products,
 // with the rows of the output that it covers; finish(worker) when all panels are done.
-template <class Sweeper, class Before, class After, class Finish>
-void run_sweep(const Sweep& s, const SweepArgs& args, const Before& before, const After& after,
+template <class Sweeper, class T, class Before, class After, class Finish>
+void run_sweep(const Sweep& s, const SweepArgs<T>& args, const Before& before, const After& after,
                const Finish& finish) {
   const PanelCut cut = Sweeper::cut(s);
   // A core does about eight multiplications in the time of a byte from memory.

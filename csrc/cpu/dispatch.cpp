@@ -14,32 +14,36 @@
 #define FASTRES_ISA avx512
 #include "cpu/table.h"
 #undef FASTRES_ISA
+#define FASTRES_ISA avx512_bf16
+#include "cpu/table.h"
+#undef FASTRES_ISA
 #endif
 
 namespace fastres::cpu {
 namespace {
 
-#define FASTRES_TABLE(isa)    \
-  {#isa,                      \
-   isa##_runs_here,           \
-   isa::channel_stats,        \
-   isa::scale_shift_act,      \
-   isa::backward_reduce,      \
-   isa::backward_apply,       \
-   isa::add_act,              \
-   isa::act_backward,         \
-   isa::packed_size,          \
-   isa::packs_ahead,          \
-   isa::pack_weight,          \
-   isa::winograd_size,        \
-   isa::pack_winograd,        \
-   isa::conv_forward,         \
-   isa::conv_backward_data,   \
-   isa::conv_backward_weight, \
-   isa::shares}
+#define FASTRES_CONV_TABLE(isa, T)                                                 \
+  {isa::packed_size<T>,  isa::packs_ahead<T>,        isa::pack_weight<T>,          \
+   isa::conv_forward<T>, isa::conv_backward_data<T>, isa::conv_backward_weight<T>, \
+   isa::shares<T>}
+
+// AVX512-BF16 has nothing but bfloat16's convolutions of its own.
+#define FASTRES_TABLE(name, isa, bfloat16_isa) \
+  {#name,                                      \
+   name##_runs_here,                           \
+   isa::channel_stats,                         \
+   isa::scale_shift_act,                       \
+   isa::backward_reduce,                       \
+   isa::backward_apply,                        \
+   isa::add_act,                               \
+   isa::act_backward,                          \
+   isa::winograd_size,                         \
+   isa::pack_winograd,                         \
+   FASTRES_CONV_TABLE(isa, float),             \
+   FASTRES_CONV_TABLE(bfloat16_isa, BFloat16)}
 
 bool baseline_runs_here() { return true; }
-const KernelTable kBaseline = FASTRES_TABLE(baseline);
+const KernelTable kBaseline = FASTRES_TABLE(baseline, baseline, baseline);
 
 #ifdef FASTRES_HAS_X86
 // The builtin also asks whether the operating system saves the registers. F16C, which the AVX2
@@ -50,9 +54,11 @@ bool avx512_runs_here() {
          __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
          __builtin_cpu_supports("avx512vl");
 }
-const KernelTable kAvx2 = FASTRES_TABLE(avx2);
-const KernelTable kAvx512 = FASTRES_TABLE(avx512);
-const KernelTable* const kBuilt[] = {&kAvx512, &kAvx2, &kBaseline};
+bool avx512_bf16_runs_here() { return avx512_runs_here() && __builtin_cpu_supports("avx512bf16"); }
+const KernelTable kAvx2 = FASTRES_TABLE(avx2, avx2, avx2);
+const KernelTable kAvx512 = FASTRES_TABLE(avx512, avx512, avx512);
+const KernelTable kAvx512Bf16 = FASTRES_TABLE(avx512_bf16, avx512, avx512_bf16);
+const KernelTable* const kBuilt[] = {&kAvx512Bf16, &kAvx512, &kAvx2, &kBaseline};
 #else
 const KernelTable* const kBuilt[] = {&kBaseline};
 #endif

@@ -93,11 +93,12 @@ struct FinalizeStatsArgs {
 };
 
 // A convolution [n, c, h, w] -> [n, k, out_h, out_w] with zero padding and without groups; what it
-// reads and writes is float32 and lies channels_last.
+// reads and writes is float32 or bfloat16 (T, below) and lies channels_last.
 struct ConvShape {
   int64_t n, h, w, c;
   int64_t k, kh, kw;
   int64_t sh, sw, ph, pw, dh, dw;
+  DType dtype = DType::kFloat32;
 
   int64_t out_h() const { return (h + 2 * ph - dh * (kh - 1) - 1) / sh + 1; }
   int64_t out_w() const { return (w + 2 * pw - dw * (kw - 1) - 1) / sw + 1; }
@@ -106,22 +107,22 @@ struct ConvShape {
 
 // What stands in front of a convolution: act(scale * x + shift), or x itself where scale is null.
 struct ConvInput {
-  const float* x;
+  const void* x;  // T
   const float* scale;
   const float* shift;
   Activation act;
 };
 
-// [k, c, kh, kw] in any order.
+// [k, c, kh, kw] of T in any order.
 struct ConvWeight {
-  const float* weight;
+  const void* weight;
   int64_t stride_k, stride_c, stride_h, stride_w;
 };
 
 struct PackWeightArgs {
   ConvWeight weight;
   bool transposed;  // for the data gradient: the sum is over k
-  float* packed;
+  void* packed;     // steps of four bytes: a float, or two neighbouring bfloat16
   ConvShape shape;
   int threads;
   bool winograd = false;
@@ -130,15 +131,15 @@ struct PackWeightArgs {
 struct ConvForwardArgs {
   ConvInput input;
   ConvWeight weight;
-  const float* packed;  // null: blocks of the weight are packed where they are used
-  bool winograd;        // packed by pack_winograd
-  const float* bias;    // may be null
-  float* y;
-  double* state;  // [2, k] mean and sum of squared deviations of y, or null
+  const void* packed;  // null: blocks of the weight are packed where they are used
+  bool winograd;       // packed by pack_winograd: of float32 alone
+  const void* bias;    // [k] of T, may be null
+  void* y;             // T
+  double* state;       // [2, k] mean and sum of squared deviations of y, or null
   // With a scale: y = act(scale * conv + shift [+ residual]).
   const float* scale;
   const float* shift;
-  const float* residual;
+  const void* residual;  // T
   Activation act;
   ConvShape shape;
   int threads;
@@ -147,9 +148,9 @@ struct ConvForwardArgs {
 struct ConvDataArgs {
   BackwardApplyArgs grad;  // how grad_y is formed, or grad_y itself where stats[0] is null
   ConvWeight weight;
-  const float* packed;  // likewise
+  const void* packed;  // likewise
   bool winograd;
-  float* grad_x;
+  void* grad_x;               // T
   bool accumulate;            // onto what stands in grad_x
   ActBackwardArgs residual;   // else onto this gated gradient, where its grad_out is not null
   BackwardReduceArgs reduce;  // sums of what grad_x passes on, where its sums are not null
@@ -160,7 +161,7 @@ struct ConvDataArgs {
 struct ConvWeightArgs {
   BackwardApplyArgs grad;
   ConvInput input;
-  float* grad_weight;  // [k, kh, kw, c]
+  void* grad_weight;  // [k, kh, kw, c] of T
   ConvShape shape;
   int threads;
   bool winograd;
@@ -177,12 +178,23 @@ struct SharesArgs {
   int64_t* shares;  // of each member, to be compared with one another
 };
 
-// A copy between strides, of at most four axes, of float32 or float64 into either.
+// A copy between strides, of at most four axes, of float32, bfloat16 or float64 into any of them.
 struct CopyArgs {
   const void* from;
   void* to;
   DType from_dtype, to_dtype;
   int64_t shape[4], from_strides[4], to_strides[4];
+};
+
+// Convolutions of tensors of one dtype.
+struct ConvTable {
+  int64_t (*packed_size)(const ConvShape&, bool transposed);
+  bool (*packs_ahead)(const ConvShape&, bool transposed);
+  void (*pack_weight)(const PackWeightArgs&);
+  void (*conv_forward)(const ConvForwardArgs&);
+  void (*conv_backward_data)(const ConvDataArgs&);
+  void (*conv_backward_weight)(const ConvWeightArgs&);
+  void (*shares)(const SharesArgs&);
 };
 
 struct KernelTable {
@@ -194,15 +206,13 @@ struct KernelTable {
   void (*backward_apply)(const BackwardApplyArgs&);
   void (*add_act)(const AddActArgs&);
   void (*act_backward)(const ActBackwardArgs&);
-  int64_t (*packed_size)(const ConvShape&, bool transposed);
-  bool (*packs_ahead)(const ConvShape&, bool transposed);
-  void (*pack_weight)(const PackWeightArgs&);
   int64_t (*winograd_size)(const ConvShape&, bool transposed);
   void (*pack_winograd)(const PackWeightArgs&);
-  void (*conv_forward)(const ConvForwardArgs&);
-  void (*conv_backward_data)(const ConvDataArgs&);
-  void (*conv_backward_weight)(const ConvWeightArgs&);
-  void (*shares)(const SharesArgs&);
+  ConvTable float32, bfloat16;
+
+  const ConvTable& convolutions(const ConvShape& shape) const {
+    return shape.dtype == DType::kBFloat16 ? bfloat16 : float32;
+  }
 };
 
 // Per channel and tiny: not worth an instruction set of its own.
@@ -210,7 +220,8 @@ void finalize_stats(const FinalizeStatsArgs& args);
 void update_running(const RunningUpdate& update);
 void copy(const CopyArgs& args);
 // One value of each output channel of a weight, at another place in each, as one number.
-int64_t sample_weight(const float* weight, const int64_t* shape, const int64_t* strides);
+int64_t sample_weight(const void* weight, DType dtype, const int64_t* shape,
+                      const int64_t* strides);
 
 // Built tables, best first; `baseline` is always the last one.
 const KernelTable* const* built_tables(int* count);

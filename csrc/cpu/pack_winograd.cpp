@@ -25,7 +25,7 @@ FASTRES_INLINE void transform_taps(const Pack<float> (&g)[3], Pack<float> (&u)[4
 
 class Packer {
  public:
-  WeightView view;
+  WeightView<> view;
   bool turned;  // the data gradient reads the taps from the last to the first
   float* packed;
 
@@ -110,8 +110,9 @@ int64_t winograd_size(const ConvShape& s, bool transposed) {
 }
 
 void pack_winograd(const PackWeightArgs& a) {
-  const Packer packer{WeightView(a.weight, a.shape, a.transposed), a.transposed, a.packed};
-  const WeightView& view = packer.view;
+  const Packer packer{WeightView<>(a.weight, a.shape, a.transposed), a.transposed,
+                      (float*)a.packed};
+  const WeightView<>& view = packer.view;
   const PointWeight weight{view.columns, view.depth};
   const int64_t blocks = weight.blocks(), parts = ceil_div(view.depth, kSteps);
   const Scratch<ColumnSums> sums(blocks * parts);
@@ -128,7 +129,7 @@ void pack_winograd(const PackWeightArgs& a) {
     for (int64_t block = own.begin; block < own.end; ++block) {
       const BlockOfPoints found =
           judge(sums.data() + block * parts, parts, double(kTaps * view.depth));
-      float* to = a.packed + weight.floats() + 2 * block;
+      float* to = packer.packed + weight.floats() + 2 * block;
       to[0] = found.fits;
       to[1] = found.largest;
     }

@@ -148,11 +148,15 @@ struct Run {
   void operator()(const ActBackwardArgs& a) const { table.act_backward(a); }
   void operator()(const FinalizeStatsArgs& a) const { finalize_stats(a); }
   void operator()(const PackWeightArgs& a) const {
-    a.winograd ? table.pack_winograd(a) : table.pack_weight(a);
+    a.winograd ? table.pack_winograd(a) : table.convolutions(a.shape).pack_weight(a);
   }
-  void operator()(const ConvForwardArgs& a) const { table.conv_forward(a); }
-  void operator()(const ConvDataArgs& a) const { table.conv_backward_data(a); }
-  void operator()(const ConvWeightArgs& a) const { table.conv_backward_weight(a); }
+  void operator()(const ConvForwardArgs& a) const { table.convolutions(a.shape).conv_forward(a); }
+  void operator()(const ConvDataArgs& a) const {
+    table.convolutions(a.shape).conv_backward_data(a);
+  }
+  void operator()(const ConvWeightArgs& a) const {
+    table.convolutions(a.shape).conv_backward_weight(a);
+  }
   void operator()(const RunningUpdate& a) const { update_running(a); }
   void operator()(const CopyArgs& a) const { copy(a); }
 };
@@ -281,9 +285,9 @@ bool Program::holds(const std::vector<uintptr_t>& given) const {
     return false;
   }
   return std::all_of(packed_.begin(), packed_.end(), [&](const PackedWeight& one) {
-    const float* weight = reinterpret_cast<const float*>(given[one.given]);
+    const void* weight = reinterpret_cast<const void*>(given[one.given]);
     return given[one.given] == one.address &&
-           sample_weight(weight, one.shape.data(), one.strides.data()) == one.sample;
+           sample_weight(weight, one.dtype, one.shape.data(), one.strides.data()) == one.sample;
   });
 }
 

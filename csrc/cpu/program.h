@@ -42,6 +42,7 @@ struct Memory {
 struct PackedWeight {
   size_t given;  // which of the memories that a run is given
   uintptr_t address;
+  DType dtype;
   std::vector<int64_t> shape, strides;
   int64_t sample;
 };

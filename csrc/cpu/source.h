@@ -20,9 +20,10 @@ class Ahead {
     current_ = 0;
   }
 
-  // Columns of so many floats, of the pixels [begin, end).
-  void ask(const void* tensor, Range pixels, int64_t cols) {
-    const int64_t bytes = cols * int64_t(sizeof(float));
+  // Columns of so many values, of the pixels [begin, end).
+  template <class T>
+  void ask(const T* tensor, Range pixels, int64_t cols) {
+    const int64_t bytes = cols * int64_t(sizeof(T));
     const char* begin = (const char*)tensor + pixels.begin * bytes;
     if (tensor && pixels.begin < pixels.end) {
       ranges_.push_back({begin, begin + (pixels.end - pixels.begin) * bytes});
@@ -39,7 +40,8 @@ class Ahead {
   }
 
   // One tile's part, over so many steps of k.
-  FASTRES_INLINE void give(Tile& tile, int64_t depth) {
+  template <class E, class T>
+  FASTRES_INLINE void give(Tile<E, T>& tile, int64_t depth) {
     tile.ahead = (const char*)tile.c[0];
     tile.ahead_step = 0;
     if (current_ < ranges_.size()) {
@@ -61,24 +63,42 @@ class Ahead {
   int64_t each_ = 0;
 };
 
-// Columns [begin, end) of the pixels [first, last), to rows of `stride` floats. Where `whole`, the
-// destination has room for whole packs, whose lanes beyond the last column become zero.
+// Columns [begin, end) of the pixels [first, last), to rows `stride` values apart, float or
+// bfloat16. A row has room for `width` of them: those of its last pack beyond the last column
+// become zero.
+template <class F = float>
 class Source {
  public:
   virtual ~Source() = default;
-  virtual void form(Range pixels, Range columns, float* to, int64_t stride, bool whole) const = 0;
+  virtual void form(Range pixels, Range columns, F* to, int64_t stride, int64_t width) const = 0;
   // Asks for all that pixels are formed from.
   virtual void ask(Range pixels, Ahead& ahead) const = 0;
 };
 
-// Op: `params(col, lanes)`, `value(row, col, params, lanes)`, and `ask(pixels, ahead)`.
+// What a T would hold of a value, as an operand. AVX512-BF16 multiplies subnormal numbers as zeros,
+// so that it may as well round them to zero.
+template <class T, class Lanes>
+FASTRES_INLINE void put(float* to, const Pack<float>& v, Lanes lanes) {
+  store(to, rounded<T>(v), lanes);
+}
+#if defined(__AVX512BF16__)
+template <class T, class Lanes>
+FASTRES_INLINE void put(BFloat16* to, const Pack<float>& v, Lanes lanes) {
+  store_16bit(to, (__m256i)_mm512_cvtneps_pbh(v.v[0]), lanes);
+}
+#endif
+
+// Op: `Stored`, `params(col, lanes)`, `value(row, col, params, lanes)`, and `ask(pixels, ahead)`.
 template <class Op>
-class SourceOf final : public Source {
+class SourceOf final : public Source<Formed<Operand<typename Op::Stored>>> {
+  using T = typename Op::Stored;
+  using F = Formed<Operand<T>>;
+
  public:
   explicit SourceOf(const Op& op) : op_(op) {}
 
   // Columns outside, so that their values per channel stay in registers; the pixels come from L2.
-  void form(Range pixels, Range columns, float* to, int64_t stride, bool whole) const override {
+  void form(Range pixels, Range columns, F* to, int64_t stride, int64_t width) const override {
     const Op op = op_;  // of our own: no store can change it
     int64_t col = columns.begin;
     for (; col + kAtOnce * kPack <= columns.end; col += kAtOnce * kPack, to += kAtOnce * kPack) {
@@ -89,13 +109,14 @@ class SourceOf final : public Source {
     }
     if (col < columns.end) {
       const Part rest{int(columns.end - col)};
+      const Part room{int(at_most(kPack, width - (col - columns.begin)))};
       const auto params = op.params(col, rest);
       for (int64_t row = pixels.begin; row < pixels.end; ++row, to += stride) {
         const Pack<float> v = op.value(row, col, params, rest);
-        if (whole) {
-          store(to, existing(rest, v), Full{});
+        if (room.n == kPack) {
+          put<T>(to, existing(rest, v), Full{});
         } else {
-          store(to, v, rest);
+          put<T>(to, existing(rest, v), room);
         }
       }
     }
@@ -107,7 +128,7 @@ class SourceOf final : public Source {
   static constexpr int kAtOnce = 2;
 
   template <int kPacks>
-  static FASTRES_INLINE void form_packs(const Op& op, Range pixels, int64_t col, float* to,
+  static FASTRES_INLINE void form_packs(const Op& op, Range pixels, int64_t col, F* to,
                                         int64_t stride) {
     typename Op::Params params[kPacks];
     FASTRES_UNROLL
@@ -117,7 +138,7 @@ class SourceOf final : public Source {
     for (int64_t row = pixels.begin; row < pixels.end; ++row, to += stride) {
       FASTRES_UNROLL
       for (int i = 0; i < kPacks; ++i) {
-        store(to + i * kPack, op.value(row, col + i * kPack, params[i], Full{}), Full{});
+        put<T>(to + i * kPack, op.value(row, col + i * kPack, params[i], Full{}), Full{});
       }
     }
   }
@@ -125,8 +146,10 @@ class SourceOf final : public Source {
   Op op_;
 };
 
+template <class T>
 struct PlainPixels {
-  const float* x;
+  using Stored = T;
+  const T* x;
   int64_t cols;
   struct Params {};
 
@@ -142,9 +165,11 @@ struct PlainPixels {
   }
 };
 
-template <class Act>
+template <class T, class Act>
 struct ActivatedPixels {
-  const float *x, *scale, *shift;
+  using Stored = T;
+  const T* x;
+  const float *scale, *shift;
   int64_t cols;
   Act act;
   struct Params {
@@ -164,14 +189,15 @@ struct ActivatedPixels {
 };
 
 // grad_y = a * g + b * y + c; without kReadY b and c are zero.
-template <Gating kGate, bool kReadY>
+template <class T, Gating kGate, bool kReadY>
 struct GradientPixels {
-  GatedGradient<float, true, kGate> gradient;
-  const float* y;
+  using Stored = T;
+  GatedGradient<T, true, kGate> gradient;
+  const T* y;
   const float* coefficients;  // [3, C]
   int64_t cols;
   struct Params {
-    typename GatedGradient<float, true, kGate>::Params gate;
+    typename GatedGradient<T, true, kGate>::Params gate;
     Pack<float> a, b, c;
   };
 
@@ -181,7 +207,7 @@ struct GradientPixels {
       ahead.ask(y, pixels, cols);
     }
     if constexpr (kGate == Gating::kReluOfOutput) {
-      ahead.ask(gradient.source, pixels, cols);
+      ahead.ask((const T*)gradient.source, pixels, cols);
     }
   }
   template <class Lanes>
@@ -208,32 +234,32 @@ struct GradientPixels {
   }
 };
 
-// Calls f(source) with what a convolution reads.
-template <class F>
+// Calls f(source) with what a convolution of tensors of T reads.
+template <class T, class F>
 void with_input(const ConvInput& input, int64_t channels, const F& f) {
+  const T* x = (const T*)input.x;
   if (!input.scale) {
-    return f(SourceOf(PlainPixels{input.x, channels}));
+    return f(SourceOf(PlainPixels<T>{x, channels}));
   }
   with_act<float>(input.act, [&](auto act) {
-    f(SourceOf(ActivatedPixels<decltype(act)>{input.x, input.scale, input.shift, channels, act}));
+    f(SourceOf(ActivatedPixels<T, decltype(act)>{x, input.scale, input.shift, channels, act}));
   });
 }
 
 // Likewise with the gradient of a raw output.
-template <class F>
+template <class T, class F>
 void with_gradient(const BackwardApplyArgs& a, const F& f) {
   const int64_t channels = a.problem.c;
   if (!a.stats[0]) {
-    return f(SourceOf(PlainPixels{(const float*)a.grad_out, channels}));
+    return f(SourceOf(PlainPixels<T>{(const T*)a.grad_out, channels}));
   }
   const Scratch<float> coefficients(3 * channels);
   fill_coefficients(a, 0, coefficients.data());
   with_gating(a.gate, a.act, [&](auto gate) {
     constexpr Gating kGate = decltype(gate)::value;
     with_flag(a.count != 0, [&](auto reads) {
-      f(SourceOf(GradientPixels<kGate, decltype(reads)::value>{
-          gated_gradient<float, true, kGate>(a), (const float*)a.y[0], coefficients.data(),
-          channels}));
+      f(SourceOf(GradientPixels<T, kGate, decltype(reads)::value>{
+          gated_gradient<T, true, kGate>(a), (const T*)a.y[0], coefficients.data(), channels}));
     });
   });
 }

@@ -16,7 +16,7 @@ constexpr int kRowsOfTiles[] = {6, 5, 5};
 // Pixels of a panel: as many as two panels of all that they are formed from have room for in L2,
 // within bounds; with fewer, loading and storing the sums would show. A result that itself is
 // larger than L2 is read and written with each panel: there are few then.
-constexpr int64_t kBothFloats = 32 * 1024;
+constexpr int64_t kBothBytes = 128 * 1024;
 constexpr int64_t kFewest = 84, kMost = 448;
 constexpr int64_t kLargeResult = 512 * 1024;
 // Partial results over groups of panels take this much at most.
@@ -26,26 +26,30 @@ constexpr int64_t kMostGroups = 16;
 // Pixels summed up in registers at a time: an eighth of all, within bounds. The error of a longer
 // sum shows, the more so the fewer the parts are.
 constexpr int64_t kFewestAtOnce = 32, kMostAtOnce = 128;
+// Pairs of pixels that lie side by side at a time: with the rows of the other operand they fit L1.
+constexpr int64_t kPairsAtOnce = 96;
 
 // Columns of the result that one tile has: where they begin in a band and in a row of the result.
 struct Segment {
   int64_t band, out, width;
 };
 
+template <class T = float>
 struct WeightJob {
+  using Input = Source<Formed<Operand<T>>>;
   const ConvShape& shape;
   Sweep sweep;
-  const Source &input, &grad;
-  float* result;
+  const Input &input, &grad;
+  T* result;
   int64_t row_floats;  // of one output channel
   int64_t lines, panels, groups;
   int64_t depth;  // pixels summed up at a time
 
-  WeightJob(const ConvShape& s, const Source& input, const Source& grad, float* result)
+  WeightJob(const ConvShape& s, const Input& input, const Input& grad, T* result)
       : shape(s), sweep(forward_sweep(s)), input(input), grad(grad), result(result) {
     row_floats = s.taps() * s.c;
     const int64_t total = sweep.n * sweep.lines;
-    const int64_t fitting = at_least(kFewest, kBothFloats / (s.c + s.k));
+    const int64_t fitting = at_least(kFewest, kBothBytes / (int64_t(sizeof(T)) * (s.c + s.k)));
     const int64_t pixels = size() > kLargeResult ? kMost : at_most(kMost, fitting);
     lines = at_least(1, pixels / at_least(1, sweep.out_w));
     lines = at_least(1, ceil_div(total, at_least(1, ceil_div(total, lines))));
@@ -55,8 +59,6 @@ struct WeightJob {
     groups = at_least(1, at_most(groups, panels));
   }
 
-  // Whether lines are of one pixel, each behind the other.
-  bool is_product() const { return sweep.in_w == 1 && sweep.in_step_h == 1 && sweep.n == 1; }
   int64_t channels() const { return at_most(shape.c, kTileColumns); }
   int64_t size() const { return shape.k * row_floats; }
   // Values of a pixel that lie together, and how many lines of taps have room in a tile.
@@ -70,12 +72,46 @@ struct WeightJob {
   }
 };
 
+// Two rows of values as pairs; beside those of a last one without a second stand zeros.
+FASTRES_INLINE void pair_rows(const BFloat16* first, const BFloat16* second, int64_t count,
+                              Pair* to) {
+  const auto visit = [&](int64_t i, auto lanes) {
+#if defined(__AVX512BF16__)
+    __m512i pairs = _mm512_cvtepu16_epi32(load_16bit(first + i, lanes));
+    if (second) {
+      const __m512i words = _mm512_cvtepu16_epi32(load_16bit(second + i, lanes));
+      pairs = _mm512_or_si512(pairs, _mm512_slli_epi32(words, 16));
+    }
+    _mm512_storeu_si512(to + i, pairs);
+#else
+    for (int lane = 0; lane < lanes.n; ++lane) {
+      to[i + lane] = {first[i + lane], second ? second[i + lane] : BFloat16{}};
+    }
+#endif
+  };
+  int64_t i = 0;
+  for (; i + kPack <= count; i += kPack) {
+    visit(i, Full{});
+  }
+  if (i < count) {
+    visit(i, Part{int(count - i)});
+  }
+}
+
+template <class T = float>
 class WeightWorker {
+  using E = Operand<T>;
+  using F = Formed<E>;
+  static constexpr bool kPairs = kPerStep<E> > 1;
+  static constexpr int64_t kFormedAtOnce = kRowBlock * kPerStep<E>;  // a cache line of them
+
  public:
-  explicit WeightWorker(const WeightJob& job)
+  explicit WeightWorker(const WeightJob<T>& job)
       : job_(job),
         band_(job.sweep, job.lines, job.channels()),
-        gradient_(round_up(job.shape.k, kRowBlock) * job.lines * job.sweep.out_w),
+        gradient_(round_up(job.shape.k, kRowBlock) * steps_of<E>(job.lines * job.sweep.out_w)),
+        values_(kPairs ? kFormedAtOnce * job.lines * job.sweep.out_w : 0),
+        columns_(kPairs ? kTileColumns * kPairsAtOnce : 0),
         // Tiles read whole vectors, beyond the last pixel too.
         gathered_(gathers() ? job.row_floats * job.lines * job.sweep.out_w + kTileColumns : 0) {}
 
@@ -98,6 +134,9 @@ class WeightWorker {
       if (gathers()) {
         gather(lines);
       }
+      if constexpr (kPairs) {
+        locate(lines);
+      }
       for (const Segment& segment : segments(columns)) {
         multiply(lines, rows, segment, accumulate, out);
       }
@@ -108,13 +147,22 @@ class WeightWorker {
   // Whether all that a pixel's taps read is laid side by side: with so few channels that several
   // lines of taps fit a tile.
   bool gathers() const { return job_.tap_lines() > 1; }
+  // Whether lines are of one pixel.
+  bool is_product() const {
+    const Sweep& s = job_.sweep;
+    return s.in_w == 1 && s.in_step_h == 1 && s.n == 1;
+  }
+  // Values from a pixel to the next one.
+  int64_t pixel_step() const {
+    return gathers() ? job_.row_floats : job_.sweep.in_step_w * job_.channels();
+  }
 
   void gather(Range lines) {
     const Sweep& s = job_.sweep;
     const int64_t width = job_.line_floats(), step = s.in_step_w * s.in_c;
-    float* to = gathered_.data();
+    F* to = gathered_.data();
     for (int64_t line = lines.begin; line < lines.end; ++line) {
-      const float* from = band_.line(line);
+      const F* from = band_.line(line);
       for (int64_t pixel = 0; pixel < s.out_w; ++pixel, from += step) {
         for (int64_t tap = 0; tap < job_.shape.kh; ++tap, to += width) {
           copy_few(from + tap * job_.shape.dh * band_.pitch(), to, width);
@@ -123,7 +171,7 @@ class WeightWorker {
     }
   }
 
-  static void copy_few(const float* from, float* to, int64_t count) {
+  static void copy_few(const F* from, F* to, int64_t count) {
     int64_t i = 0;
     for (; i + kPack <= count; i += kPack) {
       store(to + i, load(from + i, Full{}), Full{});
@@ -137,10 +185,50 @@ class WeightWorker {
   void form_gradient(Range lines, Range rows) {
     const int64_t width = job_.sweep.out_w;
     pixels_ = (lines.end - lines.begin) * width;
-    float* to = gradient_.data();
-    for (int64_t k = rows.begin; k < rows.end; k += kRowBlock, to += pixels_ * kRowBlock) {
-      const Range channels{k, at_most(k + kRowBlock, rows.end)};
-      job_.grad.form({lines.begin * width, lines.end * width}, channels, to, kRowBlock, true);
+    steps_ = steps_of<E>(pixels_);
+    const Range pixels{lines.begin * width, lines.end * width};
+    for (int64_t k = rows.begin; k < rows.end; k += kFormedAtOnce) {
+      const Range channels{k, at_most(k + kFormedAtOnce, rows.end)};
+      E* to = gradient_.data() + (k - rows.begin) * steps_;
+      if constexpr (kPairs) {
+        job_.grad.form(pixels, channels, values_.data(), kFormedAtOnce, kFormedAtOnce);
+        for (int64_t i = 0; i < channels.end - k; i += kRowBlock, to += steps_ * kRowBlock) {
+          pair_block(values_.data() + i, to);
+        }
+      } else {
+        job_.grad.form(pixels, channels, to, kRowBlock, kRowBlock);
+      }
+    }
+  }
+
+  // A block of channels of the panel's pixels, as pairs of neighbours.
+  void pair_block(const F* from, E* to) const {
+    for (int64_t p = 0; p < pixels_; p += 2, from += 2 * kFormedAtOnce, to += kRowBlock) {
+      pair_rows(from, p + 1 < pixels_ ? from + kFormedAtOnce : nullptr, kRowBlock, to);
+    }
+  }
+
+  // Some of the panel's pixels as pairs of neighbours: the columns of a segment.
+  void pair_pixels(Range steps, const Segment& segment) {
+    E* to = columns_.data();
+    for (int64_t step = steps.begin; step < steps.end; ++step, to += kTileColumns) {
+      const F* const* pixel = located_.data() + 2 * step;
+      const F* second = 2 * step + 1 < pixels_ ? pixel[1] + segment.band : nullptr;
+      pair_rows(pixel[0] + segment.band, second, segment.width, to);
+    }
+  }
+
+  // Where each pixel of the panel lies, with what its taps read.
+  void locate(Range lines) {
+    const Sweep& s = job_.sweep;
+    const bool together = is_product() || gathers();
+    const int64_t step = pixel_step();
+    located_.clear();
+    for (int64_t line = lines.begin; line < lines.end; line += together ? pixels_ : 1) {
+      const F* from = gathers() ? gathered_.data() : band_.line(line);
+      for (int64_t pixel = 0; pixel < (together ? pixels_ : s.out_w); ++pixel, from += step) {
+        located_.push_back(from);
+      }
     }
   }
 
@@ -155,8 +243,7 @@ class WeightWorker {
     }
     const int64_t tiles = ceil_div(rows.end - rows.begin, kRowBlock) * 3;
     const int64_t per_band = int64_t(segments({0, job_.channels()}).size());
-    ahead_.spread(tiles * ceil_div(job_.lines, lines_at_once()) * per_band *
-                  ceil_div(s.in_c, kTileColumns));
+    ahead_.spread(tiles * groups_of_pixels() * per_band * ceil_div(s.in_c, kTileColumns));
   }
 
   // Taps of one line that lie together are one segment where they fit a tile; what was gathered is
@@ -183,21 +270,30 @@ class WeightWorker {
 
   // Groups of pixels outside: what a group's tiles read of the input stays in L1.
   void multiply(Range lines, Range rows, const Segment& segment, bool accumulate, float* out) {
-    find_stretches(lines, segment);
-    size_t begin = 0;
-    for (const size_t end : ends_) {
-      multiply_group({int64_t(begin), int64_t(end)}, rows, segment, accumulate || begin > 0, out);
-      begin = end;
+    if constexpr (kPairs) {
+      const int64_t parts = ceil_div(steps_, kPairsAtOnce), part = ceil_div(steps_, parts);
+      for (int64_t first = 0; first < steps_; first += part) {
+        const Range steps{first, at_most(first + part, steps_)};
+        pair_pixels(steps, segment);
+        const Stretch<E> stretch{first * kRowBlock, columns_.data(), steps.end - first, 0};
+        multiply_group(&stretch, 1, kTileColumns, rows, segment, accumulate || first > 0, out);
+      }
+    } else {
+      find_stretches(lines, segment);
+      size_t begin = 0;
+      for (const size_t end : ends_) {
+        multiply_group(stretches_.data() + begin, int64_t(end - begin), pixel_step(), rows, segment,
+                       accumulate || begin > 0, out);
+        begin = end;
+      }
     }
   }
 
-  void multiply_group(Range stretches, Range rows, const Segment& segment, bool accumulate,
-                      float* out) {
-    const int64_t step = gathers() ? job_.row_floats : job_.sweep.in_step_w * job_.channels();
-    const Stretch* first = stretches_.data() + stretches.begin;
-    const int64_t count = stretches.end - stretches.begin, depth = depth_of(first, count);
-    const TileEnd end{accumulate, nullptr, nullptr, nullptr, false};
-    Tile tile{};
+  void multiply_group(const Stretch<E>* stretches, int64_t count, int64_t step, Range rows,
+                      const Segment& segment, bool accumulate, float* out) {
+    const TileEnd<> end{accumulate, nullptr, nullptr, nullptr, false};
+    const int64_t depth = depth_of(stretches, count);
+    Tile<E> tile{};
     tile.columns = int(segment.width);
     for (int64_t k = rows.begin; k < rows.end; k += kRowBlock) {
       int64_t row = k;
@@ -206,14 +302,14 @@ class WeightWorker {
           break;
         }
         tile.rows = int(at_most(height, rows.end - row));
-        const float* a = gradient_.data() + (k - rows.begin) * pixels_ + (row - k);
+        const E* a = gradient_.data() + (k - rows.begin) * steps_ + (row - k);
         for (int i = 0; i < kTileRows; ++i) {
           const int64_t at = at_most(i, tile.rows - 1);
           tile.a[i] = a + at;
           tile.c[i] = out + (row + at) * job_.row_floats + segment.out;
         }
         ahead_.give(tile, depth);
-        tile_for<kRowBlock>(tile.rows, tile.columns)(tile, first, count, step, end);
+        tile_for<kRowBlock, E>(tile.rows, tile.columns)(tile, stretches, count, step, end);
         row += height;
       }
     }
@@ -222,38 +318,47 @@ class WeightWorker {
   // A panel's pixels in groups that are summed up in registers.
   void find_stretches(Range lines, const Segment& segment) {
     const Sweep& s = job_.sweep;
+    const bool product = is_product();
     const int64_t at_once = lines_at_once();
-    const bool product = job_.is_product();
     stretches_.clear();
     ends_.clear();
     for (int64_t first = lines.begin; first < lines.end; first += at_once) {
       const int64_t last = at_most(first + at_once, lines.end), count = product ? 1 : last - first;
       for (int64_t line = first; line < first + count; ++line) {
         const int64_t pixel = (line - lines.begin) * s.out_w;
-        const float* from =
-            gathers() ? gathered_.data() + pixel * job_.row_floats : band_.line(line);
-        const float* b = from + segment.band;
+        const F* from = gathers() ? gathered_.data() + pixel * job_.row_floats : band_.line(line);
+        const F* b = from + segment.band;
         stretches_.push_back({pixel * kRowBlock, b, product ? last - first : s.out_w, 0});
       }
       ends_.push_back(stretches_.size());
     }
   }
 
+  // So many lines are summed up in registers, and so often is that done in a panel.
   int64_t lines_at_once() const {
-    return job_.is_product() ? job_.depth : at_least(1, job_.depth / job_.sweep.out_w);
+    return is_product() ? job_.depth : at_least(1, job_.depth / job_.sweep.out_w);
+  }
+  int64_t groups_of_pixels() const {
+    return kPairs ? ceil_div(steps_of<E>(job_.lines * job_.sweep.out_w), kPairsAtOnce)
+                  : ceil_div(job_.lines, lines_at_once());
   }
 
-  const WeightJob& job_;
-  Band band_;
-  Scratch<float> gradient_, gathered_;
+  const WeightJob<T>& job_;
+  Band<F> band_;
+  Scratch<E> gradient_;
+  Scratch<F> values_;   // of some of the gradient's channels, before they are paired
+  Scratch<E> columns_;  // of a segment and some pixels, where they are paired
+  Scratch<F> gathered_;
   Ahead ahead_;
-  int64_t pixels_ = 0;
-  std::vector<Stretch> stretches_;
+  int64_t pixels_ = 0, steps_ = 0;
+  std::vector<const F*> located_;
+  std::vector<Stretch<E>> stretches_;
   std::vector<size_t> ends_;
 };
 
 // The groups' results added up, in their order.
-void add_groups(const float* partial, int64_t groups, int64_t size, Range part, float* result) {
+template <class T>
+void add_groups(const float* partial, int64_t groups, int64_t size, Range part, T* result) {
   const auto visit = [&](int64_t i, auto lanes) {
     Pack<float> sum = load(partial + i, lanes);
     for (int64_t group = 1; group < groups; ++group) {
@@ -280,22 +385,24 @@ int64_t splits_of(int64_t groups, int64_t blocks, int team) {
 }
 
 // Groups of panels, each with a part of the output channels.
-void run(const WeightJob& job, int threads) {
+template <class T>
+void run(const WeightJob<T>& job, int threads) {
   const int64_t blocks = ceil_div(job.shape.k, kRowBlock);
-  const Scratch<float> partial(job.groups > 1 ? job.groups * job.size() : 0);
+  const bool apart = kInParts<T> || job.groups > 1;
+  const Scratch<float> partial(apart ? job.groups * job.size() : 0);
   const int64_t work = job.sweep.n * job.sweep.lines * job.sweep.out_w * job.shape.k * job.shape.c;
   parallel(threads, work, [&](Worker worker) {
-    WeightWorker own(job);
+    WeightWorker<T> own(job);
     const int64_t splits = splits_of(job.groups, blocks, worker.team);
     const Range tasks = worker.share(job.groups * splits);
     for (int64_t task = tasks.begin; task < tasks.end; ++task) {
       const int64_t group = task / splits, split = task % splits;
       const Range rows{blocks * split / splits * kRowBlock,
                        at_most(blocks * (split + 1) / splits * kRowBlock, job.shape.k)};
-      float* out = job.groups > 1 ? partial.data() + group * job.size() : job.result;
+      float* out = apart ? partial.data() + group * job.size() : (float*)job.result;
       own.run(job.panels_of(group), rows, out);
     }
-    if (job.groups == 1) {
+    if (!apart) {
       return;
     }
     worker.wait_for_all();
@@ -314,11 +421,11 @@ constexpr int64_t kPointPartial = 1024 * 1024;
 // The sum runs over squares: G^T [sum of (A dy A^T) * (B^T d B)] G, for each point a product of
 // matrices.
 struct SquaresJob {
-  const WeightJob& direct;
+  const WeightJob<>& direct;
   Sweep sweep;
   int64_t lines, panels, groups, blocks;
 
-  explicit SquaresJob(const WeightJob& job) : direct(job), sweep(in_squares(job.sweep)) {
+  explicit SquaresJob(const WeightJob<>& job) : direct(job), sweep(in_squares(job.sweep)) {
     const int64_t total = sweep.n * sweep.lines;
     lines = at_least(1, kSquares / at_least(1, sweep.phases[0].pixels));
     lines = ceil_div(total, ceil_div(total, lines));
@@ -408,7 +515,7 @@ class SquaresWorker {
     fits_.assign(size_t(job_.blocks), 0);
     for (int64_t block = blocks.begin; block < blocks.end && fits; ++block) {
       job_.direct.grad.form({own.begin * width, own.end * width}, job_.rows(block),
-                            gradient_.data(), kRowBlock, true);
+                            gradient_.data(), kRowBlock, kRowBlock);
       const Values of_gradient = look_at(gradient_.data(), gradient_.data() + pixels * kRowBlock);
       if (serve(of_gradient, double(pixels * kRowBlock), found.largest)) {
         fits_[size_t(block)] = 1;
@@ -483,7 +590,7 @@ class SquaresWorker {
     const float* a =
         transformed_gradient_.data() + point * gradient_point_ + block * squares_ * kRowBlock;
     const float* b = transformed_.data() + point * point_ + c;
-    Tile tile{};
+    Tile<> tile{};
     tile.columns = int(at_most(kTileColumns, shape_.c - c));
     int64_t row = rows.begin;
     for (int height : kRowsOfTiles) {
@@ -496,7 +603,7 @@ class SquaresWorker {
         tile.a[i] = a + at - rows.begin;
         tile.c[i] = out + at * shape_.c + c;
       }
-      const RunTile run = tile_for<kRowBlock>(tile.rows, tile.columns);
+      const RunTile<> run = tile_for<kRowBlock>(tile.rows, tile.columns);
       for (int64_t t = 0; t < count_; t += kSquaresAtOnce) {
         const Stretch stretch{t * kRowBlock, b + t * shape_.c, at_most(kSquaresAtOnce, count_ - t),
                               0};
@@ -510,10 +617,10 @@ class SquaresWorker {
 
   void add_directly(Range lines, int64_t group, int64_t block, SquaresSums& sums) {
     if (!direct_) {
-      direct_ = std::make_unique<WeightWorker>(job_.direct);
+      direct_ = std::make_unique<WeightWorker<>>(job_.direct);
     }
     const Range own = direct_lines(lines), rows = job_.rows(block);
-    const WeightJob& job = job_.direct;
+    const WeightJob<>& job = job_.direct;
     uint8_t& before = sums.direct[size_t(group * job_.blocks + block)];
     float* out = sums.pixels.data() + group * job.size();
     for (int64_t line = own.begin; line < own.end; line += job.lines) {
@@ -525,12 +632,12 @@ class SquaresWorker {
   const SquaresJob& job_;
   const ConvShape& shape_;
   int64_t squares_, point_, gradient_point_;
-  Band band_;
+  Band<> band_;
   Scratch<float> transformed_, gradient_, transformed_gradient_;
   Ahead ahead_;
   int64_t count_ = 0;
   std::vector<uint8_t> fits_, started_;
-  std::unique_ptr<WeightWorker> direct_;
+  std::unique_ptr<WeightWorker<>> direct_;
 };
 
 // G^T of a column of points.
@@ -611,36 +718,59 @@ void run(const SquaresJob& job, int threads) {
 
 }  // namespace
 
+template <class T>
 void conv_backward_weight(const ConvWeightArgs& a) {
-  with_input(a.input, a.shape.c, [&](const Source& input) {
-    with_gradient(a.grad, [&](const Source& grad) {
-      const WeightJob job(a.shape, input, grad, a.grad_weight);
-      if (a.winograd) {
-        run(SquaresJob(job), a.threads);
-      } else {
-        run(job, a.threads);
+  using Input = typename WeightJob<T>::Input;
+  with_input<T>(a.input, a.shape.c, [&](const Input& input) {
+    with_gradient<T>(a.grad, [&](const Input& grad) {
+      const WeightJob<T> job(a.shape, input, grad, (T*)a.grad_weight);
+      if constexpr (std::is_same_v<T, float>) {
+        if (a.winograd) {
+          run(SquaresJob(job), a.threads);
+          return;
+        }
       }
+      run(job, a.threads);
     });
   });
 }
 
+namespace {
+
+template <class Job>
+void share_out(const Job& job, const SharesArgs& a) {
+  const int64_t blocks = ceil_div(a.shape.k, kRowBlock);
+  const int64_t splits = splits_of(job.groups, blocks, a.team);
+  for (int id = 0; id < a.team; ++id) {
+    const Range tasks = Worker{id, a.team}.share(job.groups * splits);
+    a.shares[id] = 0;
+    for (int64_t task = tasks.begin; task < tasks.end; ++task) {
+      const int64_t split = task % splits;
+      const Range panels = job.panels_of(task / splits);
+      a.shares[id] +=
+          (panels.end - panels.begin) * (blocks * (split + 1) / splits - blocks * split / splits);
+    }
+  }
+}
+
+}  // namespace
+
+template <class T>
 void weight_shares(const SharesArgs& a) {
-  with_input({}, a.shape.c, [&](const Source& none) {
-    const WeightJob job(a.shape, none, none, nullptr);
-    const SquaresJob squares(job);
-    const int64_t groups = a.winograd ? squares.groups : job.groups;
-    const int64_t splits = splits_of(groups, squares.blocks, a.team);
-    for (int id = 0; id < a.team; ++id) {
-      const Range tasks = Worker{id, a.team}.share(groups * splits);
-      a.shares[id] = 0;
-      for (int64_t task = tasks.begin; task < tasks.end; ++task) {
-        const int64_t group = task / splits, split = task % splits;
-        const Range panels = a.winograd ? squares.panels_of(group) : job.panels_of(group);
-        const Range blocks{squares.blocks * split / splits, squares.blocks * (split + 1) / splits};
-        a.shares[id] += (panels.end - panels.begin) * (blocks.end - blocks.begin);
+  using Input = typename WeightJob<T>::Input;
+  with_input<T>({}, a.shape.c, [&](const Input& none) {
+    const WeightJob<T> job(a.shape, none, none, nullptr);
+    if constexpr (std::is_same_v<T, float>) {
+      if (a.winograd) {
+        share_out(SquaresJob(job), a);
+        return;
       }
     }
+    share_out(job, a);
   });
 }
+
+FASTRES_CONVOLUTIONS(template void conv_backward_weight, (const ConvWeightArgs&))
+FASTRES_CONVOLUTIONS(template void weight_shares, (const SharesArgs&))
 
 }  // namespace fastres::cpu::FASTRES_ISA

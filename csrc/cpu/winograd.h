@@ -141,7 +141,7 @@ FASTRES_INLINE void transform_source(const float* from, int64_t pitch, int64_t c
 }
 
 // The squares of lines of a band, to [points, squares, channels].
-inline void transform_band(const Sweep& s, const Band& band, Range lines, int64_t channels,
+inline void transform_band(const Sweep& s, const Band<>& band, Range lines, int64_t channels,
                            float* to, int64_t point) {
   for (int64_t line = lines.begin; line < lines.end; ++line) {
     const float* from = band.line(line);
@@ -191,7 +191,7 @@ class WinogradSweeper {
     return best;
   }
 
-  WinogradSweeper(const Sweep& s, const SweepArgs& args, const PanelCut& cut)
+  WinogradSweeper(const Sweep& s, const SweepArgs<>& args, const PanelCut& cut)
       : s_(s),
         args_(args),
         wide_(wide(s)),
@@ -277,13 +277,13 @@ class WinogradSweeper {
     const int64_t depth = s_.in_c, parts = ceil_div(depth, kDepth), part = ceil_div(depth, parts);
     const float* b = weight(col, point);
     float* to = sums(block.begin, col, point);
-    Tile tile{};
+    Tile<> tile{};
     tile.columns = int(round_up(width, kVectorLanes));
-    const RunTile last = tile_for<1>(int((count_ - 1) % kTileRows) + 1, width);
-    const RunTile full = tile_for<1>(kTileRows, width);
+    const RunTile<> last = tile_for<1>(int((count_ - 1) % kTileRows) + 1, width);
+    const RunTile<> full = tile_for<1>(kTileRows, width);
     for (int64_t k = 0; k < depth; k += part) {
       const Stretch stretch{k, b + k * kTileColumns, at_most(part, depth - k), 0};
-      const TileEnd end{k > 0, nullptr, nullptr, nullptr, false};
+      const TileEnd<> end{k > 0, nullptr, nullptr, nullptr, false};
       const char* ahead = (const char*)(next + k * kTileColumns);
       const int64_t ahead_step =
           kTileColumns * sizeof(float) / at_most(kTilesForWeight, ceil_div(count_, kTileRows));
@@ -376,9 +376,9 @@ class WinogradSweeper {
   void multiply_directly(Range lines, Range columns) {
     const Sweep& s = *args_.direct;
     if (!direct_) {
-      direct_args_ = std::make_unique<SweepArgs>(args_);
+      direct_args_ = std::make_unique<SweepArgs<>>(args_);
       direct_args_->packed = nullptr;
-      direct_ = std::make_unique<Sweeper>(s, *direct_args_, PanelCut(2 * lines_, 0));
+      direct_ = std::make_unique<Sweeper<>>(s, *direct_args_, PanelCut(2 * lines_, 0));
     }
     const Range own{line_of_squares(s_, s, lines.begin), line_of_squares(s_, s, lines.end)};
     direct_->form(own);
@@ -386,17 +386,17 @@ class WinogradSweeper {
   }
 
   const Sweep& s_;
-  const SweepArgs& args_;
+  const SweepArgs<>& args_;
   bool wide_;
   int64_t lines_, tiles_, point_, sums_point_;
   double largest_;
-  Band band_;
+  Band<> band_;
   Scratch<float> transformed_, sums_;
   Ahead ahead_;
   int64_t count_ = 0;
   bool fits_ = false;
-  std::unique_ptr<SweepArgs> direct_args_;
-  std::unique_ptr<Sweeper> direct_;
+  std::unique_ptr<SweepArgs<>> direct_args_;
+  std::unique_ptr<Sweeper<>> direct_;
 };
 
 }  // namespace fastres::cpu::FASTRES_ISA

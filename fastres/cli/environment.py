@@ -68,7 +68,7 @@ VARIABLES = (
     Variable(
         "FASTRES_CPU_ISA",
         "import",
-        "avx512, avx2, baseline",
+        "avx512_bf16, avx512, avx2, baseline",
         "the best this CPU has",
         "the instruction set of the C++ kernels",
     ),

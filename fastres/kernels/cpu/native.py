@@ -1,4 +1,6 @@
-"""Convolutions of our own, on the kernels of `csrc/cpu`: float32, channels_last, without groups.
+"""Convolutions of our own, on the kernels of `csrc/cpu`: channels_last, without groups.
+
+float32, and bfloat16 with sums in float32; then the weight and a bias are bfloat16 too.
 
 What stands in front of a convolution is formed panel by panel, and what stands behind it is done to
 a panel before that leaves the cache: no pass over memory is left but those of the convolution.
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastres.kernels import aten
-from fastres.kernels.common import ACT_CODES, address, gate_act_code, gate_code
+from fastres.kernels.common import ACT_CODES, DTYPE_CODES, address, gate_act_code, gate_code
 from fastres.kernels.cpu.module import empty, module
 from fastres.kernels.cpu.pointwise import bn_act_backward_reduce, channel_stats, coefficients
 from fastres.kernels.cpu.program import computing, note_packed
@@ -29,8 +31,8 @@ _OPEN = (0, 0, 0)
 def _why_not(request: Request) -> str | None:
     if request.device != "cpu" or not request.channels_last:
         return "it takes channels_last tensors on the CPU"
-    if request.dtype != torch.float32:
-        return f"it convolves float32, got {request.dtype}"
+    if request.dtype not in (torch.float32, torch.bfloat16):
+        return f"it convolves float32 and bfloat16, got {request.dtype}"
     if request.act not in ACT_CODES:
         return f"activation {request.act!r} has no CPU kernel"
     if request.conv is not None and request.conv.groups != 1:
@@ -51,7 +53,7 @@ class _Job(NamedTuple):
         k, _, kh, kw = weight.shape
         stride, padding, dilation, _ = conv
         output = (n, k, *conv.output_size((h, w), (kh, kw)))
-        shape = [n, h, w, c, k, kh, kw, *stride, *padding, *dilation]
+        shape = [n, h, w, c, k, kh, kw, *stride, *padding, *dilation, DTYPE_CODES[x.dtype]]
         return cls(shape, output, torch.get_num_threads())
 
 
@@ -84,7 +86,8 @@ def _saved(job: _Job, transposed: bool) -> tuple[int, int]:
     Squares of two by two pixels take 16 instead of 36, also where they reach beyond an odd edge.
     """
     n, h, w, c, k, *geometry = job.shape
-    if geometry[:4] != [3, 3, 1, 1] or geometry[6:] != [1, 1] or min(c, k) < _LEAST_CHANNELS:
+    fits = geometry[:4] == [3, 3, 1, 1] and geometry[6:] == [1, 1, DTYPE_CODES[torch.float32]]
+    if not fits or min(c, k) < _LEAST_CHANNELS:
         return 0, 1
     h, w = (h, w) if transposed else job.output[2:]
     return n * (9 * h * w - 16 * (-(-h // 2) * -(-w // 2))), n * 9 * h * w
@@ -122,6 +125,7 @@ def _is_winograd_gradient(job: _Job) -> bool:
 
 def _pack(weight: Tensor, job: _Job, transposed: bool = False, winograd: bool = False) -> Tensor:
     """The weight in the order in which the kernels read it; transposed for the data gradient."""
+    # Steps of four bytes: a float, or two neighbouring bfloat16.
     size = _kernels.winograd_size if winograd else _kernels.packed_size
     packed = empty((1, 1, 1, size(job.shape, transposed)), torch.float32, channels_last=False)
     _kernels.pack_weight(
@@ -155,13 +159,19 @@ def _packed_once(weight: Tensor, job: _Job) -> _Packed:
 
     It is packed anew where the version counter moved, the memory or the instruction set is another,
     or one of the samples changed that are taken of each output channel: a change through `.data`
-    moves no counter.
+    moves no counter. Autocast casts a weight anew at each call: what is no parameter, in bfloat16,
+    is packed for one use.
     """
     winograd = _is_winograd(job)
     if weight.is_inference():
         return _Packed(_pack(weight, job, winograd=winograd), winograd)
-    samples = _kernels.sample_weight(weight.data_ptr(), weight.shape, weight.stride())
-    state = (weight._version, weight.data_ptr(), samples, *weight.stride(), _kernels.isa())
+    if weight.dtype == torch.bfloat16 and not isinstance(weight, torch.nn.Parameter):
+        return _packed_for_now(weight, job)
+    dtype = DTYPE_CODES[weight.dtype]
+    samples = _kernels.sample_weight(weight.data_ptr(), weight.shape, weight.stride(), dtype)
+    state = (
+        weight._version, weight.data_ptr(), dtype, samples, *weight.stride(), _kernels.isa(),
+    )  # fmt: skip
     key = id(weight), winograd
     kept = _kept.get(key)
     if kept is None or kept.owner() is not weight or kept.state != state:
@@ -266,7 +276,9 @@ def conv_backward(
     if want_x:
         grad_x, sums = _data_gradient(code, x, weight, job, accumulate, reduce)
     if want_weight:
-        grad_weight = torch.empty(weight.shape, memory_format=torch.channels_last)
+        grad_weight = torch.empty(
+            weight.shape, dtype=weight.dtype, memory_format=torch.channels_last
+        )
         _kernels.conv_backward_weight(
             code, *_input(x, prologue), grad_weight.data_ptr(), job.shape, job.threads,
             _is_winograd_gradient(job),
@@ -364,7 +376,7 @@ def conv_backward_weight(
     if _is_empty(x, weight):
         return aten.conv_backward_weight(grad_y, x, weight, conv)
     job = _Job.of(x, weight, conv)
-    grad_weight = torch.empty(weight.shape, memory_format=torch.channels_last)
+    grad_weight = torch.empty(weight.shape, dtype=weight.dtype, memory_format=torch.channels_last)
     _kernels.conv_backward_weight(
         _formed(grad_y), *_input(x, prologue), grad_weight.data_ptr(), job.shape, job.threads,
         _is_winograd_gradient(job),

@@ -46,7 +46,9 @@ class NotRecordableError(Exception):
 # ---------------------------------------------------------------- what torch is asked for
 
 
-_ZEROS = {dtype: torch.zeros((), dtype=dtype) for dtype in (torch.float32, torch.float64)}
+_ZEROS = {
+    dtype: torch.zeros((), dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.float64)
+}
 
 
 def _copy(to: Tensor, source: Tensor, **how: object) -> None:
@@ -77,7 +79,11 @@ def _stack(to: Tensor, tensors: Sequence[Tensor], dim: int = 0) -> None:
 def _add(to: Tensor, x: Tensor, r: Any, **how: object) -> None:
     """A step that adds two tensors which lie alike."""
     alike = isinstance(r, Tensor) and {x.stride(), r.stride()} == {to.stride()} and not how
-    if not alike or x.shape != r.shape or {x.dtype, r.dtype} != {torch.float32}:
+    if (
+        not alike
+        or x.shape != r.shape
+        or not {x.dtype} == {r.dtype} <= {torch.float32, torch.bfloat16}
+    ):
         raise NotRecordableError("a sum of another kind than of two activations")
     if _bytes(to) != to.numel() * to.element_size():
         raise NotRecordableError("a sum with gaps in its memory")
@@ -255,7 +261,10 @@ def _program(
     fixed = [*fixed, *_ZEROS.values(), *[one.copy for one in watch.packed]]
     stays = [_memory(t) for t in fixed]
     places = {id(t): i for i, t in enumerate(inputs)}
-    packed = [(places[id(w)], w.shape, w.stride(), sample) for w, _, sample in watch.packed]
+    packed = [
+        (places[id(w)], DTYPE_CODES[w.dtype], w.shape, w.stride(), sample)
+        for w, _, sample in watch.packed
+    ]
     versions = [(places[id(w)], w._version) for w, _, _ in watch.packed]
     try:
         core = watch.recording.program(given, sorted(made.difference(given, stays)), stays, packed)
