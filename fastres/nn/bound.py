@@ -8,6 +8,7 @@ at shapes, dtypes, devices and strides. What is spared is to work out again what
 from __future__ import annotations
 
 from collections.abc import Iterator
+from operator import attrgetter
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -27,11 +28,13 @@ _Seen = tuple[nn.Module, Any, dict[str, Any], list[int]]
 #: Inputs of a module are of few kinds; one that sees ever new ones starts over now and then.
 _MOST_KEPT = 64
 
+_forward_of = attrgetter("forward")
+
 
 class Bound:
     """A match, and the calls that were prepared for it."""
 
-    __slots__ = ("_block", "_calls", "_forwards", "_running", "_seen", "match")
+    __slots__ = ("_block", "_calls", "_forwards", "_frozen", "_running", "_seen", "match")
 
     def __init__(self, module: nn.Module, parts: Parts, matched: Match) -> None:
         self.match = matched
@@ -39,8 +42,9 @@ class Bound:
         # The module itself is looked at when it is called: kept here it would never be freed.
         self._block = _look(module)[1:]
         classes = dict.fromkeys([cls for _, cls, *_ in self._seen])
-        frozen = [(cls, frozen_of_class(cls)) for cls in classes]
-        self._forwards = [(cls, known.forward) for cls, known in frozen if known is not None]
+        frozen = {cls: frozen_of_class(cls) for cls in classes}
+        self._frozen = [cls for cls, known in frozen.items() if known is not None]
+        self._forwards = [known.forward for known in frozen.values() if known is not None]
         self._running = [t for layer in matched.layers for t in layer[5:7] if t is not None]
         self._calls: dict[Any, Call | None] = {}
 
@@ -61,10 +65,7 @@ class Bound:
                     or now["_backward_pre_hooks"]
                 ):
                     return False
-            for known, forward in self._forwards:
-                if known.forward is not forward:
-                    return False
-            return True
+            return [*map(_forward_of, self._frozen)] == self._forwards
         except Exception:  # An attribute that cannot be compared may have changed.
             return False
 
