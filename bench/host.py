@@ -1,18 +1,23 @@
 """`fastres bench host`: what a block costs where nearly nothing is computed, beside eager's.
 
 A bottleneck on one image of 16 channels and 2x2 pixels, one thread: what is measured is Python, the
-dispatcher and the calls of kernels, not their work.
+dispatcher and the calls of kernels, not their work. The path that GPUs take is measured without
+one, as `stubbed_gpu.py` says.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import json
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -91,6 +96,18 @@ def measure() -> dict[str, dict[str, list[float]]]:
     return samples
 
 
+def measure_gpu_path(rounds: int, calls: int) -> dict[str, dict[str, Any]]:
+    """What `stubbed_gpu.py` prints: by what is measured, "us" of each round, and "calls"."""
+    file = Path(__file__).with_name("stubbed_gpu.py")
+    code = "import runpy, sys; runpy.run_path(sys.argv[1], run_name='__main__')"
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(file), str(rounds), str(calls)],
+        check=True, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    found: dict[str, dict[str, Any]] = json.loads(done.stdout)
+    return found
+
+
 def main(arguments: Sequence[str]) -> int:
     """Measure, and print medians with their spread and the counts of Python calls."""
     argparse.ArgumentParser(prog="fastres bench host", description=__doc__).parse_args(arguments)
@@ -107,8 +124,7 @@ def main(arguments: Sequence[str]) -> int:
     table = Table("us, one thread", "eager", "fastres", "over eager", "Python calls")
     for what, by in samples.items():
         eager, fused = (statistics.median(by[name]) for name in ("eager", "fastres"))
-        spread = {n: f"{statistics.median(v):.0f} ({min(v):.0f} to {max(v):.0f})"
-                  for n, v in by.items()}  # fmt: skip
+        spread = {name: _median(samples_of) for name, samples_of in by.items()}
         counts = f"{calls['eager'][what]}, {calls['fastres'][what]}"
         table.add_row(what, spread["eager"], spread["fastres"], f"{fused / eager:.2f}x", counts)
     console = Console(highlight=False)
@@ -116,4 +132,12 @@ def main(arguments: Sequence[str]) -> int:
         console.width = 120
     console.print(f"bottleneck 16-4, {'x'.join(map(str, SHAPE))}, medians of {ROUNDS} rounds")
     console.print(table)
+    table = Table("us, beside the launches", "fastres on a GPU's path", "Python calls")
+    for what, one in measure_gpu_path(ROUNDS, CALLS).items():
+        table.add_row(what, _median(one["us"]), str(one["calls"]))
+    console.print(table)
     return 0
+
+
+def _median(samples: Sequence[float]) -> str:
+    return f"{statistics.median(samples):.0f} ({min(samples):.0f} to {max(samples):.0f})"

@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("fastres.bench", reason="fastres is not installed, or before it had a bench")
 pytest.importorskip("fastres._cpu", reason="counted on the kernels of the cpu backend")
 
-from fastres.bench.host import blocks, main, python_calls, thunks
+from fastres.bench.host import blocks, main, measure_gpu_path, python_calls, thunks
 
 #: What a bottleneck enters on the CPU, torch's own functions included. Backward is the difference.
 LIMITS = {"forward": 52, "forward + backward": 112, "inference": 44}
@@ -44,3 +44,16 @@ def test_the_command_prints_both(capsys: pytest.CaptureFixture[str], monkeypatch
     assert main([]) == 0
     out = capsys.readouterr().out
     assert all(word in out for word in ("eager", "fastres", "forward + backward", "inference"))
+    assert "on a GPU's path" in out
+
+
+#: What it enters on the path that GPUs take: there each kernel is a call of its own.
+GPU_LIMITS = {"forward": 294, "forward + backward": 801, "inference": 200}
+
+
+def test_a_block_enters_no_more_python_functions_on_a_gpu_s_path() -> None:
+    found = measure_gpu_path(1, 1)
+    assert found.keys() == GPU_LIMITS.keys()
+    for what, limit in GPU_LIMITS.items():
+        assert found[what]["calls"] <= limit
+        assert len(found[what]["us"]) == 1 and found[what]["us"][0] > 0

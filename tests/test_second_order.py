@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from kinds import CLASSIC, RANDOM, SPARSE, Kind, kind
+from kinds import KINDS as BLOCKS
 from module_parity import FusedCalls, randomise
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import fastres
 from fastres.nn import stock
@@ -59,11 +62,136 @@ def test_a_gradient_penalty(kind: str, train: bool, memory: str) -> None:
             torch.testing.assert_close(ours, own)
 
 
+ALL = pytest.mark.parametrize("each", [*CLASSIC, *BLOCKS, *SPARSE, *RANDOM], ids=str)
+
+
+def seeded(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """A module that draws the same numbers in each call."""
+
+    def run(x: Tensor) -> Tensor:
+        torch.manual_seed(3)
+        out: Tensor = module(x)
+        return out
+
+    return run
+
+
 @MODES
-def test_gradients_of_gradients_are_right(train: bool) -> None:
-    fused, _, x = twins("basic", train)
-    fused.requires_grad_(False)
-    assert torch.autograd.gradgradcheck(lambda x: fused(x).square(), x[:2].requires_grad_())
+@ALL
+def test_a_gradient_penalty_of_each_kind(each: Kind, train: bool) -> None:
+    """WGAN-GP's step: dropout, gates, open ends and given residuals among the blocks."""
+    found = []
+    for module in each.pair(torch.float64, training=train):
+        x = each.input(torch.float64, shape=(3, 5, 4))
+        with FusedCalls() as calls:
+            out = seeded(module)(x)
+            (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+            ((grad.flatten(1).norm(dim=1) - 1).square().sum() + out.mean()).backward()
+        assert bool(calls.forward) is bool(found) and calls.backward <= calls.forward
+        found.append([grad, x.grad, *[p.grad for p in module.parameters()]])
+    for own, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, own, rtol=1e-8, atol=1e-8)
+
+
+@MODES
+@pytest.mark.parametrize(
+    "name", ["basic", "bottleneck-pooled", "preact-basic-activated", "wide-dropout", "se-basic",
+             "eca-bottleneck-pooled", "drop-path", "se-drop-path", "no-norms-se"]
+)  # fmt: skip
+def test_gradients_of_gradients_are_right(name: str, train: bool) -> None:
+    """Against finite differences, of the input and the parameters."""
+    _, block = kind(name).pair(torch.float64, training=train)
+    names = [n for n, _ in block.named_parameters()]
+
+    def run(x: Tensor, *values: Tensor) -> Tensor:
+        torch.manual_seed(6)
+        given = dict(zip(names, values, strict=True))
+        out: Tensor = torch.func.functional_call(block, given, (x,))
+        return out.square()
+
+    x = kind(name).input(torch.float64, shape=(3, 4, 3))
+    assert block.why_not(x) is None
+    inputs = (x, *(p.detach().clone().requires_grad_() for p in block.parameters()))
+    assert torch.autograd.gradgradcheck(run, inputs, fast_mode=True, atol=1e-4)
+
+
+@pytest.mark.parametrize("power", [1, 2], ids=["linear", "quadratic"])
+@pytest.mark.parametrize("name", ["bn_add_relu", "add_relu", "bn_relu"])
+def test_functions(name: str, power: int) -> None:
+    """Also where grad_out is a constant: a gradient penalty must not vanish silently."""
+    from fastres import functional
+
+    weight = (torch.rand(3, dtype=torch.float64) + 0.5).requires_grad_()
+    pair: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+        "bn_add_relu": (
+            lambda x, r: functional.bn_add_relu(x, r, None, None, weight, training=True),
+            lambda x, r: F.relu(F.batch_norm(x, None, None, weight, training=True) + r),
+        ),
+        "bn_relu": (
+            lambda x, r: functional.bn_relu(x, None, None, weight, training=True) * r,
+            lambda x, r: F.relu(F.batch_norm(x, None, None, weight, training=True)) * r,
+        ),
+        "add_relu": (
+            lambda x, r: functional.add_relu(x * weight.sum(), r),
+            lambda x, r: F.relu(x * weight.sum() + r),
+        ),
+    }
+    found = []
+    for f in pair[name]:
+        g = torch.Generator().manual_seed(1)
+        x, r = (torch.randn(2, 3, 4, 4, dtype=torch.float64, generator=g).requires_grad_()
+                for _ in range(2))  # fmt: skip
+        out = f(x, r)
+        first = torch.autograd.grad(out.pow(power).sum(), (x, r, weight), create_graph=True)
+        loss = sum([grad.square().sum() for grad in first]) + out.mean()
+        found.append((*first, *torch.autograd.grad(loss, (x, r, weight))))
+    for ours, own in zip(*found, strict=True):
+        torch.testing.assert_close(ours, own)
+
+
+@ALL
+def test_gradients_by_the_batch_of_each_kind(each: Kind) -> None:
+    results = []
+    for module in each.pair(torch.float64):
+        x = each.input(torch.float64, shape=(3, 3, 2))
+        y = seeded(module)(x).mean((2, 3))[:, :2]
+        basis = torch.eye(y.numel(), dtype=x.dtype).view(-1, *y.shape)
+        results.append(torch.autograd.grad(y, x, basis, is_grads_batched=True)[0])
+    torch.testing.assert_close(results[1], results[0])
+
+
+@pytest.mark.parametrize("create", [True, False])
+def test_a_parameter_that_is_computed_from_the_input(create: bool) -> None:
+    """A network that makes another's weights: a path is not counted twice."""
+    results = []
+    for module in kind("basic").pair(torch.float64):
+        x = kind("basic").input(torch.float64)
+        scale = x.square().mean()
+        given = {name: p * scale for name, p in module.named_parameters()}
+        out = torch.func.functional_call(module, given, (x,)).square().sum()
+        results.append(torch.autograd.grad(out, (x, given["conv2.weight"]), create_graph=create))
+        if create:
+            results[-1] += torch.autograd.grad(results[-1][0].square().sum(), x)
+    for own, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, own)
+
+
+def test_a_step_of_meta_learning() -> None:
+    """MAML: the loss behind a step of gradient descent, by the parameters in front of it."""
+    results = []
+    for module in kind("se-basic").pair(torch.float64):
+        x = kind("se-basic").input(torch.float64).detach()
+        names, values = zip(*module.named_parameters(), strict=True)
+
+        def loss(values: Any, module: nn.Module = module, names: Any = names, x: Any = x) -> Any:
+            given = dict(zip(names, values, strict=True))
+            return torch.func.functional_call(module, given, (x,)).square().mean()
+
+        grads = torch.autograd.grad(loss(values), values, create_graph=True)
+        moved = [v - 0.1 * g for v, g in zip(values, grads, strict=True)]
+        results.append(torch.autograd.grad(loss(moved), values))
+    for own, ours in zip(*results, strict=True):
+        torch.testing.assert_close(ours, own)
 
 
 @MODES

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastres.block import library as _library  # noqa: F401  (defines the operators)
-from fastres.block.once import once_differentiable
+from fastres.block.second import masked, wants_torch
 from fastres.kernels import memory_format_of
 
 
@@ -22,13 +22,15 @@ class _AddAct(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         (mask,) = ctx.saved_tensors
+        x, residual = ctx.needs_input_grad[:2]
+        if wants_torch((grad_out,)):
+            grad = masked(grad_out, mask, ctx.channels_last)
+            return grad if x else None, grad if residual else None, None, None
         grad = torch.ops.fastres.add_act_backward(
             grad_out, mask, ctx.act, ctx.channels_last, ctx.backend
         )
-        x, residual = ctx.needs_input_grad[:2]
         return grad if x else None, grad if residual else None, None, None
 
 

@@ -10,14 +10,12 @@ from torch import Tensor
 
 from fastres.block.backward import needs_of, run_backward
 from fastres.block.forward import run_forward
-from fastres.block.layers import Layer
-from fastres.block.once import once_differentiable
 from fastres.block.plan import Plan
 from fastres.block.programs import Programs, recorder
 from fastres.block.running import Updates
-from fastres.block.spec import UNIT_TENSORS, Block, Unit
-from fastres.block.stock import run_stock
-from fastres.block.tensors import UnitTensors, split_tensors
+from fastres.block.second import torch_backward, wants_torch
+from fastres.block.spec import UNIT_TENSORS, Block
+from fastres.block.tensors import split_tensors
 
 #: Their places: those that a backward reads.
 _WEIGHT, _BIAS, _FACTOR = 0, 1, 6
@@ -151,12 +149,14 @@ class _BlockFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, *more: Any) -> tuple[Tensor | None, ...]:
         """The gradients by the fused operator, or by torch where they are to be differentiated."""
-        if _takes_torch(ctx, grad_out):
-            return _torch_backward(ctx, grad_out)
+        grads = (grad_out, *more[: ctx.run.means])
+        if wants_torch(grads):
+            if all([grad is None for grad in grads]):
+                return (None,) * len(ctx.needs_input_grad)
+            return _torch_backward(ctx, grads)
         return _BlockFunction.fused_backward(ctx, grad_out, *more)
 
     @staticmethod
-    @once_differentiable
     def fused_backward(ctx: Any, grad_out: Tensor | None, *more: Any) -> tuple[Tensor | None, ...]:
         """The gradients by the fused operator."""
         run = ctx.run
@@ -240,62 +240,24 @@ def _backward(
     return torch.ops.fastres.block_backward(*arguments)  # type: ignore[no-any-return]
 
 
-def _takes_torch(ctx: Any, grad_out: Tensor | None) -> bool:
-    """Whether torch's own operators run backward: for gradients of gradients, or a batch of them.
-
-    Only what was kept can be run again: no residual that was given, no half of a block.
-    """
-    if torch.compiler.is_compiling() or grad_out is None:
-        return False
-    block, batches = ctx.run.block, torch._C._functorch
-    whole = not block.open_end and not any([unit.scale for unit in block.units])
-    if block.shortcut == "tensor" or not whole:
-        return False
-    if torch.is_grad_enabled():
-        return True
-    return batches.is_batchedtensor(grad_out) or batches.is_legacy_batchedtensor(grad_out)
-
-
-def _torch_backward(ctx: Any, grad_out: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The gradients by torch, through a second forward of its own operators.
+def _torch_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """The gradients by torch's own operators, through a second forward.
 
     It reads parameters that a fused backward does not, so these are held to their version here.
     """
-    run, count = ctx.run, len(ctx.reads)
+    run, count, everything = ctx.run, len(ctx.reads), ctx.saved_tensors
     if any([one is not None and one[0]._version != one[1] for one in ctx.unsaved]):
         raise RuntimeError(
             "one of the variables needed for gradient computation has been modified by an inplace "
             "operation: a parameter of a fused block, in front of a gradient of its gradients"
         )
-    saved = ctx.saved_tensors[count:]
     x, *tensors = [
-        t if one is None else one[0]
-        for t, one in zip(ctx.saved_tensors[:count], ctx.unsaved, strict=True)
+        t if one is None else one[0] for t, one in zip(everything[:count], ctx.unsaved, strict=True)
     ]
-    stats = iter(run.programs.views(*saved) if ctx.together else saved)
-    units = split_tensors(tensors)
-    layers = [
-        _layer(unit, own, None if unit.norm is None else next(stats))
-        for unit, own in zip(run.block.all_units, units, strict=True)
-    ]
-    with torch.enable_grad():
-        out = run_stock(x, run.block, layers)
+    saved = run.programs.views(*everything[count:]) if ctx.together else everything[count:]
+    last = run.fmt == torch.channels_last
     wanted = ctx.needs_input_grad[2:]
-    given = (x, None, *tensors)
-    inputs = [t for t, want in zip(given, wanted, strict=True) if want and t is not None]
-    create = torch.is_grad_enabled()
-    grads = iter(torch.autograd.grad(out, inputs, grad_out, create_graph=create))
-    return (None, None, *[next(grads) if want else None for want in wanted])
-
-
-def _layer(unit: Unit, own: UnitTensors, stats: Tensor | None) -> Layer:
-    """A unit as torch's operators take it: its running statistics are those it was given."""
-    layer = Layer(unit, *own[:4])
-    if stats is None or unit.batch_stats:
-        return layer
-    dtype = stats.dtype if own.norm_weight is None else own.norm_weight.dtype
-    mean, var = stats[:2].to(dtype).unbind()
-    return layer._replace(running_mean=mean, running_var=var)
+    return (None, None, *torch_backward(run.block, grads, x, tensors, saved, wanted, last))
 
 
 _apply = super(torch.autograd.Function, _BlockFunction).apply

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastres.nn.blocks import FusedModule
 from fastres.nn.genuine import Sequential
-from fastres.nn.match import Decline, Parts, Steps, hooked, register_norm_act
+from fastres.nn.match import Decline, Parts, Steps, children_of, hooked, register_norm_act
 from fastres.nn.stem import FusedStem
 
 
@@ -29,15 +29,15 @@ class FusedBottleneck(FusedModule, resnet.Bottleneck):  # type: ignore[misc]
 
 
 def _parts_of(block: Any, count: int) -> Parts | Decline:
-    identities: list[nn.Module | None] = [block.aa]
-    drop_block = block.drop_block
+    m = children_of(block)
+    identities: list[nn.Module | None] = [m["aa"]]
+    drop_block: Any = m["drop_block"]
     if type(drop_block) is not DropBlock2d:
         identities.append(drop_block)
     elif drop_block.training and drop_block.drop_prob:
         return Decline(drop_block, "is a DropBlock2d at work", permanent=False)
     elif (decline := hooked(drop_block)) is not None:
         return decline
-    m = block._modules
     units = [Steps(m[f"conv{i}"], m[f"bn{i}"], m[f"act{i}"]) for i in range(1, count + 1)]
     end = units[-1].act
     units[-1] = units[-1]._replace(act=None, drop=block.drop_path)
@@ -61,7 +61,7 @@ class FusedResNet(FusedStem, resnet.ResNet):  # type: ignore[misc]
     layer4: nn.Module
 
     def _parts(self) -> Parts | Decline:
-        m = self._modules
+        m = children_of(self)
         conv, end = m["conv1"], m["act1"]
         if type(conv) is not Sequential:
             return Parts((Steps(conv, m["bn1"]),), end, "none")

@@ -10,7 +10,7 @@ from torch import nn
 # The norms of these networks have their activation within, which that file announces.
 from fastres.convert import timm as _  # noqa: F401
 from fastres.nn.blocks import FusedModule
-from fastres.nn.match import Decline, Parts, Projection, Steps
+from fastres.nn.match import Decline, Parts, Projection, Steps, children_of
 
 
 def _with_shortcut(block: Any, units: list[Steps], end: Any, source: str) -> Parts | Decline:
@@ -19,7 +19,7 @@ def _with_shortcut(block: Any, units: list[Steps], end: Any, source: str) -> Par
     downsample = block.downsample
     if downsample is None:
         return Parts(tuple(units), end)
-    m = downsample._modules
+    m = children_of(downsample)
     pool: Any = None
     wrappers: tuple[nn.Module, ...] = (downsample,)
     if type(downsample) is resnetv2.DownsampleAvg:
@@ -34,7 +34,7 @@ def _with_shortcut(block: Any, units: list[Steps], end: Any, source: str) -> Par
 
 
 def _pre_activation(block: Any, count: int) -> Parts | Decline:
-    m = block._modules
+    m = children_of(block)
     inner = [Steps(m[f"conv{i}"], m[f"norm{i + 1}"]) for i in range(1, count)]
     units = [Steps(None, m["norm1"]), *inner, Steps(m[f"conv{count}"])]
     return _with_shortcut(block, units, None, "activated")
@@ -58,7 +58,7 @@ class FusedBottleneck(FusedModule, resnetv2.Bottleneck):  # type: ignore[misc]
     """timm's Bottleneck of resnetv2, fused."""
 
     def _parts(self) -> Parts | Decline:
-        m = self._modules
+        m = children_of(self)
         units = [Steps(m[f"conv{i}"], m[f"norm{i}"]) for i in (1, 2, 3)]
         return _with_shortcut(self, units, m["act3"], "input")
 

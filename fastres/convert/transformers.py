@@ -9,7 +9,7 @@ from transformers.models.resnet import modeling_resnet as resnet
 
 from fastres.nn.blocks import FusedModule
 from fastres.nn.genuine import Sequential, as_written
-from fastres.nn.match import Decline, Parts, Projection, Steps
+from fastres.nn.match import Decline, Parts, Projection, Steps, children_of
 
 #: The classes inside a layer that are not called, and their forward.
 _INNER: dict[Any, Any] = {
@@ -17,9 +17,8 @@ _INNER: dict[Any, Any] = {
 }
 
 
-def _unit_of(layer: nn.Module | None) -> Steps:
-    assert layer is not None
-    m = layer._modules
+def _unit_of(layer: nn.Module) -> Steps:
+    m = children_of(layer)
     return Steps(m["convolution"], m["normalization"], m["activation"])
 
 
@@ -33,7 +32,7 @@ class _FusedLayer(FusedModule):
         return super().forward(hidden_state)
 
     def _parts(self) -> Parts | Decline:
-        m: dict[str, Any] = self._modules
+        m: dict[str, Any] = children_of(self)
         chain, projection = m["layer"], m["shortcut"]
         convs = tuple(chain._modules.values())
         if type(chain) is not Sequential or any([type(c) not in _CONV_LAYERS for c in convs]):
@@ -42,7 +41,7 @@ class _FusedLayer(FusedModule):
         wrappers: tuple[nn.Module | None, ...] = (chain, *convs)
         if type(projection) is resnet.ResNetShortCut:
             wrappers = (*wrappers, projection)
-            inner = projection._modules
+            inner = children_of(projection)
             projection = Projection(inner["convolution"], inner["normalization"])
         return Parts(units, m["activation"], "input", projection, (), wrappers)
 

@@ -132,17 +132,17 @@ def is_channels_last(t: Tensor) -> bool:
     Mirrors c10's is_channels_last_strides_2d: of the layouts that are ambiguous, with C = 1 or
     H = W = 1, those count as channels_last whose strides were made that way.
     """
-    if t.dim() != 4 or t.stride(1) == 0:
+    if t.dim() != 4:
+        return False
+    (n, c, h, w), (of_n, of_c, of_h, of_w) = t.shape, t.stride()
+    if of_c == 0:
         return False
     least = 0
-    for d in (1, 3, 2, 0):
-        size, stride = t.size(d), t.stride(d)
+    for size, stride in ((c, of_c), (w, of_w), (h, of_h)):
         if size == 0 or stride < least:
             return False
-        if d == 0 and least == t.stride(1):
-            return False
         least = stride * size if size > 1 else stride
-    return True
+    return n != 0 and of_n >= least and least != of_c
 
 
 def memory_format_of(x: Tensor, weights: Sequence[Tensor | None] = ()) -> torch.memory_format:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastres.nn import stock
 from fastres.nn.fused import FusedParts, run_fused
-from fastres.nn.match import Parts, Steps
+from fastres.nn.match import Parts, Steps, children_of
 
 
 class FusedModule(FusedParts):
@@ -28,7 +28,7 @@ class FusedModule(FusedParts):
 
 def post_activation(block: Any, count: int) -> Parts:
     """The parts of a block of `count` convolutions with torchvision's attribute names."""
-    m = block._modules
+    m = children_of(block)
     relu = m["relu"]
     units = [Steps(m[f"conv{i}"], m[f"bn{i}"], relu) for i in range(1, count + 1)]
     units[-1] = units[-1]._replace(act=None)
@@ -37,14 +37,14 @@ def post_activation(block: Any, count: int) -> Parts:
 
 def with_attention(parts: Parts, block: Any) -> Parts:
     """The parts of a block with its attention and its stochastic depth behind the last norm."""
-    m = block._modules
+    m = children_of(block)
     last = parts.units[-1]._replace(drop=m["drop_path"])
     return parts._replace(units=(*parts.units[:-1], last), gate=m["attention"])
 
 
 def pre_activation(block: Any, count: int, shortcut: str) -> Parts:
     """The parts of a pre-activation block: a unit ends where the next convolution begins."""
-    m = block._modules
+    m = children_of(block)
     relu = m["relu"]
     inner = [Steps(m[f"conv{i}"], m[f"bn{i + 1}"], relu) for i in range(1, count)]
     last = Steps(m[f"conv{count}"], drop=m["drop_path"])
@@ -127,4 +127,6 @@ class WideBasicBlock(FusedModule, stock.WideBasicBlock):
         shortcut = "input" if self.downsample is None else "activated"
         parts = pre_activation(self, 2, shortcut)
         first, middle, last = parts.units
-        return parts._replace(units=(first, middle._replace(drop=self._modules["dropout"]), last))
+        return parts._replace(
+            units=(first, middle._replace(drop=children_of(self)["dropout"]), last)
+        )

@@ -114,6 +114,13 @@ class Match(NamedTuple):
 _PLAIN = (nn.Parameter, Tensor)
 
 
+def children_of(module: nn.Module) -> dict[str, nn.Module]:
+    """The children by name, without those that are None: who looks for one finds none, and a block
+    that would call it raises what torch raises.
+    """
+    return {name: child for name, child in module._modules.items() if child is not None}
+
+
 def hooked(module: nn.Module) -> Decline | None:
     """Whether calling `module` would do more than its class's forward."""
     if (
@@ -496,7 +503,9 @@ _NO_PROJECTION = "is not a Conv2d with a BatchNorm2d, or these behind an AvgPool
 
 
 def _projection_in(shortcut: nn.Sequential) -> Projection | Decline | None:
-    parts = [m for m in shortcut._modules.values() if m is not None]
+    parts = [*children_of(shortcut).values()]
+    if len(parts) < len(shortcut._modules):
+        return None
     computing = [m for m in parts if type(m) is not Identity]
     if (decline := first_hooked(m for m in parts if type(m) is Identity)) is not None:
         return decline

@@ -9,7 +9,15 @@ from torch import Tensor, nn
 
 from fastres.block import Block, Size, try_layers
 from fastres.nn.blocks import FusedModule
-from fastres.nn.match import Decline, Parts, Steps, activation_of, layer_of, why_not_now
+from fastres.nn.match import (
+    Decline,
+    Parts,
+    Steps,
+    activation_of,
+    children_of,
+    layer_of,
+    why_not_now,
+)
 
 
 class _ConvBNReLU(nn.Module):
@@ -60,10 +68,8 @@ class ConvBNReLU(FusedModule, _ConvBNReLU):
     """
 
     def _parts(self) -> Parts:
-        m = self._modules
-        conv, norm, relu = m["conv"], m["bn"], m["relu"]
-        assert conv is not None and norm is not None
-        return Parts((Steps(conv, norm),), relu, "none")
+        m = children_of(self)
+        return Parts((Steps(m["conv"], m["bn"]),), m["relu"], "none")
 
 
 class _NormReLU(nn.Module):
@@ -133,8 +139,10 @@ def _run(module: _NormReLU, x: Tensor, residual: Tensor | None) -> Tensor | None
     """The fused result, or None. The module's own hooks run around its forward, as ever."""
     if not isinstance(x, Tensor) or why_not_now() is not None:
         return None
-    children = module._modules
-    layer, act = layer_of(Steps(None, children.get("bn"))), activation_of(children.get("relu"))
+    children = children_of(module)
+    if not children.keys() >= {"bn", "relu"}:
+        return None
+    layer, act = layer_of(Steps(None, children["bn"])), activation_of(children["relu"])
     if isinstance(layer, Decline) or isinstance(act, Decline):
         return None
     if layer.unit.norm is None or layer.unit.act != "none":

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastres.nn.fused import FusedParts, run_fused
-from fastres.nn.match import Parts, Steps
+from fastres.nn.match import Parts, Steps, children_of
 
 
 class FusedStem(FusedParts):
@@ -42,7 +42,7 @@ class FusedResNetStem(FusedStem):
     fc: nn.Module
 
     def _parts(self) -> Parts:
-        m = self._modules
+        m = children_of(self)
         return Parts((Steps(m["conv1"], m["bn1"]),), m["relu"], "none")
 
     def _forward_impl(self, x: Tensor) -> Tensor:
