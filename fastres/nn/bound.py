@@ -28,7 +28,7 @@ _Seen = tuple[nn.Module, Any, dict[str, Any], list[int]]
 #: Inputs of a module are of few kinds; one that sees ever new ones starts over now and then.
 _MOST_KEPT = 64
 
-_forward_of = attrgetter("forward")
+_forward_of, _wants = attrgetter("forward"), attrgetter("requires_grad")
 
 
 class Bound:
@@ -75,9 +75,9 @@ class Bound:
         tensors = [x, *[t for layer in layers for t in layer[1:7] if t is not None]]
         if residual is not None:
             tensors.append(residual)
-        wanted = torch.is_grad_enabled() and any([t.requires_grad for t in tensors])
+        wanted = torch.is_grad_enabled() and any(map(_wants, tensors))
         key = (
-            wanted, wanted and any([t.requires_grad for t in self._running]),
+            wanted, wanted and any(map(_wants, self._running)),
             current(), switches(x.device.type), registrations(),
             *[(t.shape, t.stride(), t.dtype, t.device, type(t)) for t in tensors],
         )  # fmt: skip

@@ -57,6 +57,6 @@ def has_tensors(module: nn.Module) -> bool:
     return all([isinstance(t, Tensor) and t.dim() == 1 for t in found])
 
 
-def children_of(module: nn.Module, frozen: Frozen) -> Sequence[nn.Module | None]:
+def frozen_children(module: nn.Module, frozen: Frozen) -> Sequence[nn.Module | None]:
     """The children that a frozen norm calls behind its arithmetic."""
     return [module._modules.get(name) for name in frozen.behind]

@@ -20,7 +20,7 @@ from fastres.block.check import why_not_watched
 from fastres.block.layers import is_size
 from fastres.kernels import Conv
 from fastres.nn import factors
-from fastres.nn.frozen import TENSORS, children_of, frozen_of, has_tensors
+from fastres.nn.frozen import TENSORS, frozen_children, frozen_of, has_tensors
 from fastres.nn.genuine import (
     GELU,
     AvgPool2d,
@@ -325,7 +325,7 @@ def is_norm(module: nn.Module) -> bool:
 def called_behind(norm: nn.Module | None) -> Sequence[nn.Module | None]:
     """The modules that a norm calls behind its arithmetic; the last is an activation."""
     if (frozen := frozen_of(norm)) is not None and norm is not None:
-        return children_of(norm, frozen)
+        return frozen_children(norm, frozen)
     announced = _NORM_ACTS.get(type(norm))
     return () if announced is None else announced(norm)
 
@@ -431,7 +431,7 @@ def _why_not_frozen(norm: nn.Module) -> Decline | None:
     frozen = frozen_of(norm)
     if not has_tensors(norm) or frozen is None:
         return Decline(norm, f"has not all of {', '.join(TENSORS)}")
-    if None in children_of(norm, frozen) or (frozen.eps is None and "eps" not in norm.__dict__):
+    if None in frozen_children(norm, frozen) or (frozen.eps is None and "eps" not in norm.__dict__):
         return Decline(norm, "has lost an attribute that its forward reads")
     return odd_tensor(norm, norm._parameters) or odd_tensor(norm, norm._buffers)
 
