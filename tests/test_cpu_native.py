@@ -26,6 +26,7 @@ from fastres.kernels import (
     reference,
 )
 from fastres.kernels.cpu import module
+from fastres.kernels.registry import Request, select
 from fastres.testing import VALUES, Case, check_implementation
 from fastres.testing.compare import assert_parity
 
@@ -480,6 +481,14 @@ def test_squares_are_refused_for_other_kernels() -> None:
     job = native._Job.of(torch.empty(1, 8, 4, 4), torch.empty(8, 8, 1, 1), Conv())
     with pytest.raises(ValueError, match="three by three taps in steps of one"):
         _cpu.winograd_size(job.shape, False)
+
+
+def test_where_onednn_has_amx_it_convolves_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_has_amx", lambda: True)
+    for dtype, name in ((torch.float32, "native"), (torch.bfloat16, "onednn_chunked")):
+        request = Request("cpu", dtype, True, conv=Conv(), weight=(8, 8, 1, 1))
+        found, _ = select("conv_forward", ("cpu",), request)
+        assert found is not None and found.name == name
 
 
 def test_nothing_to_convolve() -> None:

@@ -5,7 +5,7 @@ a reduction costs no pass over memory: level c of docs/design.md on a CPU. Sever
 convolved into one tensor: oneDNN's "sum" post-operation adds onto memory of ours, which is zeroed
 or holds the residual's gradient, and where one of its own would page-fault at every step.
 
-It takes what `fastres.kernels.cpu.native` leaves: groups.
+It takes what `fastres.kernels.cpu.native` leaves: groups, and bfloat16 by AMX.
 """
 
 from __future__ import annotations
