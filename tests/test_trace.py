@@ -734,6 +734,101 @@ def test_nothing_is_traced_again(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(traces) == len({*traces}) == count
 
 
+def test_a_given_residual_is_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs a block that adds a given tensor is prepared once for each kind of tensors."""
+    from fastres.nn import bound
+
+    fused, stock = twins("option-a")
+    prepared: list[Any] = []
+
+    def counting(*args: Any) -> Any:
+        prepared.append(args)
+        return prepare(*args)
+
+    prepare = bound.prepare
+    monkeypatch.setattr(bound, "prepare", counting)
+    x = images()
+    for _ in range(3):
+        assert_same(step(fused, x), step(stock, x))
+    assert len(prepared) == 1
+    # A residual of another format is another kind.
+    fused.shortcut.function = stock.shortcut.function = lambda x: F.pad(
+        x[:, :, ::2, ::2], (0, 0, 0, 0, 1, 1)
+    ).contiguous(memory_format=torch.channels_last)
+    assert_same(step(fused, x), step(stock, x))
+    assert len(prepared) == 2
+
+
+class Root(nn.Module):
+    """Its argument is a list: only who calls it says what is in that."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(inputs, outputs, 1), nn.BatchNorm2d(outputs)
+
+    def forward(self, values: list[Tensor]) -> Tensor:
+        return F.relu(self.norm(self.conv(torch.cat(values, 1))))
+
+
+class Tree(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.root = Textbook(4, 4), Textbook(4, 4), Root(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left = self.left(x)
+        return self.root([left, self.right(left)])
+
+
+def test_a_child_that_only_its_parent_can_trace() -> None:
+    stock = randomise(Tree()).double()
+    fused = copy.deepcopy(stock)
+    fastres.convert(fused)
+    x = images()
+    for train in (True, False):
+        with FusedCalls() as calls:
+            found = step(fused.train(train), x)
+        assert calls.forward == 3
+        assert_same(found, step(stock.train(train), x))
+
+
+class _Doubled(nn.ReLU):
+    """What calling it does is not in its forward."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return 2 * super().__call__(x)
+
+
+@pytest.mark.parametrize("where", ["sequential", "attribute"])
+def test_a_call_of_its_own(where: str) -> None:
+    if where == "attribute":
+        stock: nn.Module = Activated(4, 4, act=_Doubled())
+    else:
+        stock = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), _Doubled(), nn.Conv2d(4, 4, 1))
+    stock = randomise(stock).double()
+    fused = copy.deepcopy(stock)
+    fastres.convert(fused)
+    x = images()
+    assert_same(step(fused, x), step(stock, x))
+
+
+def test_assertions_are_kept() -> None:
+    class Asserts(Textbook):
+        def forward(self, x: Tensor) -> Tensor:
+            torch._assert(x.shape[2] < 9, "too large")
+            return super().forward(x)
+
+    stock = randomise(Asserts(4, 4)).double()
+    fused = copy.deepcopy(stock)
+    fastres.convert(fused)
+    x = images()
+    with FusedCalls() as calls:
+        assert_same(step(fused, x), step(stock, x))
+    assert calls.forward == 1
+    with pytest.raises(AssertionError, match="too large"):
+        fused(torch.randn(2, 4, 9, 9, dtype=torch.float64))
+
+
 def test_all_or_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(made("textbook"), made("cifar"), fastres.BasicBlock(4, 4))
     classes = [type(m) for m in model.modules()]
