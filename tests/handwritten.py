@@ -117,7 +117,7 @@ class WritesIntoWhatIsRead(ThreeBranches):
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.large(x) + self.small(x)
-        total = F.relu(out)
+        total = out * 2
         total += self.norm(x)
         out += self.norm(total)
         return out * total
@@ -183,6 +183,16 @@ class WithSqueeze(Textbook):
         out = F.relu(self.bn1(self.conv1(x)))
         out = self.se(self.bn2(self.conv2(out)))
         return F.relu(out + self.shortcut(x))
+
+
+class Attention(Textbook):
+    """A block whose residual branch is multiplied by what `attend` makes of it."""
+
+    attend: Any = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(self.attend(out) + self.shortcut(x))
 
 
 class DoubleConv(nn.Module):

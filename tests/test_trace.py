@@ -14,6 +14,7 @@ import pytest
 import torch
 from handwritten import (
     Activated,
+    Attention,
     ByDetection,
     ByDetectron,
     Cifar,
@@ -51,7 +52,7 @@ BLOCKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "pre-activation-projection": (lambda: PreActivation(4, 6, 2), 1),
     "wide": (lambda: Wide(4, 4), 1),
     "wide-projection": (lambda: Wide(4, 6, 2), 1),
-    "squeeze": (lambda: WithSqueeze(4, 4), 1),
+    "squeeze": (lambda: WithSqueeze(4, 4), 2),
     "squeeze-known": (lambda: WithSqueeze(4, 6, 2, known=True), 3),
     "double-conv": (lambda: DoubleConv(4, 6), 1),
     "vgg": (lambda: vgg(4, 6), 2),
@@ -62,7 +63,7 @@ BLOCKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
     "detectron2": (lambda: ByDetectron(4, 6, 2), 1),
     "mmdetection": (lambda: ByDetection(4, 6, 2), 1),
     "three-branches": (lambda: ThreeBranches(4), 2),
-    "writes-into-what-is-read": (lambda: WritesIntoWhatIsRead(4), 3),
+    "writes-into-what-is-read": (lambda: WritesIntoWhatIsRead(4), 1),
 }
 KINDS = pytest.mark.parametrize("kind", BLOCKS)
 
@@ -226,6 +227,84 @@ def test_changes_to_functional_convolutions(change: Callable[[Any], None]) -> No
         change(module)
     for train in (True, False):
         assert_same(step(fused.train(train), x), step(stock.train(train), x))
+
+
+def _spatial(z: Tensor) -> Tensor:
+    return z * torch.sigmoid(z.mean(1, keepdim=True))
+
+
+def _full(z: Tensor) -> Tensor:
+    return torch.sigmoid(-z) * z
+
+
+def _squared(z: Tensor) -> Tensor:
+    return z * z
+
+
+def _expanded(z: Tensor) -> Tensor:
+    return torch.mul(z, F.adaptive_avg_pool2d(z, 1).tanh().expand_as(z))
+
+
+def _of_the_batch(z: Tensor) -> Tensor:
+    return z.mul(z.mean((0, 2, 3), keepdim=True))
+
+
+def _scalar(z: Tensor) -> Tensor:
+    return z * z.mean()
+
+
+def _without_batch(z: Tensor) -> Tensor:
+    return z * z.mean((0, 2, 3), keepdim=True).squeeze(0)
+
+
+def _narrower(z: Tensor) -> Tensor:
+    """In another dtype than a float64 z."""
+    return z * z.mean((2, 3), keepdim=True).float()
+
+
+def _in_place(z: Tensor) -> Tensor:
+    factor = torch.sigmoid(z.detach().mean((2, 3), keepdim=True))
+    z *= factor
+    return z
+
+
+def _dropped(z: Tensor) -> Tensor:
+    return F.dropout(z * torch.sigmoid(z.mean((2, 3), keepdim=True)), 0.5, training=True)
+
+
+@pytest.mark.parametrize("mode", ["train", "eval", "inference"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize(
+    ("attend", "calls"),
+    [
+        (_spatial, 2), (_full, 2), (_squared, 1), (_expanded, 2), (_of_the_batch, 2), (_scalar, 1),
+        (_without_batch, 1), (_narrower, None), (_in_place, 1), (_dropped, 2),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)  # fmt: skip
+def test_attention(attend: Any, calls: int | None, dtype: torch.dtype, mode: str) -> None:
+    """What multiplies a branch by a factor of itself is fused with the sum behind it."""
+    stock: Any = randomise(Attention(4, 4)).to(dtype).train(mode == "train")
+    stock.attend = attend
+    fused = copy.deepcopy(stock)
+    fastres.convert(fused)
+    x = images(dtype)
+    with FusedCalls() as counted:
+        found = seeded(fused, x, backward=mode != "inference")
+    assert counted.forward == (calls or 1 + (dtype is torch.float32))
+    assert_same(found, seeded(stock, x, backward=mode != "inference"))
+
+
+@pytest.mark.parametrize("kind", ["squeeze", "attention"])
+def test_attention_in_lower_precision(kind: str) -> None:
+    stock: Any = randomise(WithSqueeze(4, 4) if kind == "squeeze" else Attention(4, 4))
+    stock.attend = _expanded
+    fused = copy.deepcopy(stock)
+    fastres.convert(fused)
+    truth, x = copy.deepcopy(stock).double(), images(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = step(fused, x), step(stock, x)
+    assert_two_x(found, expected, step(truth, x.double()))
 
 
 class _Scaled(ByDetectron):
@@ -655,6 +734,101 @@ def test_nothing_is_traced_again(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(traces) == len({*traces}) == count
 
 
+def test_a_given_residual_is_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs a block that adds a given tensor is prepared once for each kind of tensors."""
+    from fastres.nn import bound
+
+    fused, stock = twins("option-a")
+    prepared: list[Any] = []
+
+    def counting(*args: Any) -> Any:
+        prepared.append(args)
+        return prepare(*args)
+
+    prepare = bound.prepare
+    monkeypatch.setattr(bound, "prepare", counting)
+    x = images()
+    for _ in range(3):
+        assert_same(step(fused, x), step(stock, x))
+    assert len(prepared) == 1
+    # A residual of another format is another kind.
+    fused.shortcut.function = stock.shortcut.function = lambda x: F.pad(
+        x[:, :, ::2, ::2], (0, 0, 0, 0, 1, 1)
+    ).contiguous(memory_format=torch.channels_last)
+    assert_same(step(fused, x), step(stock, x))
+    assert len(prepared) == 2
+
+
+class Root(nn.Module):
+    """Its argument is a list: only who calls it says what is in that."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(inputs, outputs, 1), nn.BatchNorm2d(outputs)
+
+    def forward(self, values: list[Tensor]) -> Tensor:
+        return F.relu(self.norm(self.conv(torch.cat(values, 1))))
+
+
+class Tree(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right, self.root = Textbook(4, 4), Textbook(4, 4), Root(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left = self.left(x)
+        return self.root([left, self.right(left)])
+
+
+def test_a_child_that_only_its_parent_can_trace() -> None:
+    stock = randomise(Tree()).double()
+    fused = copy.deepcopy(stock)
+    fastres.convert(fused)
+    x = images()
+    for train in (True, False):
+        with FusedCalls() as calls:
+            found = step(fused.train(train), x)
+        assert calls.forward == 3
+        assert_same(found, step(stock.train(train), x))
+
+
+class _Doubled(nn.ReLU):
+    """What calling it does is not in its forward."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return 2 * super().__call__(x)
+
+
+@pytest.mark.parametrize("where", ["sequential", "attribute"])
+def test_a_call_of_its_own(where: str) -> None:
+    if where == "attribute":
+        stock: nn.Module = Activated(4, 4, act=_Doubled())
+    else:
+        stock = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), _Doubled(), nn.Conv2d(4, 4, 1))
+    stock = randomise(stock).double()
+    fused = copy.deepcopy(stock)
+    fastres.convert(fused)
+    x = images()
+    assert_same(step(fused, x), step(stock, x))
+
+
+def test_assertions_are_kept() -> None:
+    class Asserts(Textbook):
+        def forward(self, x: Tensor) -> Tensor:
+            torch._assert(x.shape[2] < 9, "too large")
+            return super().forward(x)
+
+    stock = randomise(Asserts(4, 4)).double()
+    fused = copy.deepcopy(stock)
+    fastres.convert(fused)
+    x = images()
+    with FusedCalls() as calls:
+        assert_same(step(fused, x), step(stock, x))
+    assert calls.forward == 1
+    with pytest.raises(AssertionError, match="too large"):
+        fused(torch.randn(2, 4, 9, 9, dtype=torch.float64))
+
+
 def test_all_or_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     model = nn.Sequential(made("textbook"), made("cifar"), fastres.BasicBlock(4, 4))
     classes = [type(m) for m in model.modules()]
@@ -676,12 +850,15 @@ def test_all_or_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_reports() -> None:
-    model = nn.Sequential(made("squeeze"), made("textbook"), Values(4, 4))
+    model = nn.Sequential(Activated(4, 4, act=nn.Mish()).double(), made("textbook"), Values(4, 4))
     assert {row.reason for row in fastres.explain(model).rows[:2]} == {"not converted"}
     rows = fastres.convert(model).rows
     assert [(row.name, row.fused, row.runs) for row in rows] == [
-        ("0", False, 1), ("1", True, 1), ("2", False, 0),
+        ("0", False, 2), ("1", True, 1), ("2", False, 0),
     ]  # fmt: skip
-    assert rows[0].reason == "se is a Squeeze, which is not fused"
+    assert rows[0].reason == "act is a Mish, which is not fused"
+    report = fastres.explain(model)
+    assert (report.blocks, report.chains) == ((2, 3), (1, 1))
+    assert "2 of 3 residual blocks and 1 of 1 chains fused" in str(report)
     assert "partly" in str(fastres.explain(model))
     assert rows[1].level and rows[1].backends["scale_shift_act"]

@@ -41,14 +41,14 @@ _METHODS = {
 def learn(model: nn.Module) -> None:
     """Look into the forwards of a model's modules that have the tensors of a frozen norm."""
     for module in model.modules():
-        cls: Any = type(module)
         if isinstance(module, (nn.modules.batchnorm._NormBase, torch.jit.ScriptModule)):
             continue
+        cls: Any = type(module)
+        if not has_tensors(module):
+            continue
+        if cls.__module__.split(".")[0] in ("torch", "fastres") or "forward" in module.__dict__:
+            continue
         if (cls, cls.forward) in _seen:
-            continue
-        if cls.__module__.split(".")[0] in ("torch", "fastres") or not has_tensors(module):
-            continue
-        if "forward" in module.__dict__:
             continue
         _seen.add((cls, cls.forward))
         try:

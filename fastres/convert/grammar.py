@@ -59,12 +59,14 @@ class Run(NamedTuple):
         nodes: in the order of the graph; the value of the last is the run's.
         source: the value that it starts from.
         residual: the value that it adds, for the shortcut "tensor".
+        factor: the value that its first unit multiplies by, where that was computed from `source`.
     """
 
     parts: Parts
     nodes: tuple[Node, ...]
     source: Node
     residual: Node | None = None
+    factor: Node | None = None
 
 
 class Found(NamedTuple):
@@ -221,16 +223,18 @@ class _Op(NamedTuple):
     """A node as an operation that runs are made of.
 
     Attributes:
-        kind: "conv", "norm", "act", "drop", "gate", "pool", "add" or "identity".
+        kind: "conv", "norm", "act", "drop", "gate", "scale", "pool", "add" or "identity".
         values: what it computes from.
         module: what computes it; functions are stood in for by modules of ours.
         writes: whether it writes into its first value.
+        factor: what a "scale" multiplies by, which was computed from its value.
     """
 
     kind: str
     values: tuple[Node, ...]
     module: nn.Module | None = None
     writes: bool = False
+    factor: Node | None = None
 
 
 _INPLACE = (("input", None), ("inplace", False))
@@ -264,7 +268,7 @@ def _operation(node: Node, modules: Mapping[str, nn.Module], root: nn.Module) ->
     target: Any = node.target
     if target is F.conv2d:
         return _convolution(node, root)
-    for read in (_activation, _add, _dropout, _pool):
+    for read in (_activation, _add, _scale, _dropout, _pool):
         if (op := read(node, target)) is not None:
             return op
     return None
@@ -359,6 +363,20 @@ def _add(node: Node, target: Any) -> _Op | None:
     return _Op("add", values, None, _ADDS[target])
 
 
+_MULTIPLIES = (operator.mul, torch.mul, "mul", "__mul__")
+
+
+def _scale(node: Node, target: Any) -> _Op | None:
+    """A product of a value with what was computed from it, as any attention to channels ends."""
+    given = _given(node, (("input", None), ("other", None))) if target in _MULTIPLIES else None
+    if given is None or not all([isinstance(value, Node) for value in given.values()]):
+        return None
+    for value, factor in (given.values(), reversed(given.values())):
+        if factor is not value and value in _ancestors(factor):
+            return _Op("scale", (value,), factors.Factor(), factor=factor)
+    return None
+
+
 def _dropout(node: Node, target: Any) -> _Op | None:
     if target not in _DROPOUTS:
         return None
@@ -444,7 +462,7 @@ def _writes(module: nn.Module) -> bool:
 
 
 class _Chain(NamedTuple):
-    """A run as far as it has been read."""
+    """A run as far as it has been read; see `Run`."""
 
     source: Node
     nodes: tuple[Node, ...]
@@ -456,12 +474,21 @@ class _Chain(NamedTuple):
     projection: Projection | None = None
     residual: Node | None = None
     end: nn.Module | None = None
+    factor: Node | None = None
 
     def grown(self, op: _Op) -> _Chain | None:
         """The chain with one more operation, or None where it ends before it."""
         if self.shortcut != "none":
             ends = op.kind == "act" and self.end is None
             return self._replace(end=op.module) if ends else None
+        if op.kind == "scale":
+            starts = not self.units and self.pool is None and self.gate is None
+            return (
+                self._replace(units=(Steps(drop=op.module),), factor=op.factor) if starts else None
+            )
+        # What a factor is for is the sum behind it.
+        if self.factor is not None and op.kind != "drop":
+            return None
         if op.kind == "pool":
             return None if self.units or self.pool is not None else self._replace(pool=op.module)
         if self.gate is not None and op.kind != "drop":
@@ -504,6 +531,8 @@ class _Chain(NamedTuple):
         steps = [m for unit in self.units for m in unit if m is not None]
         norms = [unit.norm for unit in self.units if unit.norm is not None]
         joined = self.shortcut != "none"
+        if self.factor is not None:
+            return joined
         return bool(norms) and (len(steps) > 1 or joined or has_activation(norms[0]))
 
 
@@ -546,6 +575,10 @@ class _Values:
         # Dropout that is not at work gives what it was given.
         passes = op.writes or op.kind == "drop"
         return not passes or self.is_fresh(self.same[op.values[0]])
+
+
+#: Steps whose values are images for certain, or what they were.
+_IMAGES = {"conv", "norm", "act", "add"}
 
 
 class _Moments(dict[Node, int]):
@@ -611,6 +644,9 @@ class _Reader:
         # What is written into, or passed on, is not the run's own.
         if op.writes or op.kind in ("drop", "gate"):
             return None
+        made = self._ops[value]
+        if op.kind == "scale" and (made is None or made.kind not in _IMAGES):
+            return None
         return _Chain(value, (node,), self._epochs[node]).grown(op)
 
     def _joined(self, node: Node, op: _Op) -> _Chain | None:
@@ -645,7 +681,8 @@ class _Reader:
         return main._replace(shortcut="input", projection=beside.projects, nodes=nodes)
 
     def _with_residual(self, node: Node, main: _Chain, side: Node) -> _Chain | None:
-        if main.gate is not None or not any([unit.norm is not None for unit in main.units]):
+        norms = any([unit.norm is not None for unit in main.units])
+        if main.gate is not None or not (norms or main.factor is not None):
             return None
         return main._replace(shortcut="tensor", residual=side)
 
@@ -677,7 +714,7 @@ def _as_run(chain: _Chain, places: Mapping[Node, int]) -> Run | None:
         units = (*units[:-1], units[-1]._replace(act=None))
     parts = Parts(units, end, chain.shortcut, chain.projection, gate=chain.gate)
     nodes = tuple(sorted(chain.nodes, key=places.__getitem__))
-    return Run(parts, nodes, chain.source, chain.residual)
+    return Run(parts, nodes, chain.source, chain.residual, chain.factor)
 
 
 def modules_of(graph: fx.Graph, root: nn.Module) -> dict[str, nn.Module]:

@@ -26,12 +26,12 @@ class RunNow:
         self._bound: Bound | None = None
         self._nodes: Callable[..., Any] | None = None
 
-    def __call__(self, module: nn.Module, x: Any, residual: Any = None) -> Any:
+    def __call__(self, module: nn.Module, x: Any, residual: Any = None, factor: Any = None) -> Any:
         bound = self._bound
         if bound is None or not bound.holds(module):
             bound = self._bind(module)
-        out = None if bound is None else _fused(bound, x, residual)
-        return self._run_nodes(module, x, residual) if out is None else out
+        out = None if bound is None else _fused(bound, x, residual, factor)
+        return self._run_nodes(module, x, residual, factor) if out is None else out
 
     def _bind(self, module: nn.Module) -> Bound | None:
         matched = match_run(self.run)
@@ -43,21 +43,20 @@ class RunNow:
         self._bound = bound if kept else None
         return bound
 
-    def _run_nodes(self, module: nn.Module, x: Any, residual: Any) -> Any:
+    def _run_nodes(self, module: nn.Module, x: Any, residual: Any, factor: Any) -> Any:
         if self._nodes is None:
             self._nodes = _nodes_of(self.run, self._same)
-        given = (x,) if self.run.residual is None else (x, residual)
-        return self._nodes(module, *given)
+        return self._nodes(module, x, residual, factor)
 
 
-def _fused(bound: Bound, x: Any, residual: Any) -> Tensor | None:
+def _fused(bound: Bound, x: Any, residual: Any, factor: Any) -> Tensor | None:
     """The run's value, or None where it cannot be fused; then nothing was changed."""
     matched = bound.match
     given = residual if matched.block.shortcut == "tensor" else None
     if not isinstance(x, Tensor) or (residual is not None and not isinstance(residual, Tensor)):
         return None
     if matched.drops or matched.gate is not None or not simple(x):
-        return run_match(matched, x, given)
+        return run_match(matched, x, given, factor)
     if given is not None and type(given) not in (Tensor, nn.Parameter):
         return run_match(matched, x, given)
     call = bound.call(x, given)
@@ -68,8 +67,10 @@ def _nodes_of(run: Run, same: Mapping[fx.Node, fx.Node]) -> Callable[..., Any]:
     """A function that executes a run's nodes one by one."""
     new = fx.Graph()
     known = {run.source: new.placeholder("x")}
-    if run.residual is not None:
-        known[run.residual] = new.placeholder("residual")
+    for name, value in (("residual", run.residual), ("factor", run.factor)):
+        placeholder = new.placeholder(name)
+        if value is not None:
+            known[value] = placeholder
     for node in run.nodes:
         for value in node.all_input_nodes:
             if value.op == "get_attr" and value not in known:
@@ -199,8 +200,8 @@ def _function(graph: fx.Graph, found: Found) -> Callable[..., Any]:
     known: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         if (run := runs.get(node)) is not None:
-            values = (run.source,) if run.residual is None else (run.source, run.residual)
-            given = (module, *[known[value] for value in values])
+            values = (run.source, run.residual, run.factor)
+            given = (module, *[None if value is None else known[value] for value in values])
             known[node] = new.call_function(_as_function(RunNow(run, found.same)), given)
         elif node.op == "output":
             new.output(fx.node.map_arg(node.args[0], known.__getitem__))
@@ -213,8 +214,8 @@ def _function(graph: fx.Graph, found: Found) -> Callable[..., Any]:
 
 
 def _as_function(run: RunNow) -> Callable[..., Any]:
-    def fused_run(module: nn.Module, x: Any, residual: Any = None) -> Any:
-        return run(module, x, residual)
+    def fused_run(module: nn.Module, x: Any, residual: Any, factor: Any) -> Any:
+        return run(module, x, residual, factor)
 
     return fused_run
 

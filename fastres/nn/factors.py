@@ -108,6 +108,10 @@ def excite(module: nn.Module, mean: Tensor) -> Tensor:
     return gate.excite(module, mean)
 
 
+class Factor(nn.Module):
+    """Stands for a multiplication by a factor that somebody else computed."""
+
+
 class DropPath(nn.Module):
     """Stochastic depth: zeroes whole images of a residual branch at random, in training.
 
@@ -231,6 +235,7 @@ def _drops_in_timm(module: nn.Module) -> bool:
     return module.training and bool(module.drop_prob)
 
 
+register_drop(Factor, lambda module: True, lambda module, shape: shape)
 register_drop(nn.Dropout, _drops, lambda module, shape: shape)
 register_drop(nn.Dropout2d, _drops, lambda module, shape: (*shape[:2], 1, 1))
 register_drop(DropPath, _drops, _per_image)

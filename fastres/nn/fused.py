@@ -48,16 +48,34 @@ def run_fused(module: FusedParts, x: Tensor) -> Tensor | None:
     return None if call is None else execute(call, x)
 
 
-def run_match(matched: Match, x: Tensor, residual: Tensor | None = None) -> Tensor | None:
-    """As `run_fused`, with what the shortcut "tensor" adds. Random numbers are drawn only where the
-    block will run.
+def run_match(
+    matched: Match, x: Tensor, residual: Tensor | None = None, factor: Tensor | None = None
+) -> Tensor | None:
+    """As `run_fused`. Random numbers are drawn only where the block will run.
+
+    Args:
+        matched: what is run.
+        x: [N, C, H, W].
+        residual: what is added, for the shortcut "tensor".
+        factor: what the first unit multiplies by, where a `Factor` stands for it; of x's dtype.
     """
     block, layers, drops, gate = matched
     if gate is not None:
         return _run_gated(matched, gate, x)
-    if drops and why_not_layers(x, block, placeholders(matched, x), residual) is not None:
+    if not drops:
+        return try_layers(x, block, layers, residual)
+    complete = placeholders(matched, x)
+    if factor is not None:
+        if not isinstance(factor, Tensor) or factor.dtype != x.dtype:
+            return None
+        complete[0] = layers[0]._replace(factor=factor)
+    if why_not_layers(x, block, complete, residual) is not None:
         return None
-    return try_layers(x, block, with_factors(matched, x) if drops else layers, residual)
+    drawn = drops if factor is None else drops[1:]
+    complete = with_factors(matched._replace(drops=drawn), x)
+    if factor is not None:
+        complete[0] = layers[0]._replace(factor=factor)
+    return try_layers(x, block, complete, residual)
 
 
 #: What stands behind a gate: statistics known by now are applied, and then a factor.

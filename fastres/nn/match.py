@@ -429,8 +429,9 @@ def why_not_norm(norm: nn.Module | None) -> Decline | None:
 def _why_not_frozen(norm: nn.Module) -> Decline | None:
     """Why the tensors of a frozen norm cannot be fused, or None."""
     frozen = frozen_of(norm)
-    if not has_tensors(norm) or frozen is None:
-        return Decline(norm, f"has not all of {', '.join(TENSORS)}")
+    hidden = any([name in norm.__dict__ for name in TENSORS])
+    if hidden or not has_tensors(norm) or frozen is None:
+        return Decline(norm, f"has not all of {', '.join(TENSORS)} as it had")
     if None in frozen_children(norm, frozen) or (frozen.eps is None and "eps" not in norm.__dict__):
         return Decline(norm, "has lost an attribute that its forward reads")
     return odd_tensor(norm, norm._parameters) or odd_tensor(norm, norm._buffers)
