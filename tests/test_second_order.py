@@ -176,6 +176,21 @@ def test_a_parameter_that_is_computed_from_the_input(create: bool) -> None:
         torch.testing.assert_close(ours, own)
 
 
+@MODES
+@pytest.mark.parametrize("name", ["basic", "bottleneck-pooled", "preact-basic"])
+def test_what_a_penalty_does_not_move_has_the_gradient_that_torch_gives_it(
+    name: str, train: bool
+) -> None:
+    """Zero is not None to an optimizer with weight decay."""
+    found = []
+    for module in kind(name).pair(torch.float64, training=train):
+        x = kind(name).input(torch.float64)
+        (grad,) = torch.autograd.grad(module(x).sum(), x, create_graph=True)
+        grad.square().sum().backward()
+        found.append({n for n, p in module.named_parameters() if p.grad is not None})
+    assert found[1] >= found[0]
+
+
 def test_a_step_of_meta_learning() -> None:
     """MAML: the loss behind a step of gradient descent, by the parameters in front of it."""
     results = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -132,3 +133,49 @@ def test_a_setting_is_the_reason(path: str, name: str, value: Any) -> None:
     setattr(block.get_submodule(path), name, value)
     assert name in str(block.why_not()) or "settings" in str(block.why_not())
     assert not fastres.explain(block).rows[0].fused
+
+
+# ---------------------------------------------------------------- what is traced
+
+
+class _Own(nn.Module):
+    """Somebody's own block, which conversion traces."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.conv2, self.bn2 = nn.Conv2d(6, 6, 1), nn.BatchNorm2d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x))))) + x)
+
+
+SETTINGS: list[tuple[str, str, Any]] = [
+    *[("bn1", "eps", eps) for eps in EPS],
+    *[("bn2", "momentum", momentum) for momentum in MOMENTA],
+    *[(path.replace("conv2", "conv1"), name, value) for path, name, value in GEOMETRY
+      if path == "conv2"],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize(("path", "name", "value"), SETTINGS, ids=repr)
+def test_settings_of_what_is_traced(
+    path: str, name: str, value: Any, train: bool, when: str
+) -> None:
+    torch.manual_seed(0)
+    twin = _Own().train(train)
+    fused = copy.deepcopy(twin)
+    if when == "after":
+        fastres.convert(fused)
+    for module in (twin, fused):
+        setattr(module.get_submodule(path), name, value)
+    if when == "before":
+        fastres.convert(fused)
+    x = torch.randn(2, 6, 5, 5)
+    expected, found = outcome(twin, x), outcome(fused, x)
+    if isinstance(expected, tuple):
+        assert found == expected
+    else:
+        torch.testing.assert_close(found, expected, equal_nan=True)

@@ -1,8 +1,9 @@
 """A backward out of torch's own operators: where it is to be differentiated, or runs by the batch.
 
-The block runs again from what was kept, by `run_stock`, under autograd, but for two things. The
-activation behind the sum acts by its mask. And an input that stands for more than it holds, as the
-block before left its norm undone, is that value, whose gradient goes to the input as it is.
+The block runs again from what was kept, by `run_stock`, under autograd, but for two things. A
+residual that was given is not kept, so the activation behind the sum acts by its mask. And an input
+that stands for more than it holds, as the block before left its norm undone, is that value, whose
+gradient goes to the input as it is.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def torch_backward(
     """
     kept, create = Saved.unflatten(block, saved), torch.is_grad_enabled()
     grad, *grad_mean = grads
-    if kept.mask is not None and grad is not None:
+    if block.shortcut == "tensor" and kept.mask is not None and grad is not None:
         grad = masked(grad, kept.mask, channels_last)
     given: dict[int, Tensor] = {0: x} | {i: t for i, t in enumerate(tensors, 2) if t is not None}
     with torch.enable_grad():
@@ -95,9 +96,10 @@ def _run_again(block: Block, x: Tensor, units: Sequence[UnitTensors], kept: Save
         value = (x.detach() * scale + shift).to(x.dtype)
         x = value + (x - x.detach())
         layers[0] = layers[0]._replace(unit=layers[0].unit._replace(norm=None))
-    shortcut = "none" if block.shortcut == "tensor" else block.shortcut
-    act = "none" if kept.mask is not None else block.act
-    return run_stock(x, block._replace(shortcut=shortcut, act=act), layers)
+    if block.shortcut == "tensor":
+        act = block.act if kept.mask is None else "none"
+        block = block._replace(shortcut="none", act=act)
+    return run_stock(x, block, layers)
 
 
 def _layer(unit: Unit, own: UnitTensors, stats: Tensor | None, dtype: torch.dtype) -> Layer:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastres.block.check import why_not_settings
 from fastres.convert.count import has_norm, looks_residual, of_class, of_plan, outside
 from fastres.convert.frozen import learn
 from fastres.convert.grammar import match_run
@@ -272,6 +273,9 @@ def _traced_row(row: Row, module: nn.Module, plan: Plan, target: Target) -> Row:
         matched = match_run(run)
         if isinstance(matched, Decline):
             return replace(row, reason=explained(module, matched))
+        reasons = [why_not_settings(unit) for unit in matched.block.all_units]
+        if (reason := next(filter(None, reasons), None)) is not None:
+            return replace(row, reason=reason)
         try:
             level, own = describe(matched, target)
         except NotImplementedError as error:
