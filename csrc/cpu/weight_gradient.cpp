@@ -72,22 +72,18 @@ struct WeightJob {
   }
 };
 
-// Two rows of values as pairs; beside those of a last one without a second stand zeros.
+#if defined(__AVX512BF16__)
+// Two rows of values as pairs; beside those of a last one without a second stand zeros. Whole packs
+// are written.
 FASTRES_INLINE void pair_rows(const BFloat16* first, const BFloat16* second, int64_t count,
                               Pair* to) {
   const auto visit = [&](int64_t i, auto lanes) {
-#if defined(__AVX512BF16__)
     __m512i pairs = _mm512_cvtepu16_epi32(load_16bit(first + i, lanes));
     if (second) {
       const __m512i words = _mm512_cvtepu16_epi32(load_16bit(second + i, lanes));
       pairs = _mm512_or_si512(pairs, _mm512_slli_epi32(words, 16));
     }
     _mm512_storeu_si512(to + i, pairs);
-#else
-    for (int lane = 0; lane < lanes.n; ++lane) {
-      to[i + lane] = {first[i + lane], second ? second[i + lane] : BFloat16{}};
-    }
-#endif
   };
   int64_t i = 0;
   for (; i + kPack <= count; i += kPack) {
@@ -97,6 +93,7 @@ FASTRES_INLINE void pair_rows(const BFloat16* first, const BFloat16* second, int
     visit(i, Part{int(count - i)});
   }
 }
+#endif
 
 template <class T = float>
 class WeightWorker {
@@ -247,15 +244,15 @@ class WeightWorker {
                   int64_t(s.phases[0].taps.size()));
   }
 
-  // Taps of one line that lie together are one segment where they fit a tile, and several lines
-  // are where they were gathered.
+  // Taps of one line that lie together are one segment where they fit a tile; what was gathered is
+  // cut into whole tiles.
   std::vector<Segment> segments(Range columns) const {
     const Sweep& s = job_.sweep;
     const int64_t c = job_.channels(), width = columns.end - columns.begin;
     const int64_t together = job_.tap_lines(), line = job_.line_floats();
     std::vector<Segment> found;
-    for (int64_t h = 0; gathers() && h < job_.shape.kh; h += together) {
-      found.push_back({h * line, h * line, at_most(together, job_.shape.kh - h) * line});
+    for (int64_t at = 0; gathers() && at < job_.row_floats; at += kTileColumns) {
+      found.push_back({at, at, at_most(kTileColumns, job_.row_floats - at)});
     }
     const auto& taps = s.phases[0].taps;
     for (size_t t = 0; !gathers() && t < taps.size();
