@@ -92,7 +92,7 @@ struct Tile {
   const E* a[kTileRows];
   T* c[kTileRows];
   const T* residual[kTileRows];  // added where `has_residual`
-  float* parts[kTileRows];       // whole tiles' columns
+  float* parts[kTileRows];       // whole tiles' columns, where `kInParts`
   bool has_residual;
   const char* ahead;  // memory that is asked for on the way, `ahead_step` bytes in each step of k
   int64_t ahead_step;
@@ -130,7 +130,7 @@ FASTRES_INLINE void store_vector(BFloat16* p, VectorF v) {
 }
 #endif
 
-// One step of a row and of the columns: where a vector of either begins, and their product.
+// One step of a row and a vector of one of the columns, and the sum with their product.
 FASTRES_INLINE VectorF broadcast_step(const float* p) { return *p - VectorF{}; }
 FASTRES_INLINE VectorF columns_of(const float* p) { return load_vector(p); }
 FASTRES_INLINE VectorF add_product(const float*, VectorF a, VectorF b, VectorF sum) {
@@ -250,7 +250,8 @@ __attribute__((noinline)) void end_part(const Tile<E, T>& tile, const float* sum
       here.bias = end.bias ? bias + at : nullptr;
       here.scale = end.scale ? scale + at : nullptr;
       here.shift = shift + at;
-      end_row(v, c + at, added ? residual + at : nullptr, tile.parts[i] + at, here);
+      float* parts = kInParts<T> ? tile.parts[i] + at : nullptr;
+      end_row(v, c + at, added ? residual + at : nullptr, parts, here);
     }
     if (!end.to_parts) {
       memcpy((void*)tile.c[i], c, sizeof(T) * size_t(tile.columns));
@@ -282,8 +283,8 @@ __attribute__((noinline)) void run_tile(const Tile<E, T>& tile, const Stretch<E>
     FASTRES_UNROLL
     for (int i = 0; i < kRows; ++i) {
       if (kVectors == kTileVectors || i < tile.rows) {
-        end_row(sums[i], tile.c[i], tile.has_residual ? tile.residual[i] : nullptr, tile.parts[i],
-                end);
+        end_row(sums[i], tile.c[i], tile.has_residual ? tile.residual[i] : nullptr,
+                kInParts<T> ? tile.parts[i] : nullptr, end);
       }
     }
     return;
