@@ -120,6 +120,8 @@ def is_norm(module: nn.Module) -> bool:
 
 
 class _Recorder(TorchDispatchMode):
+    sees_fused_blocks = True
+
     def __init__(self) -> None:
         super().__init__()
         self.run = Run()
