@@ -77,7 +77,7 @@ def main(arguments: Sequence[str]) -> int:
     for name in names:
         found = cover(name)
         rows[name] = found
-        wrong += found.error > ALLOWED
+        wrong += found.error > allowed(name)
         print(
             line(found).strip(), f"converted in {found.seconds:.2f} s", file=sys.stderr, flush=True
         )
@@ -90,6 +90,14 @@ def main(arguments: Sequence[str]) -> int:
 #: 2^10 roundings; batch norms of two images amplify that by the inverse of their deviations, some
 #: 2^5 for each of the last ones.
 ALLOWED = 2**-52 * 2**10 * 2**15
+#: How much networks differ from themselves in the other memory format, where that is more: the
+#: attention of a ResNeSt normalises two values, which amplifies by up to eps**-0.5 each time.
+OWN = {"timm:resnest50d": 2.4e-7}
+
+
+def allowed(name: str) -> float:
+    """The largest error of a network: the usual one, or twice what stock torch's own is."""
+    return max(ALLOWED, 2 * OWN.get(name, 0.0))
 
 
 def cover(name: str) -> Coverage:
@@ -213,7 +221,8 @@ that called it.
 A pair is fused where a fused operation was given the convolution's weight together with a norm. A
 block is fused where all norms on both of its ways went into fused operations, and torch was never
 asked for its sum. *Error* is the largest difference of any output, gradient or buffer, relative to
-the largest output, gradient or buffer.
+the largest output, gradient or buffer; stock torch differs from itself by as much in another memory
+format, in the worst case, timm's resnest50d, by 2e-07.
 
 **{blocks} of {all_blocks} residual blocks ({share:.0%}) and {pairs} of {all_pairs} pairs
 ({pair_share:.0%}) are fused.**
