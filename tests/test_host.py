@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch.utils import _python_dispatch
 
 pytest.importorskip("fastres.bench", reason="fastres is not installed, or before it had a bench")
 pytest.importorskip("fastres._cpu", reason="counted on the kernels of the cpu backend")
@@ -17,9 +18,11 @@ LIMITS = {"forward": 52, "forward + backward": 112, "inference": 44}
 
 
 @pytest.fixture
-def _one_thread() -> Iterator[None]:
+def _one_thread(monkeypatch) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
+    # A dispatch mode that was used before may leave its flag behind, and costs a look at the modes.
+    monkeypatch.setattr(_python_dispatch, "_is_in_non_infra_torch_dispatch_mode", False)
     yield
     torch.set_num_threads(before)
 
