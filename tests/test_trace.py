@@ -84,6 +84,16 @@ def images(dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(3, 4, 7, 7, dtype=dtype)
 
 
+def assert_two_x_under_autocast(stock: nn.Module) -> None:
+    """A converted copy of a float32 block is as near to the truth as the block."""
+    fused = copy.deepcopy(stock)
+    fastres.convert(fused)
+    truth, x = copy.deepcopy(stock).double(), images(torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = step(fused, x), step(stock, x)
+    assert_two_x(found, expected, step(truth, x.double()))
+
+
 def seeded(module: nn.Module, x: Tensor, **options: Any) -> dict[str, Tensor]:
     """A step with random numbers that are always the same."""
     torch.manual_seed(3)
@@ -139,12 +149,7 @@ def test_activations(act: str, mode: str) -> None:
 @pytest.mark.parametrize("act", ["silu", "gelu", "leaky", "relu6", "hardswish"])
 def test_activations_in_lower_precision(act: str) -> None:
     stock = randomise(Activated(4, 6, 2, ACTIVATIONS[act][0]))
-    fused = copy.deepcopy(stock)
-    fastres.convert(fused)
-    truth, x = copy.deepcopy(stock).double(), images(torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        found, expected = step(fused, x), step(stock, x)
-    assert_two_x(found, expected, step(truth, x.double()))
+    assert_two_x_under_autocast(stock)
 
 
 @pytest.mark.parametrize(
@@ -299,12 +304,7 @@ def test_attention(attend: Any, calls: int | None, dtype: torch.dtype, mode: str
 def test_attention_in_lower_precision(kind: str) -> None:
     stock: Any = randomise(WithSqueeze(4, 4) if kind == "squeeze" else Attention(4, 4))
     stock.attend = _expanded
-    fused = copy.deepcopy(stock)
-    fastres.convert(fused)
-    truth, x = copy.deepcopy(stock).double(), images(torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        found, expected = step(fused, x), step(stock, x)
-    assert_two_x(found, expected, step(truth, x.double()))
+    assert_two_x_under_autocast(stock)
 
 
 class _Scaled(ByDetectron):

@@ -117,16 +117,26 @@ def stand_for(fused: Any, stock: Any) -> None:
 
 
 def _reduce_ex(self: Any, protocol: Any) -> Any:
-    reduced = self._fastres_stock.__reduce_ex__(self, protocol)
+    return stored(self, self._fastres_stock.__reduce_ex__(self, protocol), _restore)
+
+
+def stored(module: nn.Module, reduced: Any, restore: Callable[..., Any]) -> Any:
+    """What a module's class gave to be stored, with the stock class in place of one of ours.
+
+    Args:
+        reduced: what `__reduce_ex__` of the stock class returned.
+        restore: called instead of its function, which it is given first.
+    """
     if isinstance(reduced, str):
         return reduced
     make, args, *rest = reduced
-    own = [arg._fastres_stock if _stands(arg) else arg for arg in args]
-    return (_restore, (make, *own), *rest) if type(self) in args else reduced
+    own = [arg._fastres_stock if stands(arg) else arg for arg in args]
+    return (restore, (make, *own), *rest) if type(module) in args else reduced
 
 
-def _stands(value: Any) -> bool:
-    return isinstance(value, type) and "_fastres_stock" in value.__dict__
+def stands(value: Any) -> bool:
+    """Whether it is a class of ours that stands for another one."""
+    return isinstance(value, type) and value.__dict__.get("_fastres_stock") is not None
 
 
 def _restore(make: Callable[..., Any], *args: Any) -> Any:

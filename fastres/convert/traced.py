@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from fastres.convert.plan import Plan, make_plan
+from fastres.convert.swaps import stands, stored
 from fastres.convert.trace import NotTraced, Placeholder
 from fastres.nn.fused import FusedParts
 from fastres.nn.match import why_not_now
@@ -30,16 +31,7 @@ class Traced(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """As the user's class does, which is what is stored: ours is made again when loaded."""
-        reduced = super().__reduce_ex__(protocol)
-        if isinstance(reduced, str):
-            return reduced
-        make, args, *rest = reduced
-        stock = [arg._fastres_stock if _is_generated(arg) else arg for arg in args]
-        return (_restore, (make, *stock), *rest) if type(self) in args else reduced
-
-
-def _is_generated(value: Any) -> bool:
-    return isinstance(value, type) and value.__dict__.get("_fastres_stock") is not None
+        return stored(self, super().__reduce_ex__(protocol), _restore)
 
 
 def _restore(make: Callable[..., Any], *args: Any) -> Any:
@@ -56,7 +48,7 @@ def reverted(cls: Any, stocks: Mapping[type, type]) -> Any:
         cls: of a converted module, or what a wrapper as FSDP2 derived from one.
         stocks: fused class of a zoo's -> the zoo's.
     """
-    if cls in stocks or _is_generated(cls):
+    if cls in stocks or stands(cls):
         return stocks.get(cls) or cls._fastres_stock
     bases = tuple([reverted(base, stocks) for base in cls.__bases__])
     if bases == cls.__bases__ or _calls_super(cls):
