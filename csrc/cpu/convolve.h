@@ -231,7 +231,7 @@ class Sweeper {
         direct_(args.plain && s.pointwise() && lies_as_formed(s)),
         band_(s, direct_ ? 0 : cut.lines, depth_ * kPerStep<E>),
         block_(args.packed ? 0 : kDepth * kTileColumns),
-        parts_(in_parts(s) ? cut.lines * line_pixels(s) * kTileColumns : 0) {}
+        parts_(in_parts(s) ? cut.lines * s.line_pixels() * kTileColumns : 0) {}
 
   void form(Range lines) {
     if (!direct_) {
@@ -274,13 +274,6 @@ class Sweeper {
     return std::is_same_v<T, F> && s.in_c % kPerStep<E> == 0;
   }
   bool in_parts(const Sweep& s) const { return kInParts<T> && depth_ * s.weight_taps > kDepth; }
-  static int64_t line_pixels(const Sweep& s) {
-    int64_t most = 0;
-    for (const Phase& phase : s.phases) {
-      most = at_least(most, phase.pixels);
-    }
-    return most;
-  }
 
   // Where the stretches' part of a block of the weight is: packed ahead, or here and now.
   void find_weight(Stretch<E>* stretches, int64_t count, int64_t col) {

@@ -47,13 +47,17 @@ struct Sweep {
     }
     return n * all * in_c * out_c;
   }
-  // Columns of the source that a line reads, from `low_w` on.
-  int64_t band_width() const {
+  // Pixels of a line, in the phase that has most.
+  int64_t line_pixels() const {
     int64_t pixels = 0;
     for (const Phase& phase : phases) {
       pixels = std::max(pixels, phase.pixels);
     }
-    return std::max<int64_t>(pixels - 1, 0) * in_step_w + high_w - low_w + 1;
+    return pixels;
+  }
+  // Columns of the source that a line reads, from `low_w` on.
+  int64_t band_width() const {
+    return std::max<int64_t>(line_pixels() - 1, 0) * in_step_w + high_w - low_w + 1;
   }
 };
 
