@@ -51,7 +51,7 @@ def test_the_command_prints_both(capsys: pytest.CaptureFixture[str], monkeypatch
 
 
 #: What it enters on the path that GPUs take: there each kernel is a call of its own.
-GPU_LIMITS = {"forward": 294, "forward + backward": 801, "inference": 200}
+GPU_LIMITS = {"forward": 295, "forward + backward": 803, "inference": 200}
 
 
 def test_a_block_enters_no_more_python_functions_on_a_gpu_s_path() -> None:
