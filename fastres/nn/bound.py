@@ -143,5 +143,7 @@ def _modules(parts: Parts) -> Iterator[nn.Module]:
         yield from (m for m in projection if m is not None)
     elif projection is not None:
         yield from projection.modules()
-    others = (parts.end, parts.gate, *parts.identities, *parts.wrappers)
+    others = (
+        parts.end, parts.gate, parts.max_pool, *parts.identities, *parts.wrappers, *parts.watched,
+    )  # fmt: skip
     yield from (m for m in others if m is not None)
