@@ -20,7 +20,7 @@ from fastres.block.call import Call, autocasts, prepare
 from fastres.block.plan import switches
 from fastres.kernels import registrations
 from fastres.nn.frozen import frozen_of_class
-from fastres.nn.match import Decline, Match, Parts, Projection, match
+from fastres.nn.match import Decline, Match, Parts, Projection, first_hooked, match
 
 #: A module, its class, its attributes, and the identities of its parameters, buffers and children.
 _Seen = tuple[nn.Module, Any, dict[str, Any], list[int]]
@@ -105,8 +105,10 @@ def bound_of(module: nn.Module, parts: Parts | Decline | None = None) -> Bound |
     if isinstance(parts, Decline) or isinstance(matched, Decline):
         return None
     bound = Bound(module, parts, matched)
-    # Tensors that were computed, as torch.func.functional_call puts in, are not held on to.
-    if all([t is None or t.is_leaf for layer in matched.layers for t in layer.parameters]):
+    # Tensors that were computed, as torch.func.functional_call puts in, are not held on to, nor is
+    # what hooks that may go again have led to.
+    leaves = all([t is None or t.is_leaf for layer in matched.layers for t in layer.parameters])
+    if leaves and first_hooked(parts.watched) is None:
         _bound[module] = bound
     return bound
 
