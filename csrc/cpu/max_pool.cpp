@@ -1,6 +1,8 @@
 // out = the maximum over windows of act(scale * y + shift), rounded to what it would be stored as,
 // and its backward. Neither stores what is pooled: forward forms a value anew for each window.
+#include <algorithm>
 #include <limits>
+#include <numeric>
 
 #include "cpu/activation.h"
 #include "cpu/parallel.h"
@@ -111,51 +113,54 @@ struct ScaleShiftActPool {
 
 // ---- backward ----
 
-// For each pixel of an axis the windows that it is a tap of, in their order.
+// A window that a pixel of an axis is in, and as which of its taps.
+struct Window {
+  int64_t index, tap;
+};
+
+// For each pixel of an axis the windows that it is in, in their order.
 class Windows {
  public:
-  struct One {
-    int64_t window, tap;
+  struct Few {
+    const Window *first, *last;
+    FASTRES_INLINE const Window* begin() const { return first; }
+    FASTRES_INLINE const Window* end() const { return last; }
   };
 
   Windows(int64_t size, int64_t windows, int64_t taps, int64_t stride, int64_t padding,
           int64_t dilation)
-      : begins_(size + 1), all_(at_least(1, windows * taps)) {
-    for (int64_t i = 0; i <= size; ++i) {
-      begins_.data()[i] = 0;
-    }
+      : begins_memory_(size + 1),
+        all_memory_(at_least(1, windows * taps)),
+        begins_(begins_memory_.data()),
+        all_(all_memory_.data()) {
     const auto each = [&](const auto& f) {
       for (int64_t window = 0; window < windows; ++window) {
         const int64_t start = window * stride - padding;
         const Range within = taps_within(start, dilation, taps, size);
         for (int64_t tap = within.begin; tap < within.end; ++tap) {
-          f(start + tap * dilation, One{window, tap});
+          f(start + tap * dilation, Window{window, tap});
         }
       }
     };
-    int64_t* begins = begins_.data();
-    each([&](int64_t pixel, One) { ++begins[pixel + 1]; });
-    for (int64_t i = 0; i < size; ++i) {
-      begins[i + 1] += begins[i];
+    std::fill(begins_, begins_ + size + 1, 0);
+    each([&](int64_t pixel, Window) { ++begins_[pixel]; });
+    // Each beginning is the sum of all counts up to its own: filling from behind moves it there.
+    std::partial_sum(begins_, begins_ + size + 1, begins_);
+    each([&](int64_t pixel, Window one) { all_[--begins_[pixel]] = one; });
+    for (int64_t pixel = 0; pixel < size; ++pixel) {
+      std::reverse(all_ + begins_[pixel], all_ + begins_[pixel + 1]);
     }
-    // Filling moves each beginning to its end, which is the next one's beginning.
-    each([&](int64_t pixel, One one) { all_.data()[begins[pixel]++] = one; });
-    for (int64_t i = size; i > 0; --i) {
-      begins[i] = begins[i - 1];
-    }
-    begins[0] = 0;
   }
 
-  FASTRES_INLINE const One* begin(int64_t pixel) const {
-    return all_.data() + begins_.data()[pixel];
-  }
-  FASTRES_INLINE const One* end(int64_t pixel) const {
-    return all_.data() + begins_.data()[pixel + 1];
+  FASTRES_INLINE Few of(int64_t pixel) const {
+    return {all_ + begins_[pixel], all_ + begins_[pixel + 1]};
   }
 
  private:
-  Scratch<int64_t> begins_;
-  Scratch<One> all_;
+  Scratch<int64_t> begins_memory_;
+  Scratch<Window> all_memory_;
+  int64_t* begins_;
+  Window* all_;
 };
 
 template <class T>
@@ -169,15 +174,17 @@ struct MaxPoolBackward {
 
   // One row of pixels. Windows are added in their order, whatever the number of threads.
   void row(int64_t index) const {
-    const int64_t n = index / s.h, h = index % s.h;
+    const int64_t n = index / s.h;
+    const Windows::Few above = vertical.of(index % s.h);
     for (int64_t w = 0; w < s.w; ++w) {
+      const Windows::Few beside = horizontal.of(w);
       T* to = grad + (index * s.w + w) * s.c;
       each_pack(s.c, [&](int64_t c, auto lanes) {
         Pack<A> sum = broadcast(A(0));
-        for (const Windows::One* v = vertical.begin(h); v != vertical.end(h); ++v) {
-          for (const Windows::One* u = horizontal.begin(w); u != horizontal.end(w); ++u) {
-            const int64_t at = ((n * s.out_h + v->window) * s.out_w + u->window) * s.c + c;
-            const uint8_t tap = uint8_t(v->tap * s.kw + u->tap);
+        for (const Window& i : above) {
+          for (const Window& j : beside) {
+            const int64_t at = ((n * s.out_h + i.index) * s.out_w + j.index) * s.c + c;
+            const uint8_t tap = uint8_t(i.tap * s.kw + j.tap);
             const uint32_t bits = equal_bytes(argmax + at, tap, lanes);
             sum = sum + keep(gate_of_bits<A>(bits), load(grad_out + at, lanes));
           }
