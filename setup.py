@@ -45,7 +45,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     ISAS["avx512_bf16"] = ["-mavx512bf16", *ISAS["avx512"]]
 KERNELS = ["channel_stats", "scale_shift_act", "backward_reduce", "backward_apply"]
 CONVOLUTIONS = ["activation", "pack_weight", "convolution", "weight_gradient"]
-KERNELS += ["pointwise", "pack_winograd", *CONVOLUTIONS]
+KERNELS += ["pointwise", "max_pool", "pack_winograd", *CONVOLUTIONS]
 ONCE = ["cpu/dispatch", "cpu/finalize_stats", "cpu/update_running", "cpu/parameters"]
 ONCE += ["cpu/program", "cpu/allocator"]
 

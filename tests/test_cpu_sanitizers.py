@@ -1,4 +1,4 @@
-"""The C++ of the CPU's convolutions under AddressSanitizer and UBSan, per instruction set."""
+"""The CPU's convolutions and max pooling under AddressSanitizer and UBSan, by instruction set."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from fastres.kernels.cpu import module
 
 ROOT = Path(__file__).resolve().parent.parent
 CXX = os.environ.get("CXX") or shutil.which("g++")
-SOURCES = ["activation", "convolution", "weight_gradient", "pack_weight"]
+SOURCES = {
+    "convolutions": ["activation", "convolution", "weight_gradient", "pack_weight"],
+    "max_pool": ["activation", "max_pool"],
+}
 FLAGS = ["-std=c++20", "-O1", "-g", "-fopenmp", "-ffp-contract=off", "-Wno-psabi"]
 FLAGS += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-static-libasan"]
 ISAS = {
@@ -29,11 +32,15 @@ if module.why_not_built() is not None or CXX is None:
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("isa", module.module().isas())
-def test_convolutions_stay_within_their_memory(isa: str, tmp_path: Path) -> None:
-    program = tmp_path / "convolutions"
-    names = SOURCES if isa == "avx512_bf16" else [*SOURCES, "pack_winograd"]
+@pytest.mark.parametrize("kernels", SOURCES)
+def test_kernels_stay_within_their_memory(kernels: str, isa: str, tmp_path: Path) -> None:
+    if kernels == "max_pool" and isa == "avx512_bf16":
+        pytest.skip("it pools by what AVX-512 has")
+    program = tmp_path / kernels
+    winograd = kernels == "convolutions" and isa != "avx512_bf16"
+    names = [*SOURCES[kernels], *["pack_winograd"] * winograd]
     sources = [ROOT / "csrc" / "cpu" / f"{name}.cpp" for name in names]
-    main = ROOT / "tests" / "cpu_sanitizers" / "convolutions.cpp"
+    main = ROOT / "tests" / "cpu_sanitizers" / f"{kernels}.cpp"
     includes = [f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'csrc' / 'include'}"]
     command = [CXX, *FLAGS, f"-DFASTRES_ISA={isa}", *ISAS[isa], *includes]
     subprocess.run([*command, main, *sources, "-o", program], check=True)

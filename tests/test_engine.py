@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from fastres.block import Block, Norm, Unit, decode, make_plan, use_backend, use_memory
 from fastres.functional import residual_block
-from fastres.kernels import BACKENDS, Conv, reference, registry
+from fastres.kernels import BACKENDS, Conv, MaxPool, reference, registry
 from fastres.testing import BLOCK_CASES, BlockCase, FunctionalBlock, assert_parity
 
 BACKENDS_HERE = [n for n, b in BACKENDS.items() if "cpu" in b.devices and b.why_not() is None]
@@ -294,7 +294,8 @@ def _around(x: Tensor, grad: Tensor) -> list[Tensor]:
 def test_specification_round_trip() -> None:
     unit = Unit(Conv((2, 1), (1, 0), (1, 2), 4), Norm(1e-5, "running"), "relu", True)
     alone = Unit(None, Norm(1 / 3))
-    spec = Block((unit, alone), "activated", unit, None, "relu", True, True, "lean", "aten")
+    pool = MaxPool((3, 2), (2, 1), (1, 0), (1, 2), True)
+    spec = Block((unit, alone), "activated", unit, None, "relu", pool, True, True, "lean", "aten")
     assert decode(spec.encode()) == spec
 
 

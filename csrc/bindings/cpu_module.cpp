@@ -53,8 +53,13 @@ bool same_items_py(const py::list& dicts, const py::list& copies) {
   return same;
 }
 
-Problem checked_problem(int64_t n, int64_t c, int64_t hw, int layout, int dtype, int threads) {
+int checked_threads(int threads) {
   require(threads >= 1, "threads must be at least 1, got " + std::to_string(threads));
+  return threads;
+}
+
+Problem checked_problem(int64_t n, int64_t c, int64_t hw, int layout, int dtype, int threads) {
+  checked_threads(threads);
   return {checked_shape(n, c, hw, layout, dtype), threads};
 }
 
@@ -193,6 +198,56 @@ void act_backward_py(Address grad_out, int gate, Address gate_ptr, Address grad,
       ActBackwardArgs{at(grad_out), gate_code, checked_act(act), at(gate_ptr), at(grad), problem});
 }
 
+// ---- max pooling ----
+
+// n, c, h, w, out_h, out_w, kernel, stride, padding and dilation per axis, dtype.
+using PoolCode = std::array<int64_t, 15>;
+
+PoolShape checked_pool(const PoolCode& s) {
+  for (size_t i = 0; i < 6; ++i) {
+    require_size("shape", s[i]);
+  }
+  const PoolShape shape{s[0],  s[1],  s[2],  s[3],  s[4],
+                        s[5],  s[6],  s[7],  s[8],  s[9],
+                        s[10], s[11], s[12], s[13], checked_dtype(int(s[14]))};
+  require(shape.kh > 0 && shape.kw > 0 && shape.sh > 0 && shape.sw > 0 && shape.dh > 0 &&
+              shape.dw > 0 && shape.ph >= 0 && shape.pw >= 0,
+          "kernel, stride and dilation must be positive, and padding must not be negative");
+  require(shape.kh <= kMostTaps && shape.kw <= kMostTaps && shape.kh * shape.kw <= kMostTaps,
+          "a window must have at most 255 taps");
+  return shape;
+}
+
+void require_pooled(const char* name, Address address, const PoolShape& shape) {
+  if (shape.outputs() > 0) {
+    require_address(name, address);
+  }
+}
+
+void scale_shift_act_pool_py(Address y, Address scale, Address shift, Address out, Address argmax,
+                             int act, const PoolCode& code, int threads) {
+  const PoolShape shape = checked_pool(code);
+  require_pooled("y", y, shape);
+  require_pooled("scale", scale, shape);
+  require_pooled("shift", shift, shape);
+  require_pooled("out", out, shape);
+  perform(ScaleShiftActPoolArgs{at(y), at(scale), at(shift), at(out),
+                                static_cast<uint8_t*>(at(argmax)), checked_act(act), shape,
+                                checked_threads(threads)});
+}
+
+void max_pool_backward_py(Address grad_out, Address argmax, Address grad, const PoolCode& code,
+                          int threads) {
+  const PoolShape shape = checked_pool(code);
+  require_pooled("grad_out", grad_out, shape);
+  require_pooled("argmax", argmax, shape);
+  if (shape.inputs() > 0) {
+    require_address("grad", grad);
+  }
+  perform(MaxPoolBackwardArgs{at(grad_out), static_cast<const uint8_t*>(at(argmax)), at(grad),
+                              shape, checked_threads(threads)});
+}
+
 // ---- convolutions ----
 
 // n, h, w, c, k, kh, kw, stride, padding and dilation per axis, dtype.
@@ -217,11 +272,6 @@ ConvShape checked_conv(const ShapeCode& s) {
               shape.w + 2 * shape.pw > shape.dw * (shape.kw - 1),
           "the kernel must not be larger than the padded input");
   return shape;
-}
-
-int checked_threads(int threads) {
-  require(threads >= 1, "threads must be at least 1, got " + std::to_string(threads));
-  return threads;
 }
 
 bool is_empty(const ConvShape& s) { return s.n * s.c * s.k * s.out_h() * s.out_w() == 0; }
@@ -571,6 +621,13 @@ void define_kernels(py::module_& m) {
         py::arg("layout"), py::arg("dtype"), py::arg("threads"),
         py::arg("act") = int(Activation::kRelu),
         "grad = grad_out where the activation's gate is open, 0 elsewhere.");
+  m.def("scale_shift_act_pool", &scale_shift_act_pool_py, Unlocked(), py::arg("y"),
+        py::arg("scale"), py::arg("shift"), py::arg("out"), py::arg("argmax"), py::arg("act"),
+        py::arg("shape"), py::arg("threads"),
+        "out = the maximum over windows of act(scale * y + shift), and the taps it came from.");
+  m.def("max_pool_backward", &max_pool_backward_py, Unlocked(), py::arg("grad_out"),
+        py::arg("argmax"), py::arg("grad"), py::arg("shape"), py::arg("threads"),
+        "grad = the sum of grad_out over the windows whose maximum a pixel was.");
   // It takes less time than giving up Python's lock for it.
   m.def("update_running", &update_running_py, py::arg("updates"),
         "running = (1 - momentum) * running + momentum * batch, and the counters, in order.");

@@ -37,6 +37,8 @@ namespace {
    isa::backward_apply,                        \
    isa::add_act,                               \
    isa::act_backward,                          \
+   isa::scale_shift_act_pool,                  \
+   isa::max_pool_backward,                     \
    isa::winograd_size,                         \
    isa::pack_winograd,                         \
    FASTRES_CONV_TABLE(isa, float),             \

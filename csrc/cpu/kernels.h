@@ -79,6 +79,40 @@ struct ActBackwardArgs {
   Problem problem;
 };
 
+// Max pooling of [n, c, h, w] to [n, c, out_h, out_w], both channels_last. A tap is a position in
+// the window, in row-major order; padding is no tap, and every window has at least one.
+struct PoolShape {
+  int64_t n, c, h, w;
+  int64_t out_h, out_w;
+  int64_t kh, kw, sh, sw, ph, pw, dh, dw;
+  DType dtype;
+
+  int64_t inputs() const { return n * c * h * w; }
+  int64_t outputs() const { return n * c * out_h * out_w; }
+};
+
+// The most taps of a window: a tap is stored in a byte.
+inline constexpr int64_t kMostTaps = 255;
+
+struct ScaleShiftActPoolArgs {
+  const void* y;
+  const void* scale;  // [C], arithmetic type
+  const void* shift;  // [C]
+  void* out;
+  uint8_t* argmax;  // the tap that each output came from; may be null
+  Activation act;
+  PoolShape shape;
+  int threads;
+};
+
+struct MaxPoolBackwardArgs {
+  const void* grad_out;
+  const uint8_t* argmax;
+  void* grad;  // of what was pooled
+  PoolShape shape;
+  int threads;
+};
+
 struct FinalizeStatsArgs {
   const double* state;  // null: statistics are the running ones
   int64_t count;
@@ -206,6 +240,8 @@ struct KernelTable {
   void (*backward_apply)(const BackwardApplyArgs&);
   void (*add_act)(const AddActArgs&);
   void (*act_backward)(const ActBackwardArgs&);
+  void (*scale_shift_act_pool)(const ScaleShiftActPoolArgs&);
+  void (*max_pool_backward)(const MaxPoolBackwardArgs&);
   int64_t (*winograd_size)(const ConvShape&, bool transposed);
   void (*pack_winograd)(const PackWeightArgs&);
   ConvTable float32, bfloat16;

@@ -52,6 +52,18 @@ void visit(ActBackwardArgs& a, F& f) {
 }
 
 template <class F>
+void visit(ScaleShiftActPoolArgs& a, F& f) {
+  f(a.y, a.scale, a.shift, a.out, a.argmax);
+  f.threads(a.threads);
+}
+
+template <class F>
+void visit(MaxPoolBackwardArgs& a, F& f) {
+  f(a.grad_out, a.argmax, a.grad);
+  f.threads(a.threads);
+}
+
+template <class F>
 void visit(FinalizeStatsArgs& a, F& f) {
   f(a.state, a.running_mean, a.running_var, a.weight, a.bias, a.stats);
 }
@@ -146,6 +158,8 @@ struct Run {
   void operator()(const BackwardApplyArgs& a) const { table.backward_apply(a); }
   void operator()(const AddActArgs& a) const { table.add_act(a); }
   void operator()(const ActBackwardArgs& a) const { table.act_backward(a); }
+  void operator()(const ScaleShiftActPoolArgs& a) const { table.scale_shift_act_pool(a); }
+  void operator()(const MaxPoolBackwardArgs& a) const { table.max_pool_backward(a); }
   void operator()(const FinalizeStatsArgs& a) const { finalize_stats(a); }
   void operator()(const PackWeightArgs& a) const {
     a.winograd ? table.pack_winograd(a) : table.convolutions(a.shape).pack_weight(a);

@@ -9,10 +9,10 @@
 
 namespace fastres::cpu {
 
-using Step =
-    std::variant<ChannelStatsArgs, ScaleShiftActArgs, BackwardReduceArgs, BackwardApplyArgs,
-                 AddActArgs, ActBackwardArgs, FinalizeStatsArgs, PackWeightArgs, ConvForwardArgs,
-                 ConvDataArgs, ConvWeightArgs, RunningUpdate, CopyArgs>;
+using Step = std::variant<ChannelStatsArgs, ScaleShiftActArgs, BackwardReduceArgs,
+                          BackwardApplyArgs, AddActArgs, ActBackwardArgs, ScaleShiftActPoolArgs,
+                          MaxPoolBackwardArgs, FinalizeStatsArgs, PackWeightArgs, ConvForwardArgs,
+                          ConvDataArgs, ConvWeightArgs, RunningUpdate, CopyArgs>;
 
 // While one lives, the kernels that its thread calls are written down instead of run.
 class Recording {

@@ -203,6 +203,10 @@ template <class A>
 FASTRES_INLINE GateLanes<A> both(GateLanes<A> a, GateLanes<A> b) {
   return {a.bits & b.bits};
 }
+template <class A>
+FASTRES_INLINE GateLanes<A> either(GateLanes<A> a, GateLanes<A> b) {
+  return {a.bits | b.bits};
+}
 FASTRES_INLINE Pack<float> select(GateLanes<float> gate, const Pack<float>& a,
                                   const Pack<float>& b) {
   return {{_mm512_mask_blend_ps(__mmask16(gate.bits), b.v[0], a.v[0])}};
@@ -294,6 +298,15 @@ FASTRES_INLINE GateLanes<A> both(const GateLanes<A>& a, const GateLanes<A>& b) {
   FASTRES_UNROLL
   for (int i = 0; i < Pack<A>::kParts; ++i) {
     gate.m[i] = a.m[i] & b.m[i];
+  }
+  return gate;
+}
+template <class A>
+FASTRES_INLINE GateLanes<A> either(const GateLanes<A>& a, const GateLanes<A>& b) {
+  GateLanes<A> gate;
+  FASTRES_UNROLL
+  for (int i = 0; i < Pack<A>::kParts; ++i) {
+    gate.m[i] = a.m[i] | b.m[i];
   }
   return gate;
 }

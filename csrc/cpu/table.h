@@ -22,6 +22,8 @@ void backward_reduce(const BackwardReduceArgs& args);
 void backward_apply(const BackwardApplyArgs& args);
 void add_act(const AddActArgs& args);
 void act_backward(const ActBackwardArgs& args);
+void scale_shift_act_pool(const ScaleShiftActPoolArgs& args);
+void max_pool_backward(const MaxPoolBackwardArgs& args);
 // Of convolutions by three by three taps in steps of one.
 int64_t winograd_size(const ConvShape& shape, bool transposed);
 void pack_winograd(const PackWeightArgs& args);

@@ -13,7 +13,14 @@ from fastres.block.compose import conv_backward, form, materialise, scaled
 from fastres.block.forward import plan_of
 from fastres.block.plan import Plan
 from fastres.block.spec import Block
-from fastres.block.tensors import Act, Saved, UnitTensors, identity_stats, pooled
+from fastres.block.tensors import (
+    Act,
+    Saved,
+    UnitTensors,
+    identity_stats,
+    output_shapes,
+    pooled,
+)
 from fastres.kernels import Branch, Gate, Gated, PendingGrad, acc_dtype, dense, memory_format_of
 
 _OPEN = Gate("none")
@@ -173,6 +180,7 @@ class _Backward:
     def run(self, grad_out: Tensor) -> None:
         """Fill in every gradient that is wanted."""
         self.grad_out = grad_out
+        grad_out = self._behind_pooling(grad_out)
         gate = self._end_gate()
         if self.block.simple_end:
             grads = self._simple_end(grad_out, gate)
@@ -182,6 +190,16 @@ class _Backward:
         if self.block.projection is not None:
             self._projection(grads.pop())
         self._main_path(grads)
+
+    def _behind_pooling(self, grad_out: Tensor) -> Tensor:
+        """The gradient of what was pooled, where the block ends with that."""
+        pool = self.block.max_pool
+        if pool is None:
+            return grad_out
+        weights = [None if u.weight is None else (*u.weight.shape,) for u in self.units]
+        size = output_shapes(self.block, self.x.shape, weights)[self.last][2:]
+        backward = self.plan.run("max_pool_backward")
+        return backward(grad_out, self.saved.argmax, pool, size)  # type: ignore[no-any-return]
 
     def _simple_end(self, grad_out: Tensor, gate: Gate) -> list[PendingGrad]:
         """Both branches of the block's end in one, as nothing stands in front of the sum."""

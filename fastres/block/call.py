@@ -13,12 +13,13 @@ from fastres.block.flops import register_formulas
 from fastres.block.forward import plan_of
 from fastres.block.layers import Layer
 from fastres.block.op import Run, run_block
+from fastres.block.plan import context_of, pools_within
 from fastres.block.running import Updates
 from fastres.block.settings import current
 from fastres.block.spec import Block
 from fastres.block.stock import activate, run_stock
 from fastres.block.tensors import identity_stats, output_shapes
-from fastres.kernels import activation, memory_format_of
+from fastres.kernels import MaxPool, activation, memory_format_of
 
 
 class Call(NamedTuple):
@@ -27,12 +28,14 @@ class Call(NamedTuple):
     Attributes:
         run: what is run.
         late: activation that torch applies behind it, or "none".
+        pool: max pooling that torch applies behind it, or None.
         tensors: seven per unit, see `fastres.block.UnitTensors`.
         updates: of the running statistics, or None.
     """
 
     run: Run
     late: str
+    pool: MaxPool | None
     tensors: list[Tensor | None]
     updates: Updates | None
 
@@ -108,7 +111,7 @@ def prepare(
     block, late = _without_late_activation(block)
     if why_not_block(x, block, layers, residual) is not None:
         return None
-    settings = current()
+    settings, pool = current(), block.max_pool
     block = block._replace(
         save=wants_backward(x, residual, layers),
         memory=_memory_mode(x),
@@ -116,6 +119,8 @@ def prepare(
         level=settings.level,
     )
     weights = [layer.weight for layer in layers]
+    if pool is not None and not _pools_within(block, x, weights):
+        block = block._replace(max_pool=None)
     shapes = output_shapes(block, x.shape, [None if w is None else (*w.shape,) for w in weights])
     counts = tuple([n * h * w for n, _, h, w in shapes])
     plan = None
@@ -124,13 +129,26 @@ def prepare(
         plan = plan_of(block, x, weights)
     run = Run.of(block, plan, memory_format_of(x, weights))
     tensors = [t for layer in layers for t in layer.tensors]
-    return Call(run, late, tensors, Updates.of(layers, counts, settings.backend))
+    late_pool = None if block.max_pool is not None else pool
+    return Call(run, late, late_pool, tensors, Updates.of(layers, counts, settings.backend))
 
 
 def execute(call: Call, x: Tensor, residual: Tensor | None = None) -> Tensor:
     """Run a block that was prepared for these inputs, and update its running statistics."""
     out = run_block(call.run, x, residual, call.tensors, call.updates)[0]
-    return out if call.late == "none" else activate(out, call.late)
+    out = out if call.late == "none" else activate(out, call.late)
+    return out if call.pool is None else call.pool.apply(out)
+
+
+def _pools_within(block: Block, x: Tensor, weights: Sequence[Tensor | None]) -> bool:
+    """Whether the block itself pools: what a compiler sees must not depend on what is registered.
+
+    Whatever it decides, the operators can run.
+    """
+    last = memory_format_of(x, weights) == torch.channels_last
+    if torch.compiler.is_compiling():
+        return x.device.type == "cpu" and last and block.backend in ("auto", "cpu")
+    return pools_within(block, context_of(x, weights, last))
 
 
 def _without_late_activation(block: Block) -> tuple[Block, str]:

@@ -81,6 +81,8 @@ def why_not_block(
             return reason
         if i == 0 and block.shortcut == "activated":
             source = shape
+    if block.max_pool is not None and (reason := _why_not_pooled(block, shape)) is not None:
+        return reason
     if block.keeps_mask and activation(block.act).gate is None:
         return f"activation {block.act!r} behind a shortcut cannot be recomputed from one branch"
     if block.projection is not None:
@@ -95,6 +97,17 @@ def why_not_block(
     elif block.shortcut != "none" and source != shape:
         return f"the residual must have shape {list(shape)}"
     return None
+
+
+def _why_not_pooled(block: Block, shape: Shape) -> str | None:
+    """Why a block cannot end with its max pooling; `shape` is what is pooled."""
+    assert block.max_pool is not None
+    norm = block.units[-1].norm
+    if block.shortcut != "none" or not block.simple_end or block.open_end:
+        return "max pooling must stand behind the norm and activation of a chain"
+    if norm is not None and norm.source == "given":
+        return "max pooling must stand behind a norm of its own block"
+    return block.max_pool.why_not(shape[2:])
 
 
 def _follow(shape: Shape, x: Tensor, layer: Layer) -> tuple[str | None, Shape]:

@@ -75,6 +75,14 @@ class _Walk:
         self.saved.stats[index] = stats
         return stats
 
+    def _pooled(self, raw: Tensor, stats: Tensor | None, act: str) -> Tensor:
+        """The maximum over windows of act(scale*raw + shift), which is not stored."""
+        stats = identity_stats(raw) if stats is None else stats
+        out, self.saved.argmax = self.plan.run("scale_shift_act_pool", act)(
+            raw, stats, pool=self.block.max_pool, act=act, want_argmax=self.block.keeps_argmax
+        )
+        return out
+
 
 class _Forward(_Walk):
     """A run that normalises with batch statistics or keeps something for backward."""
@@ -100,7 +108,10 @@ class _Forward(_Walk):
             residual_stats = self._finalize(self.last + 1, residual, own_state)
         elif block.shortcut in ("input", "activated"):
             residual = source
-        out = self._end(raw, state, residual, residual_stats)
+        if block.max_pool is not None:
+            out = self._pooled(raw, self._finalize(self.last, raw, state), block.act)
+        else:
+            out = self._end(raw, state, residual, residual_stats)
         return [out, *self.saved.flatten()]
 
     def _end(
@@ -214,6 +225,8 @@ class _Inference(_Walk):
                 residual = self._shortcut(source, residual)
         end = block.act if simple else block.units[-1].act
         out = self._unit(self.last, z, residual if simple else None, end)
+        if block.max_pool is not None:
+            return [self._pooled(out, None, "none"), *self.saved.flatten()]
         if not simple and (residual is not None or block.act != "none"):
             stats, act = identity_stats(out), block.act
             out, _ = self.plan.run("scale_shift_act", act)(out, stats, residual=residual, act=act)

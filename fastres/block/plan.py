@@ -27,6 +27,10 @@ from fastres.kernels.common import precision_of
 #: its derivative.
 _PLAIN = ("channel_stats", "finalize_stats")
 _ACTING = ("scale_shift_act", "bn_act_backward_reduce", "bn_act_backward_apply")
+#: Those of a chain that ends with max pooling.
+_POOLING = ("scale_shift_act_pool", "max_pool_backward")
+#: A backend asked for by name may decline these for some tensors: another one takes them.
+_MAY_DECLINE = ("conv_", *_POOLING)
 #: Batch norm as a whole, with the activation; not every backend has it.
 _WHOLE = ("bn_act_forward", "bn_act_backward")
 
@@ -177,8 +181,24 @@ def make_plan(spec: Block, context: Context) -> Plan:
     # What is not a gate has no backward by its output alone, and no block that would need one.
     if activation(spec.act).gate:
         pointwise["act_backward", spec.act] = choose("act_backward", act=spec.act)
+    if spec.max_pool is not None:
+        for act in dict.fromkeys(("none", spec.act)):
+            pointwise["scale_shift_act_pool", act] = choose("scale_shift_act_pool", act=act)
+        pointwise["max_pool_backward", "none"] = choose("max_pool_backward")
     convs = tuple(found[0] if found else None for found in _options(choose, spec))
     return Plan(pointwise, convs, tuple(dict.fromkeys(choose.declined)))
+
+
+@lru_cache(maxsize=4096)
+def pools_within(spec: Block, context: Context) -> bool:
+    """Whether a kernel pools at the end of a block, one that spares what is pooled.
+
+    torch's own operators would only add the way from their indices to taps: they had better pool
+    behind the block.
+    """
+    choose = _Chooser(spec.backend, context)
+    found = [choose.only_kernel("scale_shift_act_pool", act) for act in ("none", spec.act)]
+    return all([*found, choose.only_kernel("max_pool_backward", "none")])
 
 
 @lru_cache(maxsize=4096)
@@ -221,6 +241,11 @@ class _Chooser:
         )
         return select(primitive, (backend,), request)[0]
 
+    def only_kernel(self, primitive: str, act: str) -> bool:
+        """Whether the first backend that accepts a primitive has a kernel of its own for it."""
+        found, _ = select(primitive, self.order, self._request(act))
+        return found is not None and found.backend != "aten"
+
     def ask(
         self, primitive: str, *, acts: Sequence[str] = (), act: str = "none", **request: Any
     ) -> Implementation | None:
@@ -235,7 +260,7 @@ class _Chooser:
     def _insist(self, primitive: str, asked: Request, reasons: list[str]) -> None:
         """A backend asked for by name may leave a primitive out, but not decline a plain one."""
         own = list(implementations(primitive, self.backend))
-        if own and not primitive.startswith("conv_"):
+        if own and not primitive.startswith(_MAY_DECLINE):
             raise NotImplementedError(
                 f"backend {self.backend!r} cannot run {primitive}: {'; '.join(reasons)}"
             )

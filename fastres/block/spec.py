@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastres.kernels import Conv, activation
+from fastres.kernels import Conv, MaxPool, activation
 
 #: Tensors that one unit brings: weight, bias, norm_weight, norm_bias, running_mean, running_var,
 #: factor.
@@ -90,6 +90,7 @@ class _Fields(NamedTuple):
     projection: Unit | None = None
     pool: PoolSpec | None = None
     act: str = "none"
+    max_pool: MaxPool | None = None
     open_end: bool = False
     save: bool = False
     memory: str = "speed"
@@ -107,6 +108,8 @@ class Block(_Fields):
         projection: convolution and perhaps norm of the shortcut, or None.
         pool: average pooling in front of the projection, or None.
         act: activation at the end of the block.
+        max_pool: max pooling behind that, or None; only where there is no shortcut and `simple_end`
+            holds. What is pooled is never stored: a backward goes by the taps of the maxima.
         open_end: whether the last unit's norm is left to the next block: the operator returns the
             raw output of the last convolution, its statistics, and the normalised output's mean
             per image and channel.
@@ -145,6 +148,11 @@ class Block(_Fields):
         given = norm is not None and norm.source == "given"
         recomputed = self.shortcut == "none" and self.simple_end and not given
         return self.save and self.act != "none" and not recomputed
+
+    @cached_property
+    def keeps_argmax(self) -> bool:
+        """Whether the taps are kept that the pooled maxima came from."""
+        return self.save and self.max_pool is not None
 
     @cached_property
     def keeps_activated(self) -> bool:
@@ -246,10 +254,14 @@ def decode(text: str) -> Block:
     Raises:
         ValueError: for an unknown activation, with the known ones.
     """
-    units, shortcut, projection, pool, act, *rest = json.loads(text)
+    units, shortcut, projection, pool, act, max_pool, *rest = json.loads(text)
     activation(act)
     if pool is not None:
         kernel, stride, padding, *flags = pool
         pool = PoolSpec(_pair(kernel), _pair(stride), _pair(padding), *flags)
+    if max_pool is not None:
+        kernel, stride, padding, dilation, ceil_mode = max_pool
+        sizes = _pair(kernel), _pair(stride), _pair(padding), _pair(dilation)
+        max_pool = MaxPool(*sizes, ceil_mode)
     main = tuple([unit for value in units if (unit := _unit_of(value)) is not None])
-    return Block(main, shortcut, _unit_of(projection), pool, act, *rest)
+    return Block(main, shortcut, _unit_of(projection), pool, act, max_pool, *rest)

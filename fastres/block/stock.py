@@ -32,7 +32,8 @@ def run_stock(
             residual = _unit(residual, layers[main])
     if residual is not None:
         z = z + residual
-    return activate(z, block.act)
+    z = activate(z, block.act)
+    return z if block.max_pool is None else block.max_pool.apply(z)
 
 
 def activate(z: Tensor, act: str) -> Tensor:

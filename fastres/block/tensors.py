@@ -90,6 +90,7 @@ class Saved:
 
     Attributes:
         mask: packed derivative of the block's last activation.
+        argmax: taps of the maxima, uint8 with the shape of the pooled output.
         stats: [5, C] per unit that has a norm.
         raw: convolution outputs; None where the unit has no convolution or it is recomputed.
         activated: input of the next unit, for all but the last of the main path.
@@ -99,10 +100,11 @@ class Saved:
     stats: list[Tensor | None] = field(default_factory=list)
     raw: list[Tensor | None] = field(default_factory=list)
     activated: list[Tensor | None] = field(default_factory=list)
+    argmax: Tensor | None = None
 
     def flatten(self) -> list[Tensor]:
         """The tensors that exist, in a fixed order: statistics first."""
-        kept = [*self.stats, self.mask, *self.raw, *self.activated]
+        kept = [*self.stats, self.mask, self.argmax, *self.raw, *self.activated]
         return [t for t in kept if t is not None]
 
     @classmethod
@@ -112,12 +114,13 @@ class Saved:
         units = block.all_units
         stats = [next(rest) if unit.norm is not None else None for unit in units]
         mask = next(rest) if block.keeps_mask else None
+        argmax = next(rest) if block.keeps_argmax else None
         raw = [next(rest) if block.keeps_raw[i] else None for i in range(len(units))]
         inner = range(len(block.units) - 1)
         activated = [next(rest) if block.keeps_value[i] else None for i in inner]
         if block.open_end:
             raw[len(block.units) - 1] = next(rest)
-        return cls(mask, stats, raw, activated)
+        return cls(mask, stats, raw, activated, argmax)
 
 
 def pooled(block: Block, x: Tensor, fmt: torch.memory_format) -> Tensor:
@@ -135,10 +138,10 @@ def output_metas(block: Block, x: Tensor, units: Sequence[UnitTensors]) -> list[
     shapes = output_shapes(block, x.shape, [None if w is None else (*w.shape,) for w in weights])
     main, acc = len(block.units), acc_dtype(x.dtype)
 
-    def activation(shape: Sequence[int]) -> Tensor:
-        return x.new_empty(shape).contiguous(memory_format=fmt)
+    def activation(shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
+        return x.new_empty(shape, dtype=dtype).contiguous(memory_format=fmt)
 
-    out = activation(shapes[main - 1])
+    out = activation(block_shape(block, shapes[main - 1]))
     saved = Saved()
     saved.stats = [
         None if unit.norm is None else x.new_empty((5, shape[1]), dtype=acc)
@@ -147,6 +150,8 @@ def output_metas(block: Block, x: Tensor, units: Sequence[UnitTensors]) -> list[
     if block.keeps_mask:
         rows = mask_shape(out.shape, fmt == torch.channels_last)
         saved.mask = x.new_empty(rows, dtype=torch.uint8)
+    if block.keeps_argmax:
+        saved.argmax = activation(out.shape, torch.uint8)
     saved.raw = [
         activation(shape) if block.keeps_raw[i] else None for i, shape in enumerate(shapes)
     ]
@@ -180,6 +185,13 @@ def output_shapes(
     given = input_shapes(block, x_shape, weights)
     units = zip(block.all_units, given, weights, strict=True)
     return [_output_shape(unit, shape, weight) for unit, shape, weight in units]
+
+
+def block_shape(block: Block, last: tuple[int, ...]) -> tuple[int, ...]:
+    """[N, C, H, W] of the block's output; `last` is the shape that its last unit gives."""
+    if block.max_pool is None:
+        return last
+    return (*last[:2], *block.max_pool.output_size(last[2:]))
 
 
 def pooled_shape(block: Block, shape: tuple[int, ...]) -> tuple[int, ...]:

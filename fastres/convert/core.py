@@ -170,7 +170,7 @@ def _convertible(model: nn.Module, swaps: Swaps) -> list[nn.Module]:
     found, hidden = [], set[nn.Module]()
     for module in model.modules():
         fused = swaps.get(type(module))
-        if module in hidden:
+        if module in hidden or _leaves_inside(module, swaps):
             continue
         if fused is not None and _permanent_obstacle(module, fused) is None:
             found.append(module)
@@ -186,6 +186,8 @@ def _blocks(model: nn.Module, swaps: Swaps, found: Survey) -> Iterator[tuple[str
     for name, module in model.named_modules():
         if (skipped and name.startswith(skipped)) or module in inside:
             continue
+        if _leaves_inside(module, swaps):
+            continue
         known = _is_known(module, swaps) or module in found.bound
         missed = module in found.failed and _has_norms(module)
         if not known and not missed and not looks_residual(module):
@@ -193,6 +195,13 @@ def _blocks(model: nn.Module, swaps: Swaps, found: Survey) -> Iterator[tuple[str
         yield name, module
         if isinstance(module, FusedModule):
             skipped = (*skipped, f"{name}." if name else "")
+
+
+def _leaves_inside(module: nn.Module, swaps: Swaps) -> bool:
+    """Whether it is of a class that is fused around a child, and this one is left to its child."""
+    fused: Any = swaps.get(type(module))
+    wraps = fused is not None and fused._wraps
+    return wraps and _permanent_obstacle(module, fused) is not None
 
 
 def _is_known(module: nn.Module, swaps: Swaps) -> bool:

@@ -29,6 +29,7 @@ from fastres.nn.genuine import (
     Hardswish,
     Identity,
     LeakyReLU,
+    MaxPool2d,
     ReLU,
     ReLU6,
     SiLU,
@@ -46,6 +47,7 @@ from fastres.nn.match import (
     hooked,
     is_norm,
     match,
+    max_pool_of,
 )
 
 Node = fx.Node
@@ -206,7 +208,7 @@ def match_run(run: Run) -> Match | Decline:
 def _culprit(run: Run, at_fault: nn.Module | None) -> nn.Module:
     """The module that no run may hold: the one at fault, or the run's child that has it inside."""
     own = [m for steps in run.parts.units for m in steps if m is not None]
-    own += [m for m in (run.parts.end, run.parts.gate) if m is not None]
+    own += [m for m in (run.parts.end, run.parts.gate, run.parts.max_pool) if m is not None]
     projection = run.parts.projection
     if isinstance(projection, Projection):
         own += [m for m in projection if m is not None]
@@ -223,7 +225,8 @@ class _Op(NamedTuple):
     """A node as an operation that runs are made of.
 
     Attributes:
-        kind: "conv", "norm", "act", "drop", "gate", "scale", "pool", "add" or "identity".
+        kind: "conv", "norm", "act", "drop", "gate", "scale", "pool", "max_pool", "add" or
+            "identity".
         values: what it computes from.
         module: what computes it; functions are stood in for by modules of ours.
         writes: whether it writes into its first value.
@@ -268,7 +271,7 @@ def _operation(node: Node, modules: Mapping[str, nn.Module], root: nn.Module) ->
     target: Any = node.target
     if target is F.conv2d:
         return _convolution(node, root)
-    for read in (_activation, _add, _scale, _dropout, _pool):
+    for read in (_activation, _add, _scale, _dropout, _pool, _max_pool):
         if (op := read(node, target)) is not None:
             return op
     return None
@@ -288,6 +291,8 @@ def _called(node: Node, module: nn.Module) -> _Op | None:
 def _kind(module: nn.Module) -> str | None:
     cls = type(module)
     exact = {Conv2d: "conv", AvgPool2d: "pool", Identity: "identity"}
+    if cls is MaxPool2d:
+        return None if isinstance(max_pool_of(module), Decline) else "max_pool"
     if cls in exact or cls in ACTIVATIONS:
         return exact.get(cls, "act")
     if is_norm(module):
@@ -404,6 +409,27 @@ def _pool(node: Node, target: Any) -> _Op | None:
     return _Op("pool", (node.all_input_nodes[0],), AvgPool2d(kernel, stride or None, *rest))
 
 
+_MAX_POOL = (
+    ("input", None), ("kernel_size", None), ("stride", None), ("padding", 0), ("dilation", 1),
+    ("ceil_mode", False), ("return_indices", False),
+)  # fmt: skip
+
+
+def _max_pool(node: Node, target: Any) -> _Op | None:
+    if target not in (F.max_pool2d, torch.max_pool2d):
+        return None
+    given = _given(node, _MAX_POOL[:-1] if target is torch.max_pool2d else _MAX_POOL)
+    if given is None or not isinstance(given.pop("input"), Node):
+        return None
+    if any([isinstance(value, Node) for value in given.values()]):
+        return None
+    given["stride"] = given["stride"] or None
+    module = MaxPool2d(**given)
+    if isinstance(max_pool_of(module), Decline):
+        return None
+    return _Op("max_pool", (node.all_input_nodes[0],), module)
+
+
 # ---------------------------------------------------------------- what may happen in another order
 
 _PURE_FUNCTIONS: set[Any] = {
@@ -475,9 +501,14 @@ class _Chain(NamedTuple):
     residual: Node | None = None
     end: nn.Module | None = None
     factor: Node | None = None
+    max_pool: nn.Module | None = None
 
     def grown(self, op: _Op) -> _Chain | None:
         """The chain with one more operation, or None where it ends before it."""
+        if self.max_pool is not None:
+            return None
+        if op.kind == "max_pool":
+            return self._replace(max_pool=op.module) if self.may_be_pooled else None
         if self.shortcut != "none":
             ends = op.kind == "act" and self.end is None
             return self._replace(end=op.module) if ends else None
@@ -499,9 +530,17 @@ class _Chain(NamedTuple):
         return self._replace(units=_with_step(self.units, op))
 
     @property
+    def may_be_pooled(self) -> bool:
+        """Whether max pooling behind it can be its end."""
+        simple = self.shortcut == "none" and self.gate is None and self.factor is None
+        return simple and self.normalises and self.units[-1].drop is None
+
+    @property
     def projects(self) -> Projection | None:
         """The chain as a projection, where it can be one."""
         if len(self.units) != 1 or self.shortcut != "none" or self.gate is not None:
+            return None
+        if self.max_pool is not None:
             return None
         conv, norm, act, drop = self.units[0]
         if conv is None or act is not None or drop is not None:
@@ -521,6 +560,8 @@ class _Chain(NamedTuple):
     def leads(self) -> bool:
         """Whether it is a norm, perhaps with an activation, and nothing more."""
         if len(self.units) != 1 or self.pool is not None or self.shortcut != "none":
+            return False
+        if self.max_pool is not None:
             return False
         conv, norm, _, drop = self.units[0]
         return conv is None and norm is not None and drop is None and self.gate is None
@@ -657,6 +698,8 @@ class _Reader:
                 main = self._end_of(end, node)
                 if main is None or main.shortcut != "none" or not main.units:
                     continue
+                if main.max_pool is not None:
+                    continue
                 chain = find(node, main.behind_pool, side)
                 if chain is None:
                     continue
@@ -712,7 +755,9 @@ def _as_run(chain: _Chain, places: Mapping[Node, int]) -> Run | None:
     if chain.shortcut == "none" and units[-1].drop is None and chain.gate is None:
         end = units[-1].act
         units = (*units[:-1], units[-1]._replace(act=None))
-    parts = Parts(units, end, chain.shortcut, chain.projection, gate=chain.gate)
+    parts = Parts(
+        units, end, chain.shortcut, chain.projection, gate=chain.gate, max_pool=chain.max_pool
+    )
     nodes = tuple(sorted(chain.nodes, key=places.__getitem__))
     return Run(parts, nodes, chain.source, chain.residual, chain.factor)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastres.block import Plan, current, known_backend, make_plan
-from fastres.block.plan import Context, shapes_of
+from fastres.block.plan import Context, pools_within, shapes_of
 from fastres.kernels import BACKENDS, memory_format_of
 from fastres.nn.match import Match
 
@@ -93,5 +93,7 @@ def _plan(matched: Match, target: Target) -> Plan:
     block = matched.block._replace(save=True, backend=target.backend, level=current().level)
     device, dtype = target.device or some.device.type, target.dtype or some.dtype
     shapes = shapes_of(weights)
-    here = target.why_not_here is None
-    return make_plan(block, Context(device, dtype, channels_last, shapes, here=here))
+    context = Context(device, dtype, channels_last, shapes, here=target.why_not_here is None)
+    if block.max_pool is not None and not pools_within(block, context):
+        block = block._replace(max_pool=None)
+    return make_plan(block, context)

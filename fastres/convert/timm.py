@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from fastres.nn.blocks import FusedModule
 from fastres.nn.genuine import Sequential
 from fastres.nn.match import Decline, Parts, Steps, children_of, hooked, register_norm_act
-from fastres.nn.stem import FusedStem
+from fastres.nn.stem import FusedStem, with_pooling
 
 
 class FusedBasicBlock(FusedModule, resnet.BasicBlock):  # type: ignore[misc]
@@ -49,29 +49,33 @@ def _parts_of(block: Any, count: int) -> Parts | Decline:
 register_norm_act(BatchNormAct2d, lambda norm: (norm.drop, norm.act))
 
 
+def _stem_of(network: nn.Module) -> Parts | Decline:
+    m = children_of(network)
+    conv, end = m["conv1"], m["act1"]
+    if type(conv) is not Sequential:
+        return Parts((Steps(conv, m["bn1"]),), end, "none")
+    chain = list(conv._modules.values())
+    if len(chain) % 3 != 1:
+        return Decline(conv, "is not a chain of convolutions, batch norms and activations")
+    links = [*chain, m["bn1"], end]
+    groups = zip(links[::3], links[1::3], links[2::3], strict=True)
+    *units, last = [Steps(*group) for group in groups]
+    return Parts((*units, last._replace(act=None)), end, "none", wrappers=(conv,))
+
+
 class FusedResNet(FusedStem, resnet.ResNet):  # type: ignore[misc]
     """timm's ResNet with a fused stem: one convolution, or three (ResNet-C and -D)."""
 
     _replaces: ClassVar[str] = "forward_features"
 
-    maxpool: nn.Module
     layer1: nn.Module
     layer2: nn.Module
     layer3: nn.Module
     layer4: nn.Module
 
     def _parts(self) -> Parts | Decline:
-        m = children_of(self)
-        conv, end = m["conv1"], m["act1"]
-        if type(conv) is not Sequential:
-            return Parts((Steps(conv, m["bn1"]),), end, "none")
-        chain = list(conv._modules.values())
-        if len(chain) % 3 != 1:
-            return Decline(conv, "is not a chain of convolutions, batch norms and activations")
-        links = [*chain, m["bn1"], end]
-        groups = zip(links[::3], links[1::3], links[2::3], strict=True)
-        *units, last = [Steps(*group) for group in groups]
-        return Parts((*units, last._replace(act=None)), end, "none", wrappers=(conv,))
+        parts = _stem_of(self)
+        return parts if isinstance(parts, Decline) else with_pooling(parts, self)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """As timm's, all but the stem."""
@@ -79,7 +83,7 @@ class FusedResNet(FusedStem, resnet.ResNet):  # type: ignore[misc]
         if out is None:
             features: Tensor = super().forward_features(x)
             return features
-        x = self.maxpool(out)
+        x = out
         stages = [self.layer1, self.layer2, self.layer3, self.layer4]
         if self.grad_checkpointing:
             return resnet.checkpoint_seq(stages, x, flatten=True)  # type: ignore[no-any-return]

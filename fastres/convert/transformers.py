@@ -1,4 +1,4 @@
-"""The residual layers and the embedder of transformers' ResNet."""
+"""The residual layers and the stem of transformers' ResNet."""
 
 from __future__ import annotations
 
@@ -66,10 +66,34 @@ class FusedConvLayer(FusedModule, resnet.ResNetConvLayer):  # type: ignore[misc]
         return Parts((unit._replace(act=None),), unit.act, "none")
 
 
+class FusedEmbeddings(FusedModule, resnet.ResNetEmbeddings):  # type: ignore[misc]
+    """transformers' ResNetEmbeddings, the stem with its pooling, fused."""
+
+    _wraps: ClassVar[bool] = True
+    _inner: ClassVar[dict[Any, Any]] = {resnet.ResNetConvLayer: _INNER[resnet.ResNetConvLayer]}
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """As the stock class's, whose argument may be given by this name."""
+        return super().forward(pixel_values)
+
+    def _parts(self) -> Parts | Decline:
+        m: dict[str, Any] = children_of(self)
+        embedder = m["embedder"]
+        if type(embedder) not in _CONV_LAYERS:
+            return Decline(embedder, "is not a ResNetConvLayer")
+        unit = _unit_of(embedder)
+        if getattr(unit.conv, "in_channels", None) != self.num_channels:
+            return Decline(embedder, f"takes other images than of {self.num_channels} channels")
+        return Parts(
+            (unit._replace(act=None),), unit.act, "none", wrappers=(embedder,), max_pool=m["pooler"]
+        )
+
+
 _CONV_LAYERS = (resnet.ResNetConvLayer, FusedConvLayer)
 
 SWAPS: dict[type, type] = {
     resnet.ResNetBasicLayer: FusedBasicLayer,
     resnet.ResNetBottleNeckLayer: FusedBottleNeckLayer,
     resnet.ResNetConvLayer: FusedConvLayer,
+    resnet.ResNetEmbeddings: FusedEmbeddings,
 }

@@ -17,6 +17,7 @@ from fastres.kernels.formulas import POINTWISE, bind, register_formulas
 from fastres.kernels.registry import Request, register
 from fastres.kernels.types import (
     Conv,
+    MaxPool,
     Prologue,
     RunningUpdate,
     acc_dtype,
@@ -141,6 +142,38 @@ def conv_bn_act(
     if residual is not None:
         y = y.add_(residual)
     return y.relu_() if act == "relu" else reference.activate(y, act)
+
+
+@register("scale_shift_act_pool", "aten", name="max_pool2d")
+def scale_shift_act_pool(
+    y: Tensor,
+    stats: Tensor,
+    *,
+    pool: MaxPool,
+    act: str = "none",
+    want_argmax: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """torch's pooling of what `scale_shift_act` gives, its indices as taps."""
+    z, _ = formula_scale_shift_act(y, stats, act=act)
+    fmt = memory_format_of(y)
+    if not want_argmax:
+        return dense(pool.apply(z), fmt), None
+    out, indices = aten.max_pool2d_with_indices(z, *pool)
+    return dense(out, fmt), dense(reference.taps_of(indices, pool, y.shape[3]), fmt)
+
+
+@register("max_pool_backward", "aten", name="max_pool2d_backward")
+def max_pool_backward(
+    grad_out: Tensor, argmax: Tensor, pool: MaxPool, size: tuple[int, int]
+) -> Tensor:
+    """torch's gradient of the pooling, which looks at the sizes of its input alone."""
+    fmt = memory_format_of(grad_out)
+    like = torch.empty(
+        (*grad_out.shape[:2], *size), dtype=grad_out.dtype, device=grad_out.device,
+        memory_format=fmt,
+    )  # fmt: skip
+    indices = dense(reference.indices_of(argmax, pool, size[1]), fmt)
+    return dense(aten.max_pool2d_with_indices_backward(grad_out, like, *pool, indices), fmt)
 
 
 @register("update_running", "aten", name="foreach")

@@ -27,6 +27,7 @@ POINTWISE = (
     "add_act",
     "act_backward",
 )
+POOLING = ("scale_shift_act_pool", "max_pool_backward")
 CONVOLUTIONS = ("conv_forward", "conv_backward_data", "conv_backward_weight", "conv_bn_act")
 
 
@@ -56,4 +57,6 @@ def bind(
 #: Every primitive in float64, rounded only where it is stored.
 declare(Backend("reference", ("cpu", "cuda", "meta"), why_not=lambda: None))
 register("update_running", "reference", name="formula")(reference.update_running)
-register_formulas("reference", (*POINTWISE, *CONVOLUTIONS), acc=lambda dtype: torch.float64)
+register_formulas(
+    "reference", (*POINTWISE, *POOLING, *CONVOLUTIONS), acc=lambda dtype: torch.float64
+)

@@ -275,6 +275,71 @@ def scale_shift_act(
     return out, (pack_mask(_open(out, act), channels_last) if want_mask else None)
 
 
+def scale_shift_act_pool(
+    y: Tensor,
+    stats: Tensor,
+    *,
+    pool: Any,
+    act: str = "none",
+    want_argmax: bool = False,
+    channels_last: bool,
+    acc: torch.dtype = F64,
+) -> tuple[Tensor, Tensor | None]:
+    """The maximum over windows of act(scale*y + shift) as stored, and the tap it came from.
+
+    As in torch the last NaN of a window wins, and the first of equal values. The tap is a position
+    in the window, counted row by row, as uint8.
+    """
+    z = _affine_stored(y, stats, act, acc)
+    out, indices = F.max_pool2d(z, *pool, return_indices=True)
+    taps = taps_of(indices, pool, y.shape[3]) if want_argmax else None
+    fmt = torch.channels_last if channels_last else torch.contiguous_format
+    argmax = None if taps is None else taps.contiguous(memory_format=fmt)
+    return out.contiguous(memory_format=fmt), argmax
+
+
+def max_pool_backward(
+    grad_out: Tensor,
+    argmax: Tensor,
+    pool: Any,
+    size: Sequence[int],
+    *,
+    channels_last: bool,
+    acc: torch.dtype = F64,
+) -> Tensor:
+    """The gradient of what was pooled, of spatial size `size`, from the taps of the maxima."""
+    n, c, _, _ = grad_out.shape
+    g, places = grad_out.to(acc).flatten(2), indices_of(argmax, pool, size[1]).flatten(2)
+    grad = torch.zeros(n, c, size[0] * size[1], dtype=acc, device=g.device)
+    grad = grad.scatter_add(2, places, g).view(n, c, *size).to(grad_out.dtype)
+    return grad.contiguous(
+        memory_format=torch.channels_last if channels_last else torch.contiguous_format
+    )
+
+
+def _corners(t: Tensor, pool: Any) -> tuple[Tensor, Tensor]:
+    """Row [OH, 1] and column [OW] of each window's first tap, for outputs [N, C, OH, OW]."""
+    top, left = (
+        torch.arange(t.shape[2 + axis], device=t.device) * pool.stride[axis] - pool.padding[axis]
+        for axis in (0, 1)
+    )
+    return top.unsqueeze(1), left
+
+
+def taps_of(indices: Tensor, pool: Any, width: int) -> Tensor:
+    """Taps, uint8, out of torch's indices, which count the input's pixels row by row."""
+    top, left = _corners(indices, pool)
+    row = (indices // width - top) // pool.dilation[0]
+    return (row * pool.kernel[1] + (indices % width - left) // pool.dilation[1]).to(torch.uint8)
+
+
+def indices_of(argmax: Tensor, pool: Any, width: int) -> Tensor:
+    """The inverse of `taps_of`."""
+    (top, left), taps = _corners(argmax, pool), argmax.long()
+    row = top + taps // pool.kernel[1] * pool.dilation[0]
+    return row * width + left + taps % pool.kernel[1] * pool.dilation[1]
+
+
 def bn_act_backward_reduce(
     grad_out: Tensor,
     gate: Any,

@@ -27,6 +27,8 @@ PRIMITIVES = (
     "bn_act_backward",
     "add_act",
     "act_backward",
+    "scale_shift_act_pool",
+    "max_pool_backward",
     "conv_forward",
     "conv_backward_data",
     "conv_backward_weight",

@@ -7,6 +7,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+#: The most taps of a window of max pooling: an argmax is a byte for each output.
+MOST_TAPS = 255
 
 #: Rows of a `stats` tensor, [5, C] in the accumulation dtype.
 STATS_ROWS = ("mean", "var", "invstd", "scale", "shift")
@@ -35,6 +39,62 @@ class Conv(NamedTuple):
             and self.padding == (0, 0)
             and self.groups == 1
         )
+
+
+class MaxPool(NamedTuple):
+    """Geometry of 2-d max pooling, in torch's terms: padding is never the maximum.
+
+    A tap is a position in the window, counted row by row: argmax holds one as uint8.
+    """
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    ceil_mode: bool = False
+
+    def apply(self, z: Tensor) -> Tensor:
+        """z [N, C, H, W], pooled."""
+        return F.max_pool2d(z, *self)
+
+    def output_size(self, size: Sequence[int]) -> tuple[int, int]:
+        """Spatial size (H, W) of the output for an input of spatial size `size`."""
+        h, w = [self._outputs(axis, size[axis]) for axis in (0, 1)]
+        return h, w
+
+    def why_not(self, size: Sequence[int]) -> str | None:
+        """Why kernels do not pool an input of spatial size `size`, or None.
+
+        Wrong settings are among the reasons: torch says what is wrong with them.
+        """
+        if min(*self.kernel, *self.stride, *self.dilation) < 1 or min(self.padding) < 0:
+            return "kernel, stride and dilation must be positive, padding must not be negative"
+        if self.kernel[0] * self.kernel[1] > MOST_TAPS:
+            return f"the window must have at most {MOST_TAPS} taps, got {list(self.kernel)}"
+        for axis in (0, 1):
+            if self.padding[axis] > ((self.kernel[axis] - 1) * self.dilation[axis] + 1) // 2:
+                return "the padding must be at most half of the window"
+            if self._outputs(axis, size[axis]) < 1:
+                return f"there is no window in {list(size)}"
+            if self.dilation[axis] > 1 and self._misses(axis, size[axis]):
+                return "a window holds nothing but padding"
+        return None
+
+    def _outputs(self, axis: int, size: int) -> int:
+        kernel, stride, padding, dilation, ceil_mode = self
+        reach = dilation[axis] * (kernel[axis] - 1) + 1
+        rest = size + 2 * padding[axis] - reach + (stride[axis] - 1 if ceil_mode else 0)
+        count = rest // stride[axis] + 1
+        # The last window must begin in the input or in the padding in front of it.
+        outside = ceil_mode and (count - 1) * stride[axis] >= size + padding[axis]
+        return count - 1 if outside else count
+
+    def _misses(self, axis: int, size: int) -> bool:
+        """Whether there is a window without a tap in the input."""
+        kernel, stride, padding, dilation = [one[axis] for one in self[:4]]
+        taps = range(-padding, kernel * dilation - padding, dilation)
+        starts = [window * stride for window in range(self._outputs(axis, size))]
+        return any([all([not 0 <= start + tap < size for tap in taps]) for start in starts])
 
 
 class Prologue(NamedTuple):

@@ -23,7 +23,7 @@ from fastres.kernels import registrations
 from fastres.kernels.cpu.module import module as compiled
 from fastres.kernels.cpu.module import why_not_built
 from fastres.nn.frozen import frozen_of_class
-from fastres.nn.match import Decline, Match, Parts, Projection, match
+from fastres.nn.match import Decline, Match, Parts, Projection, first_hooked, match
 
 #: Inputs of a module are of few kinds; one that sees ever new ones starts over now and then.
 _MOST_KEPT = 64
@@ -131,8 +131,10 @@ def bound_of(module: nn.Module, parts: Parts | Decline | None = None) -> Bound |
     if isinstance(parts, Decline) or isinstance(matched, Decline):
         return None
     bound = Bound(module, parts, matched)
-    # Tensors that were computed, as torch.func.functional_call puts in, are not held on to.
-    if all([t is None or t.is_leaf for layer in matched.layers for t in layer.parameters]):
+    # Tensors that were computed, as torch.func.functional_call puts in, are not held on to, nor is
+    # what hooks that may go again have led to.
+    leaves = all([t is None or t.is_leaf for layer in matched.layers for t in layer.parameters])
+    if leaves and first_hooked(parts.watched) is None:
         _bound[module] = bound
     return bound
 
@@ -175,5 +177,7 @@ def _modules(parts: Parts) -> Iterator[nn.Module]:
         yield from (m for m in projection if m is not None)
     elif projection is not None:
         yield from projection.modules()
-    others = (parts.end, parts.gate, *parts.identities, *parts.wrappers)
+    others = (
+        parts.end, parts.gate, parts.max_pool, *parts.identities, *parts.wrappers, *parts.watched,
+    )  # fmt: skip
     yield from (m for m in others if m is not None)

@@ -203,13 +203,15 @@ class FusedParts(nn.Module):
 
     A subclass says in `_parts` what they make up, in `_replaces` the method that it overrides of
     the stock class behind it, and in `_inner` the classes of children that are looked into and not
-    called, with the forward that these were written with.
+    called, with the forward that these were written with. One that `_wraps` a child which is fused
+    by itself leaves it to that where it cannot be fused as a whole.
     """
 
     _replaces: ClassVar[str] = "forward"
     _stock: ClassVar[Any] = None
     _stock_forward: ClassVar[Any] = None
     _inner: ClassVar[dict[Any, Any]] = {}
+    _wraps: ClassVar[bool] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)

@@ -15,7 +15,7 @@ from torch.nn.modules.container import Sequential
 from torch.nn.modules.conv import Conv2d
 from torch.nn.modules.linear import Identity
 from torch.nn.modules.module import Module
-from torch.nn.modules.pooling import AvgPool2d
+from torch.nn.modules.pooling import AvgPool2d, MaxPool2d
 
 __all__ = [
     "GELU",
@@ -25,6 +25,7 @@ __all__ = [
     "Hardswish",
     "Identity",
     "LeakyReLU",
+    "MaxPool2d",
     "ReLU",
     "ReLU6",
     "Sequential",
@@ -34,13 +35,17 @@ __all__ = [
 ]
 
 
+#: Where torch makes the functions that a flag chooses between, as F.max_pool2d by return_indices.
+_DISPATCHED = "torch._jit_internal"
+
+
 def as_written(owner: Any, name: str) -> Any:
     """owner.<name>, or None where it is already somebody else's when it is first looked at."""
     function = getattr(owner, name)
     home = getattr(function, "__globals__", {}).get("__name__")
     classes = getattr(owner, "__mro__", ())
     written = next((c.__module__ for c in classes if name in c.__dict__), owner.__name__)
-    return function if home in (None, written) else None
+    return function if home in (None, written, _DISPATCHED) else None
 
 
 _WATCHED: tuple[tuple[Any, str], ...] = (
@@ -50,6 +55,7 @@ _WATCHED: tuple[tuple[Any, str], ...] = (
     (F, "batch_norm"), (F, "relu"), (F, "avg_pool2d"), (GELU, "forward"), (Hardswish, "forward"),
     (LeakyReLU, "forward"), (ReLU6, "forward"), (SiLU, "forward"), (F, "gelu"), (F, "hardswish"),
     (F, "leaky_relu"), (F, "relu6"), (F, "hardtanh"), (F, "silu"),
+    (MaxPool2d, "forward"), (F, "max_pool2d"),
 )  # fmt: skip
 _WRITTEN = tuple([as_written(owner, name) for owner, name in _WATCHED])
 
@@ -61,7 +67,7 @@ def replaced() -> str | None:
         ReLU.forward, Identity.forward, Sequential.forward, AvgPool2d.forward, Module.__call__,
         F.conv2d, F.batch_norm, F.relu, F.avg_pool2d, GELU.forward, Hardswish.forward,
         LeakyReLU.forward, ReLU6.forward, SiLU.forward, F.gelu, F.hardswish, F.leaky_relu, F.relu6,
-        F.hardtanh, F.silu,
+        F.hardtanh, F.silu, MaxPool2d.forward, F.max_pool2d,
     )  # fmt: skip
     if now == _WRITTEN:
         return None

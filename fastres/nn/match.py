@@ -18,7 +18,7 @@ from torch.utils import _python_dispatch
 from fastres.block import Block, Layer, Norm, PoolSpec, Unit, pair
 from fastres.block.check import why_not_watched
 from fastres.block.layers import is_size
-from fastres.kernels import Conv
+from fastres.kernels import Conv, MaxPool
 from fastres.nn import factors
 from fastres.nn.frozen import TENSORS, frozen_children, frozen_of, has_tensors
 from fastres.nn.genuine import (
@@ -29,6 +29,7 @@ from fastres.nn.genuine import (
     Hardswish,
     Identity,
     LeakyReLU,
+    MaxPool2d,
     ReLU,
     ReLU6,
     Sequential,
@@ -85,6 +86,8 @@ class Parts(NamedTuple):
         wrappers: modules around the children whose own hooks count too.
         gate: what scales the main path by a factor of its own mean, before the last unit's `drop`;
             see `fastres.nn.factors`.
+        max_pool: max pooling behind `end`, where there is no shortcut; nn.Identity is none.
+        watched: modules that the parts depend on without being among them.
     """
 
     units: tuple[Steps, ...]
@@ -94,6 +97,8 @@ class Parts(NamedTuple):
     identities: tuple[nn.Module | None, ...] = ()
     wrappers: tuple[nn.Module | None, ...] = ()
     gate: nn.Module | None = None
+    max_pool: nn.Module | None = None
+    watched: tuple[nn.Module, ...] = ()
 
 
 class Match(NamedTuple):
@@ -167,11 +172,12 @@ def match(parts: Parts | Decline, alone: bool = False) -> Match | Decline:
     if decline is not None:
         return decline
     units = _units_of(parts.units)
-    end, gate = activation_of(parts.end), gate_of(parts)
-    for part in (units, end, gate):
+    end, gate, max_pool = activation_of(parts.end), gate_of(parts), max_pool_of(parts.max_pool)
+    for part in (units, end, gate, max_pool):
         if isinstance(part, Decline):
             return part
     assert isinstance(units, _Units) and isinstance(end, str) and not isinstance(gate, Decline)
+    assert not isinstance(max_pool, Decline)
     if not alone and not any([layer.unit.conv is not None for layer in units.layers]):
         return Decline(None, "nothing in it is a convolution")
     shortcut = parts.shortcut
@@ -182,7 +188,11 @@ def match(parts: Parts | Decline, alone: bool = False) -> Match | Decline:
         if layers[-1].unit.act != "none":
             return Decline(gate, "stands behind an activation")
         layers = (*layers[:-1], layers[-1]._replace(unit=layers[-1].unit._replace(scale=True)))
-    block = Block(tuple([layer.unit for layer in layers]), shortcut, act=end)
+    elif shortcut == "none" and end == "none" and layers and not layers[-1].unit.scale:
+        # A norm with an activation within: it is the block's.
+        *inner, last = layers
+        end, layers = last.unit.act, (*inner, last._replace(unit=last.unit._replace(act="none")))
+    block = Block(tuple([layer.unit for layer in layers]), shortcut, act=end, max_pool=max_pool)
     matched = Match(block, layers, units.drops, gate)
     return matched if parts.projection is None else _with_projection(matched, parts.projection)
 
@@ -534,6 +544,23 @@ def pool_of(pool: nn.AvgPool2d | None) -> PoolSpec | Decline | None:
     return PoolSpec(
         pair(kernel), pair(stride), pair(padding), pool.ceil_mode, pool.count_include_pad
     )
+
+
+def max_pool_of(pool: nn.Module | None) -> MaxPool | Decline | None:
+    """The max pooling behind a chain; nn.Identity is none."""
+    if pool is None:
+        return None
+    if type(pool) is Identity:
+        return hooked(pool)
+    if type(pool) is not MaxPool2d:
+        return Decline(pool, f"is a {type(pool).__name__}, not a MaxPool2d")
+    if pool.return_indices is not False or type(pool.ceil_mode) is not bool:
+        return Decline(pool, "returns indices, or has another ceil_mode than a bool")
+    kernel, stride, padding, dilation = pool.kernel_size, pool.stride, pool.padding, pool.dilation
+    if not all([is_size(size) for size in (kernel, stride, padding, dilation)]):
+        return Decline(pool, "has other settings than ints or pairs of them")
+    sizes = pair(kernel), pair(stride), pair(padding), pair(dilation)
+    return hooked(pool) or MaxPool(*sizes, pool.ceil_mode)
 
 
 def first_hooked(modules: Iterable[nn.Module | None]) -> Decline | None:

@@ -133,8 +133,13 @@ def _run(module: FusedParts, x: Tensor, training: bool) -> Tensor:
     if matched is None:
         raise ValueError(f"model must be fused throughout, got one that is not: {module.why_not()}")
     settings = current()
+    # torch pools behind the kernels.
     block = matched.block._replace(
-        save=training, memory="balanced", backend=settings.backend, level=settings.level
+        max_pool=None,
+        save=training,
+        memory="balanced",
+        backend=settings.backend,
+        level=settings.level,
     )
     units = split_tensors([t for layer in matched.layers for t in layer.tensors])
     out, *saved = run_forward(block, x, None, units)

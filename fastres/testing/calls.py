@@ -16,6 +16,7 @@ from fastres.kernels import (
     Branch,
     Gate,
     Gated,
+    MaxPool,
     PendingGrad,
     Prologue,
     Request,
@@ -92,6 +93,45 @@ def _scale_shift_act(m: Builder) -> Iterator[Call]:
         if act != "none" and is_gate(act):
             masked = {**ends["projection"], "act": act, "want_mask": True}
             yield Call(tagged("mask", act), request, (y, stats), masked)
+
+
+#: Windows that overlap, that do not, that reach beyond an edge, and that leave pixels out.
+_POOLS = {
+    "3x3": MaxPool((3, 3), (2, 2), (1, 1)),
+    "2x2": MaxPool((2, 2), (2, 2)),
+    "ceil": MaxPool((3, 2), (2, 3), (0, 1), ceil_mode=True),
+    "dilated": MaxPool((2, 3), (1, 2), (1, 1), (2, 1)),
+}
+
+
+def _pools(m: Builder) -> Iterator[tuple[str, MaxPool]]:
+    """The poolings that a case's size allows, by name."""
+    size = m.case.shape[2:]
+    return ((name, pool) for name, pool in _POOLS.items() if pool.why_not(size) is None)
+
+
+def _scale_shift_act_pool(m: Builder) -> Iterator[Call]:
+    y = m.x()
+    stats = m.stats(y)
+    for name, pool in _pools(m):
+        for act in ("none", *m.acts) if name == "3x3" else ("relu",):
+            more = {"pool": pool, "act": act, "want_argmax": True}
+            yield Call(f"{name}, {act}", m.request(y, act=act), (y, stats), more)
+    for name, pool in [*_pools(m)][:1]:
+        more = {"pool": pool, "act": "relu"}
+        yield Call(f"{name}, no argmax", m.request(y, act="relu"), (y, stats), more)
+
+
+def _max_pool_backward(m: Builder) -> Iterator[Call]:
+    y = m.x()
+    last, size = is_channels_last(y), m.case.shape[2:]
+    for name, pool in _pools(m):
+        _, argmax = reference.scale_shift_act_pool(
+            y, m.stats(y), pool=pool, act="relu", want_argmax=True, channels_last=last
+        )
+        assert argmax is not None
+        grad = m.grad(shape=tuple(argmax.shape))
+        yield Call(name, m.request(grad), (grad, argmax, pool, size))
 
 
 def _add_act(m: Builder) -> Iterator[Call]:
@@ -356,6 +396,8 @@ _CALLS: dict[str, Callable[[Builder], Iterator[Call]]] = {
     "bn_act_backward": _bn_act_backward,
     "add_act": _add_act,
     "act_backward": _act_backward,
+    "scale_shift_act_pool": _scale_shift_act_pool,
+    "max_pool_backward": _max_pool_backward,
     "conv_forward": _conv_forward,
     "conv_backward_data": _conv_backward_data,
     "conv_backward_weight": _conv_backward_weight,

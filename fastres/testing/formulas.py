@@ -18,6 +18,7 @@ from fastres.kernels import (
     Conv,
     Gate,
     Gated,
+    MaxPool,
     PendingGrad,
     Prologue,
     acc_dtype,
@@ -68,6 +69,15 @@ class Formulas:
     ) -> Tensor:
         z = self._input(x, prologue)
         return reference.conv_backward_weight(grad_y, z, *args, acc=self.conv_dtype)
+
+    def _max_pool_backward(
+        self, grad_out: Tensor, argmax: Tensor, pool: MaxPool, size: tuple[int, int]
+    ) -> Tensor:
+        """torch's own, which in 16 bits rounds after every addition."""
+        like = grad_out.new_empty(*grad_out.shape[:2], *size)
+        indices = reference.indices_of(argmax, pool, size[1])
+        backward = torch.ops.aten.max_pool2d_with_indices_backward
+        return backward(grad_out, like, *pool, indices)  # type: ignore[no-any-return]
 
     def _conv_bn_act(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, conv: Conv, stats: Tensor,
@@ -177,6 +187,18 @@ def _of_scale_shift_act(y: Tensor, stats: Tensor, **more: Any) -> dict[str, Tens
     if residual is not None:
         size = size + (residual.abs() if other is None else _affine(residual, other))
     return {"out": _activated(size, more.get("act", "none"))}
+
+
+def _of_pooled(y: Tensor, stats: Tensor, *, pool: MaxPool, **more: Any) -> dict[str, Tensor]:
+    return {"out": pool.apply(_activated(_affine(y, stats), more.get("act", "none")))}
+
+
+def _of_pool_backward(
+    grad_out: Tensor, argmax: Tensor, pool: MaxPool, size: tuple[int, int]
+) -> dict[str, Tensor]:
+    last = is_channels_last(grad_out)
+    grad = reference.max_pool_backward(grad_out.abs(), argmax, pool, size, channels_last=last)
+    return {"grad": grad}
 
 
 def _of_add(x: Tensor, residual: Tensor, **_: Any) -> dict[str, Tensor]:
@@ -301,6 +323,8 @@ _MAGNITUDES: dict[str, Any] = {
     "channel_stats": _of_stats,
     "finalize_stats": _of_finalize,
     "scale_shift_act": _of_scale_shift_act,
+    "scale_shift_act_pool": _of_pooled,
+    "max_pool_backward": _of_pool_backward,
     "add_act": _of_add,
     "bn_act_backward_reduce": _of_reduce,
     "bn_act_backward_apply": _of_apply,

@@ -2,38 +2,15 @@
 // an allocation of its own, of exactly its size, so that a step beyond any of them is seen. Values
 // are small integers, and results are those of plain loops.
 #include <cstdio>
-#include <cstdlib>
-#include <vector>
 
-#include "cpu/allocator.h"
 #include "cpu/geometry.h"
 #include "cpu/table.h"
+#include "memory.h"
 
 namespace fastres::cpu {
-
-struct Block {
-  void* memory;
-};
-
-Block* allocate_or_throw(size_t bytes) { return new Block{std::malloc(bytes)}; }
-void release(Block* block) {
-  std::free(block->memory);
-  delete block;
-}
-void* address(const Block* block) { return block->memory; }
-
 namespace {
 
 namespace isa = FASTRES_ISA;
-
-template <class T>
-std::vector<T> integers(int64_t count) {
-  std::vector<T> values(static_cast<size_t>(count));
-  for (T& value : values) {
-    value = FromAcc<T>::convert(float(std::rand() % 7 - 3));
-  }
-  return values;
-}
 
 template <class T>
 std::vector<float> floats(const std::vector<T>& values) {

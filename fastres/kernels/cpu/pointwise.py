@@ -22,7 +22,8 @@ from fastres.kernels.types import Branch, Gate, is_channels_last
 _kernels = module()
 
 
-def _why_not(request: Request) -> str | None:
+def why_not(request: Request) -> str | None:
+    """Why these kernels do not take an activation, or None."""
     if request.device != "cpu":
         return f"it runs on the CPU, got {request.device}"
     if request.dtype not in DTYPE_CODES or request.dtype == torch.uint8:
@@ -61,7 +62,7 @@ def _branches(branches: Sequence[Branch]) -> list[int]:
     return [*found, 0, 0, 0, 0][:4]
 
 
-@register("channel_stats", "cpu", why_not=_why_not)
+@register("channel_stats", "cpu", why_not=why_not)
 def channel_stats(y: Tensor, state: Tensor | None = None, prior_count: int = 0) -> Tensor:
     """(mean, M2) per channel, float64 [2, C]; merged with `state` where it is given."""
     if state is None:
@@ -72,7 +73,7 @@ def channel_stats(y: Tensor, state: Tensor | None = None, prior_count: int = 0) 
     return state
 
 
-@register("finalize_stats", "cpu", why_not=_why_not)
+@register("finalize_stats", "cpu", why_not=why_not)
 def finalize_stats(
     state: Tensor | None,
     count: int,
@@ -100,7 +101,7 @@ def finalize_stats(
     return stats
 
 
-@register("scale_shift_act", "cpu", why_not=_why_not)
+@register("scale_shift_act", "cpu", why_not=why_not)
 def scale_shift_act(
     y: Tensor,
     stats: Tensor,
@@ -122,7 +123,7 @@ def scale_shift_act(
     return out, mask
 
 
-@register("bn_act_backward_reduce", "cpu", why_not=_why_not)
+@register("bn_act_backward_reduce", "cpu", why_not=why_not)
 def bn_act_backward_reduce(
     grad_out: Tensor, gate: Gate, branches: Sequence[Branch], *, sums: Tensor | None = None
 ) -> Tensor:
@@ -137,7 +138,7 @@ def bn_act_backward_reduce(
     return sums
 
 
-@register("bn_act_backward_apply", "cpu", why_not=_why_not)
+@register("bn_act_backward_apply", "cpu", why_not=why_not)
 def bn_act_backward_apply(
     grad_out: Tensor,
     gate: Gate,
@@ -164,7 +165,7 @@ def bn_act_backward_apply(
     return grads, residual
 
 
-@register("add_act", "cpu", why_not=_why_not)
+@register("add_act", "cpu", why_not=why_not)
 def add_act(
     x: Tensor, residual: Tensor, *, act: str = "relu", want_mask: bool = False
 ) -> tuple[Tensor, Tensor | None]:
@@ -178,7 +179,7 @@ def add_act(
     return out, mask
 
 
-@register("act_backward", "cpu", why_not=_why_not)
+@register("act_backward", "cpu", why_not=why_not)
 def act_backward(grad_out: Tensor, gate: Gate, *, out: Tensor | None = None) -> Tensor:
     """The gated gradient, into `out` where it is given."""
     out = empty_like(grad_out) if out is None else out
