@@ -103,6 +103,22 @@ def test_a_chain_of_convolutions_keeps_each_output_once(of_any_size: pytest.Monk
     assert all([torch.equal(a, b) for a, b in zip(*found, strict=True)])
 
 
+def test_what_was_pooled_is_kept(of_any_size: pytest.MonkeyPatch) -> None:
+    """It is smaller than what it would be formed of."""
+    torch.manual_seed(0)
+    first = fastres.nn.ConvBNReLU(6, 8, 3, padding=1)
+    stem = nn.Sequential(first.conv, first.bn, first.relu, nn.MaxPool2d(3, 2, 1))
+    net, x, kept = nn.Sequential(stem, fastres.BasicBlock(8, 8)), image(), []
+    fastres.convert(net)
+    found = []
+    for least in (ALWAYS, NEVER):
+        of_any_size.setattr(op, "LEAST_BYTES", least)
+        kept.append(saved_bytes(net, lambda: net(x)))
+        found.append(gradients(copy.deepcopy(net), x))
+    assert kept[0] == kept[1]
+    assert all([torch.equal(a, b) for a, b in zip(*found, strict=True)])
+
+
 def test_an_input_changed_in_place_is_kept() -> None:
     """What the block in front would form is not what this one was given."""
     first, second, x = projected(6, 8), fastres.BasicBlock(8, 8), image()

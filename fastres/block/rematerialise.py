@@ -62,11 +62,13 @@ class Origin(NamedTuple):
 
 
 def forms_again(block: Block) -> bool:
-    """Whether a block's output is one pass over what it keeps."""
+    """Whether a block's output is one pass over what it keeps, and worth it: one that was pooled
+    is smaller than that.
+    """
     ends = block.keeps_raw[len(block.units) - 1 :]
     sources = block.projection is not None or block.shortcut in ("none", "input")
     balanced = block.save and block.memory == "balanced" and not block.open_end
-    return balanced and sources and block.simple_end and all(ends)
+    return balanced and sources and block.simple_end and all(ends) and block.max_pool is None
 
 
 def saves_plainly() -> bool:
