@@ -79,3 +79,34 @@ def history(block: nn.Module, last: bool, training: bool, device: str = "cpu") -
             kept.append(block.eval()(x.detach()))
         block.train(training)
     return kept
+
+
+def check_same_bits(
+    kind: Kind,
+    dtypes: str,
+    training: bool,
+    last: bool,
+    device: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A block whose kernels were written down has the walk's bits, by the backend in force."""
+    torch.manual_seed(0)
+    block = lowered(kind.make(), *DTYPES[dtypes]).to(device)
+    if last:
+        block = block.to(memory_format=CHANNELS_LAST)
+    written = history(block, last, training, device)
+    walked(monkeypatch)
+    expected = history(block, last, training, device)
+    for found, wanted in zip(written, expected, strict=True):
+        assert torch.equal(found, wanted)
+
+
+def check_written(kind: Kind, dtypes: str, device: str) -> None:
+    """It has programs for forward and backward that call something, by the backend in force."""
+    block = lowered(kind.make(), *DTYPES[dtypes]).to(device, memory_format=CHANNELS_LAST)
+    x = torch.randn(2, 8, 5, 5).to(device, DTYPES[dtypes][0])
+    x = x.contiguous(memory_format=CHANNELS_LAST).requires_grad_()
+    for _ in range(2):
+        block(x).sum().backward()
+    (written,) = programs_of(block)
+    assert min(written.steps) > 1 and len(written.steps) == 2

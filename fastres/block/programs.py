@@ -41,10 +41,8 @@ def recorder(block: Block, plan: Plan, device: torch.device) -> Record | None:
     ours = all([_module_of(one.run).startswith(_OURS) for one in may_run])
     if block.open_end or block.shortcut == "tensor" or not ours:
         return None
-    for name in backends & {"cpu", "cuda"}:
-        if backends <= {name, "aten"} and device.type in BACKENDS[name].devices:
-            return BACKENDS[name].record
-    return None
+    records = {BACKENDS[name].record for name in backends - {"aten"}}
+    return records.pop() if len(records) == 1 else None
 
 
 def _module_of(run: Callable[..., object]) -> str:

@@ -141,11 +141,13 @@ class Tape(TorchDispatchMode):
         if not self._paused:
             self.refused = self.refused or why
 
-    def holds(self, unless: Callable[[], bool], aligned: Iterable[Tensor | None]) -> None:
-        """Note what a decision depended on: a condition, and tensors at multiples of 16 bytes."""
+    def holds(
+        self, aligned: Iterable[Tensor | None], unless: Callable[[], bool] | None = None
+    ) -> None:
+        """Note what a decision depended on: tensors at multiples of 16 bytes, and a condition."""
         if not self._paused:
-            self.unless.append(unless)
-            self.aligned += [t for t in aligned if t is not None]
+            self.aligned += [self.original(t) for t in aligned if t is not None]
+            self.unless += [] if unless is None else [unless]
 
     @contextmanager
     def paused(self) -> Iterator[None]:

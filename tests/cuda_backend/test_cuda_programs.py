@@ -3,29 +3,12 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from kinds import Kind
-from program_checks import BLOCKS, CHANNELS_LAST, DTYPES, history, lowered, programs_of, walked
+from program_checks import BLOCKS, DTYPES, check_same_bits, check_written
 
 import fastres
 
 pytestmark = pytest.mark.gpu
-
-
-def _same(
-    one: Kind, dtypes: str, memory: str, training: bool, last: bool, device: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    torch.manual_seed(0)
-    block = lowered(one.make(), *DTYPES[dtypes]).to(device)
-    if last:
-        block = block.to(memory_format=CHANNELS_LAST)
-    with fastres.use_backend("cuda"), fastres.use_memory(memory):
-        written = history(block, last, training, device)
-        walked(monkeypatch)
-        expected = history(block, last, training, device)
-    for found, wanted in zip(written, expected, strict=True):
-        assert torch.equal(found, wanted)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -36,24 +19,20 @@ def test_same_bits_as_the_walk(
     kind: Kind, dtypes: str, memory: str, training: bool, device: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    _same(kind, dtypes, memory, training, True, device, monkeypatch)
+    with fastres.use_backend("cuda"), fastres.use_memory(memory):
+        check_same_bits(kind, dtypes, training, True, device, monkeypatch)
 
 
 @pytest.mark.parametrize("kind", BLOCKS, ids=str)
 def test_same_bits_in_the_other_layout(
     kind: Kind, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _same(kind, "float32", "speed", True, False, device, monkeypatch)
+    with fastres.use_backend("cuda"):
+        check_same_bits(kind, "float32", True, False, device, monkeypatch)
 
 
 @pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("kind", BLOCKS, ids=str)
 def test_blocks_are_written_down(kind: Kind, dtypes: str, device: str) -> None:
-    block = lowered(kind.make(), *DTYPES[dtypes]).to(device, memory_format=CHANNELS_LAST)
-    x = torch.randn(2, 8, 5, 5).to(device, DTYPES[dtypes][0])
-    x = x.contiguous(memory_format=CHANNELS_LAST).requires_grad_()
     with fastres.use_backend("cuda"):
-        for _ in range(2):
-            block(x).sum().backward()
-    (written,) = programs_of(block)
-    assert min(written.steps) > 1 and len(written.steps) == 2
+        check_written(kind, dtypes, device)

@@ -74,7 +74,7 @@ def _distributed() -> bool:
 def _hold(tensors: Sequence[Tensor | None]) -> None:
     """Tell a program that is being written down what channel blocks depend on."""
     if (tape := taping()) is not None:
-        tape.holds(_distributed, tensors)
+        tape.holds(tensors, unless=_distributed)
 
 
 class Forward(NamedTuple):
