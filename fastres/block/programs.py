@@ -67,11 +67,12 @@ class Programs:
     are brought into the layout of the block in front of a program, where torch copies.
     """
 
-    __slots__ = ("_backward", "_block", "_fmt", "_forward", "_plan", "_record")
+    __slots__ = ("_backward", "_block", "_first", "_fmt", "_forward", "_plan", "_record")
 
     def __init__(self, record: Record, block: Block, plan: Plan, fmt: torch.memory_format) -> None:
         self._record, self._block, self._plan, self._fmt = record, block, plan, fmt
         self._forward: Run = _unwritten
+        self._first: Program | None = None
         self._backward: dict[Any, Run] = {}
 
     def forward(
@@ -88,9 +89,8 @@ class Programs:
             inputs += updates.buffers
         results = self._forward(inputs)
         if results is None and self._forward is not _refused:
-            self._forward, done = self._written(
-                lambda: self._run_forward(x, tensors, updates), inputs
-            )
+            program, done = self._written(lambda: self._run_forward(x, tensors, updates), inputs)
+            self._forward = self._alike(program)
             if done is not None:
                 return [*done[0], *done[1]], False
             results = self._forward(inputs)
@@ -151,7 +151,16 @@ class Programs:
 
     def views(self, kept: Sequence[Tensor]) -> list[Tensor]:
         """The tensors in what a forward's program kept."""
-        return cast(Program, self._forward).views(kept)
+        assert self._first is not None
+        return self._first.views(kept)
+
+    def _alike(self, program: Run) -> Run:
+        """A forward's program, unless a backward could mistake what it keeps for another's."""
+        if program is _unwritten or program is _refused:
+            return program
+        written = cast(Program, program)
+        self._first = self._first or written
+        return program if written.layout == self._first.layout else _refused
 
     def _written(
         self, function: Callable[[], Results], inputs: list[Tensor]

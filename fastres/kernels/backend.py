@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
 
 class Program(Protocol):
-    """Calls that were written down: `fastres.kernels.cpu.program`, `fastres.kernels.tape`."""
+    """Calls that were written down: `fastres.kernels.cpu.program`, `fastres.kernels.tape`.
+
+    Attributes:
+        layout: how what is kept lies in the tensors that hold it.
+    """
+
+    layout: Any
 
     def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor] | None:
         """The outputs and what is kept, in fewer tensors; None where it holds no longer."""

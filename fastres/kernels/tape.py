@@ -11,6 +11,7 @@ There is no program where a value decided something, or where memory was used th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import local
@@ -219,13 +220,14 @@ class TapeProgram:
 
     Attributes:
         steps: how many launches and operators that compute.
+        layout: how what is kept lies in the tensors that hold it.
         text: the function that makes them.
     """
 
     def __init__(
-        self, text: str, names: dict[str, Any], steps: int, places: Sequence[Callable[..., Tensor]]
+        self, text: str, names: dict[str, Any], steps: int, layout: Sequence[_Place]
     ) -> None:
-        self.text, self.steps, self._places = text, steps, places
+        self.text, self.steps, self.layout = text, steps, layout
         exec(compile(text, "<program of a block>", "exec"), names)
         self._run: Callable[[Sequence[Tensor]], list[Tensor] | None] = names["run"]
 
@@ -235,7 +237,26 @@ class TapeProgram:
 
     def views(self, kept: Sequence[Tensor]) -> list[Tensor]:
         """The tensors in what is kept."""
-        return [place(kept) for place in self._places]
+        return [place.of(kept) for place in self.layout]
+
+
+class _Place(NamedTuple):
+    """Where a tensor is among those that hold what is kept: itself, or bytes of the first."""
+
+    which: int
+    start: int | None
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    def of(self, kept: Sequence[Tensor]) -> Tensor:
+        """The tensor."""
+        which, start, shape, stride, dtype = self
+        if start is None:
+            return kept[which]
+        # Dense in memory: what is kept as bytes was made by an operator that only makes memory.
+        end = start + dtype.itemsize * math.prod(shape)
+        return kept[which][start:end].view(dtype).as_strided(shape, stride)
 
 
 class _Line(NamedTuple):
@@ -395,6 +416,10 @@ class _Writer:
 
     def program(self) -> TapeProgram:
         """The program of the tape."""
+        # In the order in which they are kept, so that another program of the same has its layout.
+        for t in self.kept:
+            if (arena := self._as_bytes(self._owner(t))) is not None:
+                arena.place(self._owner(t))
         steps = 0
         for step in self.tape.steps:
             self.touched: set[str] = set()
@@ -406,9 +431,6 @@ class _Writer:
                 (self._view if step.kind == "view" else self._memory)(step)
             steps += step.kind in ("launch", "call")
         own = [t for t in self.kept if self._as_bytes(self._owner(t)) is None]
-        for t in self.kept:
-            if (arena := self._as_bytes(self._owner(t))) is not None:
-                arena.place(self._owner(t))
         returned = [*self.outputs, *own]
         names = [self._tensor(t) for t in returned]
         if self.kept_bytes.size:
@@ -416,7 +438,7 @@ class _Writer:
         text = "\n    ".join([
             "def run(inputs):", *self._head(), *self._body({*names}), f"return [{', '.join(names)}]"
         ])  # fmt: skip
-        return TapeProgram(text, self.values, steps, self._places(own))
+        return TapeProgram(text, self.values, steps, self._layout())
 
     def _launch(self, step: _Step) -> None:
         of = [self._written(0 if one is None else one, self._address) for one in step.arguments]
@@ -520,22 +542,17 @@ class _Writer:
                 body.append(f"del {', '.join(dead)}")
         return body
 
-    def _places(self, own: Sequence[Tensor]) -> list[Callable[[Sequence[Tensor]], Tensor]]:
-        """How to find each tensor that is kept."""
-        first = 1 if self.kept_bytes.size else 0
-        return [self._place(t, own, first) for t in self.kept]
-
-    def _place(
-        self, t: Tensor, own: Sequence[Tensor], first: int
-    ) -> Callable[[Sequence[Tensor]], Tensor]:
-        for i, one in enumerate(own):
-            if one is t:
-                return lambda kept: kept[first + i]
-        owner = self._owner(t)
-        start = self.kept_bytes.place(owner) + t.data_ptr() - owner.data_ptr()
-        shape, stride, dtype = tuple(t.shape), t.stride(), t.dtype
-        end = start + bytes_of(t)
-        return lambda kept: kept[0][start:end].view(dtype).as_strided(shape, stride)
+    def _layout(self) -> list[_Place]:
+        """Where each tensor is that is kept."""
+        places, index = [], 1 if self.kept_bytes.size else 0
+        for t in self.kept:
+            start, owner = None, self._owner(t)
+            if self._as_bytes(owner) is not None:
+                start = self.kept_bytes.place(owner) + t.data_ptr() - owner.data_ptr()
+            at = index if start is None else 0
+            places.append(_Place(at, start, tuple(t.shape), t.stride(), t.dtype))
+            index += start is None
+        return places
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

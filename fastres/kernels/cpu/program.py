@@ -166,6 +166,7 @@ class Program:
 
     Attributes:
         steps: how many.
+        layout: how what is kept lies in the tensor that holds it.
     """
 
     def __init__(
@@ -186,6 +187,7 @@ class Program:
         for t in kept:
             self._offsets.append(self._bytes)
             self._bytes += -(-bytes_of(t) // _ALIGNMENT) * _ALIGNMENT
+        self.layout = self._offsets, self._kept
 
     def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor] | None:
         """The outputs, and in one tensor of bytes what is kept, if anything is.
