@@ -227,7 +227,7 @@ def test_other_inputs_give_what_the_function_gives(
     if device != "cpu":
         pytest.skip("of the tape alone: one device is enough")
     wanted = [sorted({i % len(plan) for i in chosen}) for chosen in (outputs, kept - outputs)]
-    values, others = _inputs(), _inputs()
+    values, others = _inputs(), [_misaligned(x) for x in _inputs()]
 
     def function() -> tuple[list[Tensor], list[Tensor]]:
         made = _run(values, plan)
