@@ -41,15 +41,20 @@ void copy(const CopyArgs& a) {
 int64_t sample_weight(const void* weight, DType dtype, const int64_t* shape,
                       const int64_t* strides) {
   const int64_t bytes = dtype == DType::kBFloat16 ? 2 : 4;
-  const int64_t places = shape[1] * shape[2] * shape[3];
-  uint64_t sum = 14695981039346656037u;  // FNV-1a
-  for (int64_t k = 0; k < shape[0] && places > 0; ++k) {
-    const int64_t place = k % places, tap = place / shape[1];
-    const int64_t offset = k * strides[0] + place % shape[1] * strides[1] +
-                           tap / shape[3] * strides[2] + tap % shape[3] * strides[3];
+  const bool empty = shape[1] * shape[2] * shape[3] == 0;
+  uint64_t sum = 14695981039346656037u;      // FNV-1a
+  int64_t channel = 0, row = 0, column = 0;  // the next channel's sample is at the next place
+  for (int64_t k = 0; k < shape[0] && !empty; ++k) {
+    const int64_t offset =
+        k * strides[0] + channel * strides[1] + row * strides[2] + column * strides[3];
     uint32_t bits = 0;
     memcpy(&bits, static_cast<const char*>(weight) + offset * bytes, size_t(bytes));
     sum = (sum ^ bits) * 1099511628211u;
+    if (++channel == shape[1]) {
+      channel = 0;
+      column = column + 1 == shape[3] ? 0 : column + 1;
+      row = column > 0 ? row : row + 1 == shape[2] ? 0 : row + 1;
+    }
   }
   return int64_t(sum);
 }

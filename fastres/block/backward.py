@@ -84,9 +84,8 @@ class Needs(_NeedsFields):
         Those of a weight are read for the gradient of what is in front of it, not for its own.
         """
         found = [self._reads_x]
-        recomputed = len(self.block.units) - 1 if self.block.recomputes_last else None
         for i, unit in enumerate(self.block.all_units):
-            again = i == recomputed and (self.below[i] or any(self.units[i]))
+            again = self.block.recomputed[i] and (self.below[i] or any(self.units[i]))
             weight = unit.conv is not None and (self.below[i] or again)
             found += [weight, again, *_NORM_READS, unit.scale]
         return tuple(found)
@@ -97,7 +96,8 @@ class Needs(_NeedsFields):
         gradients, and wherever its output is to be computed again.
         """
         block = self.block
-        side = block.projection is not None and self.passes[-1]
+        again = block.recomputed[-1] and any(self.units[-1])
+        side = block.projection is not None and (self.passes[-1] or again)
         if block.units[0].conv is not None:
             return self.passes[0] or side
         kept = len(block.units) > 1 and block.keeps_value[0]
@@ -325,12 +325,9 @@ class _Backward:
         wants_source = self.needs.below[-1]
         if not self.needs.passes[index]:
             return
-        source = self._source()
-        grad, _ = self._unit(
-            index, incoming, Act(pooled(self.block, source, self.fmt)), wants_source, None, None
-        )
+        grad, _ = self._unit(index, incoming, self._input(index), wants_source, None, None)
         if grad is not None and self.block.pool is not None:
-            grad = _unpool(self.block, grad, source)
+            grad = _unpool(self.block, grad, self._source())
         self.grad_x = grad
 
     def _source(self) -> Tensor:
@@ -446,7 +443,8 @@ class _Backward:
         return _OPEN if act == "none" else Gate("affine", None, act)
 
     def _branch(self, index: int) -> Branch:
-        raw = self._raw(index)
+        # What is added as it is has a gradient that does not depend on it.
+        raw = self.grad_out if self.block.added_as_is[index] else self._raw(index)
         stats = self.saved.stats[index]
         known = identity_stats(raw) if stats is None or not self.specs[index].scaled_norm else stats
         return Branch(raw, known)
@@ -472,7 +470,9 @@ class _Backward:
         return raw
 
     def _input(self, index: int) -> Act:
-        """What unit `index` of the main path was given in forward."""
+        """What unit `index` was given in forward."""
+        if index > self.last:
+            return Act(pooled(self.block, self._source(), self.fmt))
         if index == 0:
             return Act(self.x)
         if self.block.keeps_value[index - 1]:

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from fastres.block.plan import ConvPlan, Plan
-from fastres.block.spec import Unit
-from fastres.block.tensors import Act
+from fastres.block.spec import Block, Unit
+from fastres.block.tensors import Act, identity_stats
 from fastres.kernels import Branch, Conv, Gate, Gated, PendingGrad, Prologue
 
 
@@ -58,6 +58,24 @@ def scaled(z: Tensor, factor: Tensor, overwrite: bool = False) -> Tensor:
     """
     factor = factor.to(z.dtype)
     return z.mul_(factor) if overwrite else z * factor
+
+
+def end_of(
+    plan: Plan,
+    block: Block,
+    raw: Tensor,
+    stats: Tensor | None,
+    residual: Tensor | None,
+    residual_stats: Tensor | None,
+    want_mask: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """A block's output, of what its last unit and its shortcut left, and its mask."""
+    stats = identity_stats(raw) if stats is None else stats
+    out, mask = plan.run("scale_shift_act", block.act)(
+        raw, stats, residual=residual, residual_stats=residual_stats, act=block.act,
+        want_mask=want_mask,
+    )  # fmt: skip
+    return out, mask
 
 
 def conv_backward(plan: Plan, conv_plan: ConvPlan) -> Callable[..., Any]:

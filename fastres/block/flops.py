@@ -64,7 +64,7 @@ def backward_flops(
             out, given, weight, None, None, None, None, False, None, None, mask,
             out_val=(given, weight, None),
         )  # fmt: skip
-        if block.recomputes_last and i == len(block.units) - 1:
+        if block.recomputed[i]:
             flops += conv_flop_count([*given], [*weight], [*out])
     return flops
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastres.block.autotune import tuned_plan
-from fastres.block.compose import convolve, materialise, scaled
+from fastres.block.compose import convolve, end_of, materialise, scaled
 from fastres.block.plan import Plan, context_of, make_plan
 from fastres.block.spec import Block, Unit
 from fastres.block.tensors import Act, Saved, UnitTensors, identity_stats, pooled
@@ -108,22 +108,20 @@ class _Forward(_Walk):
         residual_stats: Tensor | None,
     ) -> Tensor:  # fmt: skip
         """The block's output, out of what its last convolution and its shortcut left."""
-        act = self.block.act
-        end: dict[str, Any] = {
-            "residual": residual,
-            "residual_stats": residual_stats,
-            "act": act,
-            "want_mask": self.block.keeps_mask,
-        }
-        if self.block.simple_end and (whole := self._whole(self.last, state, act)) is not None:
-            self.saved.stats[self.last], out, self.saved.mask = whole(raw, **end)
+        block = self.block
+        if block.simple_end and (whole := self._whole(self.last, state, block.act)) is not None:
+            self.saved.stats[self.last], out, self.saved.mask = whole(
+                raw, residual=residual, residual_stats=residual_stats, act=block.act,
+                want_mask=block.keeps_mask,
+            )  # fmt: skip
             return out
         stats = self._finalize(self.last, raw, state)
-        if not self.block.simple_end:
+        if not block.simple_end:
             unit, factor = self.specs[self.last], self.units[self.last].factor
             raw, stats = materialise(self.plan, Act(raw, stats, unit.act, factor)), None
-        stats = identity_stats(raw) if stats is None else stats
-        out, self.saved.mask = self.plan.run("scale_shift_act", act)(raw, stats, **end)
+        out, self.saved.mask = end_of(
+            self.plan, block, raw, stats, residual, residual_stats, block.keeps_mask
+        )
         return out
 
     def _open(self, raw: Tensor, state: Tensor | None) -> list[Tensor]:

@@ -12,6 +12,14 @@ from fastres.block.backward import needs_of, run_backward
 from fastres.block.forward import run_forward
 from fastres.block.plan import Plan
 from fastres.block.programs import Programs, recorder
+from fastres.block.rematerialise import (
+    LEAST_BYTES,
+    Attached,
+    Origin,
+    StandIn,
+    forms_again,
+    saves_plainly,
+)
 from fastres.block.running import Updates
 from fastres.block.second import torch_backward, wants_torch
 from fastres.block.spec import UNIT_TENSORS, Block
@@ -51,8 +59,8 @@ class Run(NamedTuple):
         """What follows from the block."""
         units = block.all_units
         keeps = [place in (_WEIGHT, _FACTOR) for _ in units for place in range(UNIT_TENSORS)]
-        if block.recomputes_last:
-            keeps[UNIT_TENSORS * (len(block.units) - 1) + _BIAS] = True
+        for i, again in enumerate(block.recomputed):
+            keeps[UNIT_TENSORS * i + _BIAS] |= again
         keeps.insert(0, True)
         norms = sum([unit.norm is not None for unit in units])
         return cls(block, block.encode(), int(block.open_end), norms, tuple(keeps), plan, fmt, {})
@@ -119,7 +127,8 @@ class _BlockFunction(torch.autograd.Function):
 
     What a backward reads is saved, so that a tensor changed in place between forward and backward
     raises torch's own error. All else may change: of a weight whose gradient alone is wanted, or
-    of a frozen one with nothing in front that is not, a backward looks at the sizes.
+    of a frozen one with nothing in front that is not, a backward looks at the sizes. In the place
+    of an x that the block in front can form again, what it keeps for that is saved.
     """
 
     @staticmethod
@@ -141,7 +150,16 @@ class _BlockFunction(torch.autograd.Function):
         ctx.run = run
         ctx.reads = run.read(ctx.needs_input_grad[2:])
         read, ctx.unsaved = _apart((x, *tensors), ctx.reads, run)
-        ctx.save_for_backward(*read, *saved, *[out for _ in mean])
+        origin: Origin | None = None
+        again: Sequence[Tensor] = ()
+        if run.block.memory != "speed":
+            origin = _origin_of(read[0], run)
+        if origin is not None:
+            origin, again = origin.apart(), origin.tensors
+            with torch.enable_grad():
+                read[0] = StandIn.apply(x)  # type: ignore[no-untyped-call]
+        ctx.origin, ctx.own = origin, len(read) + len(saved) + len(mean)
+        ctx.save_for_backward(*read, *saved, *[out for _ in mean], *again)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*stats)
         return (out, *mean, *stats)
@@ -198,10 +216,45 @@ def _apart(
     return read, unsaved
 
 
+def _origin_of(x: Tensor | None, run: Run) -> Origin | None:
+    """How the block in front forms x again, where x is the whole of what it gave and is read."""
+    if x is None or run.plan is None or not saves_plainly():
+        return None
+    node: Any = x.grad_fn
+    if not isinstance(node, _Node) or x.output_nr != 0 or x._version != 0:
+        return None
+    if x.nbytes < LEAST_BYTES or node.run.plan is None or not forms_again(node.run.block):
+        return None
+    try:
+        everything = node.saved_tensors
+    except RuntimeError:  # A backward freed them, or one was changed: nobody may build on them.
+        return None
+    front, tensors = node.run, [*everything[len(node.reads) : node.own]]
+    if front.block.adds_input:
+        if node.origin is not None or everything[0] is None:
+            return None
+        tensors.append(everything[0])
+    return Origin(front.block, front.plan, front.programs if node.together else None, tensors)
+
+
+def _saved(ctx: Any, attached: bool = False) -> tuple[list[Any], Sequence[Tensor]]:
+    """What was saved of what the forward was given, x first, and what it kept; an x that is formed
+    again is `attached` to the graph where gradients of it are to find their way.
+    """
+    count, everything = len(ctx.reads), ctx.saved_tensors
+    read = [*everything[:count]]
+    if ctx.origin is not None:
+        x = ctx.origin.output(everything[ctx.own :])
+        if attached:
+            with torch.enable_grad():
+                x = Attached.apply(read[0], x)  # type: ignore[no-untyped-call]
+        read[0] = x
+    return read, everything[count : ctx.own]
+
+
 def _given(ctx: Any) -> tuple[list[Tensor | None], Sequence[Tensor]]:
     """What a backward is given, x first, and what its forward kept."""
-    count, everything = len(ctx.reads), ctx.saved_tensors
-    given = [*everything[:count]]
+    given, kept = _saved(ctx)
     for i, keep in enumerate(ctx.run.keeps):
         one = ctx.unsaved[i]
         if not keep or one is None:
@@ -211,7 +264,7 @@ def _given(ctx: Any) -> tuple[list[Tensor | None], Sequence[Tensor]]:
             given[i] = torch.empty_strided(size, stride, dtype=dtype, device=device)
         else:
             given[i] = one[0]
-    return given, everything[count:]
+    return given, kept
 
 
 def _backward(
@@ -244,22 +297,22 @@ def _torch_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | 
 
     It reads parameters that a fused backward does not, so these are held to their version here.
     """
-    run, count, everything = ctx.run, len(ctx.reads), ctx.saved_tensors
+    run, (read, kept) = ctx.run, _saved(ctx, attached=True)
     if any([one is not None and one[0]._version != one[1] for one in ctx.unsaved]):
         raise RuntimeError(
             "one of the variables needed for gradient computation has been modified by an inplace "
             "operation: a parameter of a fused block, in front of a gradient of its gradients"
         )
-    x, *tensors = [
-        t if one is None else one[0] for t, one in zip(everything[:count], ctx.unsaved, strict=True)
-    ]
-    saved = run.programs.views(everything[count:]) if ctx.together else everything[count:]
+    x, *tensors = [t if one is None else one[0] for t, one in zip(read, ctx.unsaved, strict=True)]
+    saved = run.programs.views(kept) if ctx.together else kept
     last = run.fmt == torch.channels_last
     wanted = ctx.needs_input_grad[2:]
     return (None, None, *torch_backward(run.block, grads, x, tensors, saved, wanted, last))
 
 
 _apply = super(torch.autograd.Function, _BlockFunction).apply
+#: What stands in the graph for a block.
+_Node: Any = _BlockFunction._backward_cls
 
 
 def run_block(

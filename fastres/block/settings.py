@@ -108,7 +108,8 @@ def use_memory(mode: str) -> Iterator[None]:
 
     Args:
         mode: "speed" keeps raw and activated tensors, "balanced" recomputes the activated ones,
-            "lean" also runs the last convolution again, "auto" is the fastest on the device.
+            "lean" also runs a block's last convolution and its projection again, "auto" is the
+            fastest on the device.
 
     Raises:
         ValueError: for an unknown mode.

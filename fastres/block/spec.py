@@ -132,6 +132,11 @@ class Block(_Fields):
         return self.units[-1].act == "none" and not self.units[-1].scale
 
     @cached_property
+    def adds_input(self) -> bool:
+        """Whether the shortcut is the block's input as it is."""
+        return self.shortcut == "input" and self.projection is None
+
+    @cached_property
     def keeps_mask(self) -> bool:
         """A sum with a shortcut, or a scaled output, cannot be recomputed from one branch: the
         derivative of the activation behind it is kept as bits.
@@ -147,12 +152,25 @@ class Block(_Fields):
         return self.save and self.memory == "speed"
 
     @cached_property
-    def recomputes_last(self) -> bool:
-        """Whether the last raw convolution output is computed again in backward."""
-        return (
-            self.save and self.memory == "lean" and not self.open_end
-            and len(self.units) > 1 and self.units[-1].conv is not None
-        )  # fmt: skip
+    def added_as_is(self) -> tuple[bool, ...]:
+        """Whether the raw output of each unit's convolution is added as it is: then a backward does
+        not read it.
+        """
+        last = len(self.units) - 1
+        units = enumerate(self.all_units)
+        return tuple([i >= last and unit.plain and not self.open_end for i, unit in units])
+
+    @cached_property
+    def recomputed(self) -> tuple[bool, ...]:
+        """Whether each unit's raw output is computed again in backward: "lean" does so with those
+        that the block's end reads, the widest.
+        """
+        last = len(self.units) - 1
+        lean = self.save and self.memory == "lean" and not self.open_end and last > 0
+        units = enumerate(zip(self.all_units, self.added_as_is, strict=True))
+        return tuple(
+            [lean and i >= last and u.conv is not None and not added for i, (u, added) in units]
+        )
 
     @cached_property
     def keeps_value(self) -> tuple[bool, ...]:
@@ -164,11 +182,12 @@ class Block(_Fields):
         """Whether the raw output of each unit's convolution is kept for backward, apart from one
         that is the block's own output.
         """
-        left_out = len(self.units) - 1 if self.recomputes_last or self.open_end else None
+        own_output = len(self.units) - 1 if self.open_end else None
+        units = zip(self.all_units, self.recomputed, self.added_as_is, strict=True)
         return tuple(
             [
-                self.save and unit.conv is not None and i != left_out
-                for i, unit in enumerate(self.all_units)
+                self.save and unit.conv is not None and not (again or added or i == own_output)
+                for i, (unit, again, added) in enumerate(units)
             ]
         )
 
