@@ -58,8 +58,10 @@ F32, BF16 = torch.float32, torch.bfloat16
 DTYPES = {"float32": (F32, F32), "bfloat16": (BF16, BF16), "mixed": (BF16, F32)}
 
 
-def history(block: nn.Module, last: bool, training: bool, device: str = "cpu") -> list[Tensor]:
-    """Outputs, gradients and buffers over three steps and two inferences."""
+def history(
+    block: nn.Module, last: bool, training: bool, device: str = "cpu", lower: bool = False
+) -> list[Tensor]:
+    """Outputs, gradients and buffers over three steps and inferences; `lower`: under autocast."""
     block = copy.deepcopy(block).train(training)
     dtype = next(p.dtype for p in block.parameters() if p.dim() == 4)
     kept: list[Tensor] = []
@@ -67,7 +69,8 @@ def history(block: nn.Module, last: bool, training: bool, device: str = "cpu") -
         torch.manual_seed(seed)
         x = torch.randn(3, 8, 9, 6).to(device, dtype)
         x = x.contiguous(memory_format=CHANNELS_LAST) if last else x
-        out = block(x.requires_grad_())
+        with torch.autocast(device, torch.bfloat16, enabled=lower):
+            out = block(x.requires_grad_())
         out.backward(torch.randn_like(out))
         kept += [out.detach(), x.grad, *[p.grad for p in block.parameters()]]
         kept += [b.clone() for b in block.buffers()]
@@ -75,7 +78,7 @@ def history(block: nn.Module, last: bool, training: bool, device: str = "cpu") -
             for p in block.parameters():
                 p.sub_(p.grad, alpha=0.01)
         block.zero_grad()
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=lower):
             kept.append(block.eval()(x.detach()))
         block.train(training)
     return kept
@@ -88,25 +91,28 @@ def check_same_bits(
     last: bool,
     device: str,
     monkeypatch: pytest.MonkeyPatch,
+    lower: bool = False,
 ) -> None:
     """A block whose kernels were written down has the walk's bits, by the backend in force."""
     torch.manual_seed(0)
     block = lowered(kind.make(), *DTYPES[dtypes]).to(device)
     if last:
         block = block.to(memory_format=CHANNELS_LAST)
-    written = history(block, last, training, device)
+    written = history(block, last, training, device, lower)
     walked(monkeypatch)
-    expected = history(block, last, training, device)
+    expected = history(block, last, training, device, lower)
     for found, wanted in zip(written, expected, strict=True):
         assert torch.equal(found, wanted)
 
 
-def check_written(kind: Kind, dtypes: str, device: str) -> None:
+def check_written(kind: Kind, dtypes: str, device: str, lower: bool = False) -> None:
     """It has programs for forward and backward that call something, by the backend in force."""
     block = lowered(kind.make(), *DTYPES[dtypes]).to(device, memory_format=CHANNELS_LAST)
     x = torch.randn(2, 8, 5, 5).to(device, DTYPES[dtypes][0])
     x = x.contiguous(memory_format=CHANNELS_LAST).requires_grad_()
     for _ in range(2):
-        block(x).sum().backward()
+        with torch.autocast(device, torch.bfloat16, enabled=lower):
+            out = block(x)
+        out.sum().backward()
     (written,) = programs_of(block)
     assert min(written.steps) > 1 and len(written.steps) == 2

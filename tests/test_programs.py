@@ -16,6 +16,7 @@ from program_checks import (
     BLOCKS,
     CHANNELS_LAST,
     DTYPES,
+    check_same_bits,
     history,
     lowered,
     programs_of,
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 import fastres
 from fastres.kernels import Conv, register, registry
 from fastres.nn import BasicBlock, Bottleneck
+from fastres.nn.bound import _bound
 
 _cpu = pytest.importorskip("fastres._cpu")
 
@@ -67,6 +69,25 @@ def test_blocks_are_written_down(kind: Kind, dtypes: str) -> None:
         assert written.steps == (0,)
     else:
         assert min(written.steps) > 1 and len(written.steps) == 2
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", BLOCKS, ids=str)
+def test_same_bits_under_autocast(
+    kind: Kind, training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_same_bits(kind, "float32", training, True, "cpu", monkeypatch, lower=True)
+
+
+def test_nothing_is_held_of_what_autocast_casts() -> None:
+    block = Bottleneck(8, 2).to(memory_format=CHANNELS_LAST)
+    x = torch.randn(2, 8, 5, 5).contiguous(memory_format=CHANNELS_LAST)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = block(x.requires_grad_())
+    (call,) = _bound[block]._calls.values()
+    assert call is not None and call.tensors == []
+    assert call.updates is not None and call.updates.layers is _bound[block].match.layers
+    assert out.dtype == torch.bfloat16 and call.run.programs is not None
 
 
 def test_what_torch_computes_is_not_written_down() -> None:

@@ -7,7 +7,7 @@ at shapes, dtypes, devices and strides. What is spared is to work out again what
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from operator import attrgetter
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -15,8 +15,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from fastres.block import current
-from fastres.block.call import Call, autocasts, prepare
+from fastres.block import Layer, current
+from fastres.block.call import Call, autocast, execute, prepare
 from fastres.block.plan import switches
 from fastres.kernels import registrations
 from fastres.nn.frozen import frozen_of_class
@@ -69,16 +69,31 @@ class Bound:
         except Exception:  # An attribute that cannot be compared may have changed.
             return False
 
-    def call(self, x: Tensor, residual: Tensor | None = None) -> Call | None:
-        """How to run the match on x and what is added, or None where it cannot be fused."""
-        layers = self.match.layers
+    def run_autocast(self, x: Tensor, residual: Tensor | None = None) -> Tensor | None:
+        """The match's value under autocast, or None where it cannot be fused.
+
+        Convolutions are given tensors of its dtype, made anew at each call.
+        """
+        x, layers = autocast(x, self.match.layers)
+        call = self.call(x, residual, layers)
+        return None if call is None else execute(call.on(layers), x, residual)
+
+    def call(
+        self, x: Tensor, residual: Tensor | None = None, layers: Sequence[Layer] | None = None
+    ) -> Call | None:
+        """How to run the match on x and what is added, or None where it cannot be fused.
+
+        With `layers` in the place of the match's own it comes without their tensors.
+        """
+        own = self.match.layers
+        layers = own if layers is None else layers
         tensors = [x, *[t for layer in layers for t in layer[1:7] if t is not None]]
         if residual is not None:
             tensors.append(residual)
         wanted = torch.is_grad_enabled() and any(map(_wants, tensors))
         key = (
             wanted, wanted and any(map(_wants, self._running)),
-            current(), switches(x.device.type), registrations(),
+            current(), switches(x.device.type), registrations(), layers is own,
             *[(t.shape, t.stride(), t.dtype, t.device, type(t)) for t in tensors],
         )  # fmt: skip
         try:
@@ -86,6 +101,8 @@ class Bound:
         except KeyError:
             call = prepare(x, self.match.block, layers, residual)
             call = None if call is None else call.with_programs(x.device)
+            if call is not None and layers is not own:
+                call = call.without_tensors(own)
         if x.device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
             if len(self._calls) >= _MOST_KEPT:
                 self._calls.clear()
@@ -121,7 +138,6 @@ def simple(x: Tensor) -> bool:
         and not torch._C._len_torch_function_stack()
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch.autograd.forward_ad._current_level < 0
-        and not autocasts(x.device.type)
     )
 
 

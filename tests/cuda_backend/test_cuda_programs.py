@@ -59,6 +59,22 @@ def test_blocks_are_written_down(kind: Kind, dtypes: str, device: str) -> None:
         check_written(kind, dtypes, device)
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("kind", BLOCKS, ids=str)
+def test_same_bits_under_autocast(
+    kind: Kind, training: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with fastres.use_backend("cuda"):
+        check_same_bits(kind, "float32", training, True, device, monkeypatch, lower=True)
+
+
+@pytest.mark.parametrize("kind", BLOCKS[:3], ids=str)
+def test_blocks_are_written_down_under_autocast(kind: Kind, device: str) -> None:
+    """Those that begin with a convolution: a norm in front of one is given another dtype."""
+    with fastres.use_backend("cuda"):
+        check_written(kind, "float32", device, lower=True)
+
+
 # ---------------------------------------------------------------- what a program depends on
 
 
