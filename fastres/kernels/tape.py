@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode_temporarily
 
 from fastres.kernels.backend import Recorded, Results
 from fastres.kernels.common import bytes_of, overlap
@@ -150,6 +150,11 @@ class Tape(TorchDispatchMode):
             self.aligned += [self.original(t) for t in aligned if t is not None]
             self.unless += [] if unless is None else [unless]
 
+    @property
+    def is_paused(self) -> bool:
+        """Whether nothing is noted at the moment."""
+        return self._paused > 0
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Inside a `with` nothing is noted."""
@@ -176,11 +181,14 @@ def taping() -> Tape | None:
 
 @contextmanager
 def untaped() -> Iterator[None]:
-    """Inside a `with` a tape notes nothing: what is only measured is no part of a program."""
-    if (tape := _current.tape) is None:
+    """Inside a `with` a tape notes nothing: what is only measured is no part of a program.
+
+    Nor does a dispatch mode stand in its way, which would be measured with it.
+    """
+    if (tape := _current.tape) is None or tape.is_paused:
         yield
         return
-    with tape.paused():
+    with tape.paused(), _pop_mode_temporarily():
         yield
 
 

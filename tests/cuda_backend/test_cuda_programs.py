@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from backend_checks import needs_gpu
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kinds import Kind
@@ -110,6 +111,8 @@ def _equal(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
 
 def test_what_the_tuner_measures_is_no_part(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def measuring(problem: Any, candidates: Any, thunk: Any, **more: Any) -> Any:
+        assert tape.taping() is None or torch._C._len_torch_dispatch_stack() == 0
+        measured.append(tape.taping() is not None)
         for candidate in candidates:
             thunk(candidate)()
         return candidates[0]
@@ -119,8 +122,10 @@ def test_what_the_tuner_measures_is_no_part(device: str, monkeypatch: pytest.Mon
     expected = _steps(plain, [x] * 3)
     monkeypatch.setattr(tuned, "_chosen", {})
     monkeypatch.setattr(tuned.tuning, "choose", measuring)
+    measured: list[bool] = []
     assert _equal(_steps(block, [x] * 3), expected)
     assert [p.steps for p in programs_of(block)] == [p.steps for p in programs_of(plain)]
+    assert any(measured)
 
 
 def _misaligned(x: Tensor) -> Tensor:
@@ -182,6 +187,32 @@ def test_an_update_of_somebody_else_is_called_each_time(device: str) -> None:
     block, x = _block(device)
     _steps(block, [x, x, x])
     assert len(calls) == 3
+
+
+def test_programs_are_captured_in_a_graph(device: str) -> None:
+    needs_gpu(device)
+    block, x = _block(device)
+    leaf = x.clone().requires_grad_()
+
+    def step() -> list[Tensor]:
+        with fastres.use_backend("cuda"):
+            out = block(leaf)
+        return [out, *torch.autograd.grad(out.square().sum(), [leaf, *block.parameters()])]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    (written,) = programs_of(block)
+    assert min(written.steps) > 1
+    expected = [t.clone() for t in step()]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    assert _equal(captured, expected)
 
 
 # ---------------------------------------------------------------- the program itself
