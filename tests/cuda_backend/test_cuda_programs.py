@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -311,6 +312,18 @@ def test_what_depends_on_a_value_is_refused() -> None:
 def test_memory_with_two_names_is_refused() -> None:
     x = _inputs()[0]
     assert tape.record(lambda: ([_added(x, x)], []), [x, x]).program is None
+
+
+def test_nothing_of_the_first_run_is_held() -> None:
+    x, held = _inputs()[0], []
+
+    def function() -> tuple[list[Tensor], list[Tensor]]:
+        y = torch.add(x, x)
+        held.append(weakref.ref(y))
+        return [_added(y, x)], []
+
+    written = tape.record(function, [x]).program
+    assert written is not None and held[0]() is None
 
 
 def test_temporaries_are_freed_behind_their_last_call() -> None:
