@@ -51,7 +51,7 @@ def test_the_command_prints_both(capsys: pytest.CaptureFixture[str], monkeypatch
 
 
 #: What it enters on the path that GPUs take, the stubs of convolutions and launches included.
-GPU_LIMITS = {"forward": 54, "forward + backward": 104, "inference": 47}
+GPU_LIMITS = {"forward": 53, "forward + backward": 103, "inference": 46}
 
 
 def test_a_block_enters_no_more_python_functions_on_a_gpu_s_path() -> None:

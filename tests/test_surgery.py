@@ -13,7 +13,8 @@ from module_parity import raised
 from torch import Tensor, nn
 
 import fastres
-from fastres.nn import BNAddReLU, BNReLU, ConvBNReLU
+from fastres.nn import BNAddReLU, BNReLU, ConvBNReLU, bound
+from fastres.nn import stock as plain
 
 
 def gone(block: nn.Module, name: str) -> None:
@@ -139,3 +140,37 @@ def test_each_child_of_a_converted_block(which: str, operate: Operate, when: str
             if when == "before":
                 fastres.convert(fused)
             assert_alike(fused, stock, x)
+
+
+@pytest.mark.parametrize("same", [bound._same_items, bound.same_items], ids=["python", "compiled"])
+def test_attributes_are_compared_by_identity(same: Any) -> None:
+    """A parameter that is replaced by one of equal values is another one."""
+    one, equal = torch.zeros(()), torch.zeros(())
+    held = {"weight": one, "bias": None}
+    assert same([held, {}], [dict(held), {}])
+    for other in (
+        {"weight": equal, "bias": None}, {"weight": one}, {"weight": one, "scale": None},
+        {"bias": None, "weight": one}, {**held, "more": 1}, {},
+    ):  # fmt: skip
+        assert not same([held, {}], [other, {}])
+        assert not same([{}, other], [{}, held])
+
+
+@pytest.mark.parametrize("guards", [True, False])
+def test_a_parameter_that_is_replaced_through_data_is_seen(
+    guards: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With torch's guards on tensors, and where there are none."""
+    if not guards:
+        monkeypatch.setattr(bound, "_alike", lambda tensors: None)
+    torch.manual_seed(0)
+    block, x = fastres.BasicBlock(8, 8).eval(), torch.randn(1, 8, 4, 4)
+    with torch.no_grad():
+        block(x), block(x)
+        block.conv1.weight.data = torch.randn(8, 8, 3, 3).to(memory_format=torch.channels_last)
+        block.bn2.weight.data = torch.randn(8)
+        stock = plain.BasicBlock(8, 8).eval()
+        stock.load_state_dict(block.state_dict())
+        torch.testing.assert_close(block(x), stock(x))
+        block.double()
+        torch.testing.assert_close(block(x.double()), stock.double()(x.double()))

@@ -29,6 +29,30 @@
 namespace fastres::cpu {
 namespace {
 
+// Whether a dictionary has the keys of its copy in their order, and the very same values.
+bool same_items(PyObject* dict, PyObject* copy) {
+  if (!PyDict_Check(dict) || !PyDict_Check(copy) || PyDict_Size(dict) != PyDict_Size(copy)) {
+    return false;
+  }
+  PyObject *key = nullptr, *value = nullptr, *other_key = nullptr, *other = nullptr;
+  Py_ssize_t at = 0, other_at = 0;
+  while (PyDict_Next(dict, &at, &key, &value) && PyDict_Next(copy, &other_at, &other_key, &other)) {
+    const bool same_key = key == other_key || PyObject_RichCompareBool(key, other_key, Py_EQ) == 1;
+    if (value != other || !same_key) {
+      return false;
+    }
+  }
+  return true;
+}
+
+bool same_items_py(const py::list& dicts, const py::list& copies) {
+  bool same = dicts.size() == copies.size();
+  for (size_t i = 0; same && i < dicts.size(); ++i) {
+    same = same_items(PyList_GET_ITEM(dicts.ptr(), i), PyList_GET_ITEM(copies.ptr(), i));
+  }
+  return same;
+}
+
 Problem checked_problem(int64_t n, int64_t c, int64_t hw, int layout, int dtype, int threads) {
   require(threads >= 1, "threads must be at least 1, got " + std::to_string(threads));
   return {checked_shape(n, c, hw, layout, dtype), threads};
@@ -567,6 +591,8 @@ void define_convolutions(py::module_& m) {
         "winograd it is transformed for calls with that flag.");
   m.def("winograd_size", &winograd_size_py, py::arg("shape"), py::arg("transposed"),
         "Floats of a weight transformed for Winograd's convolution.");
+  m.def("same_items", &same_items_py, py::arg("dicts"), py::arg("copies"),
+        "Whether each dictionary has the keys of its copy, in their order, and the same values.");
   m.def("sample_weight", &sample_weight_py, py::arg("weight"), py::arg("shape"), py::arg("strides"),
         py::arg("dtype"), "A number that changes when an output channel's sample does.");
   m.def("conv_forward", &conv_forward_py, Unlocked(), py::arg("x"), py::arg("scale"),

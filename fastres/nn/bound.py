@@ -7,8 +7,9 @@ at shapes, dtypes, devices and strides. What is spared is to work out again what
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from operator import attrgetter
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
+from operator import attrgetter, is_
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -19,55 +20,72 @@ from fastres.block import Layer, current
 from fastres.block.call import Call, autocast, execute, prepare
 from fastres.block.plan import switches
 from fastres.kernels import registrations
+from fastres.kernels.cpu.module import module as compiled
+from fastres.kernels.cpu.module import why_not_built
 from fastres.nn.frozen import frozen_of_class
 from fastres.nn.match import Decline, Match, Parts, Projection, match
-
-#: A module, its class, its attributes, and the identities of its parameters, buffers and children.
-_Seen = tuple[nn.Module, Any, dict[str, Any], list[int]]
 
 #: Inputs of a module are of few kinds; one that sees ever new ones starts over now and then.
 _MOST_KEPT = 64
 
 _forward_of, _wants = attrgetter("forward"), attrgetter("requires_grad")
+_attributes_of = attrgetter("__dict__")
+_TABLES = ("_parameters", "_buffers", "_modules")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def _same_items(dicts: Sequence[dict[str, Any]], copies: Sequence[dict[str, Any]]) -> bool:
+    """Whether each dictionary has the keys of its copy, in their order, and the same values."""
+    return all(
+        [
+            [*one] == [*other] and all(map(is_, one.values(), other.values()))
+            for one, other in zip(dicts, copies, strict=True)
+        ]
+    )
+
+
+same_items = _same_items if why_not_built() is not None else compiled().same_items
 
 
 class Bound:
     """A match, and the calls that were prepared for it."""
 
-    __slots__ = ("_block", "_calls", "_forwards", "_frozen", "_running", "_seen", "match")
+    __slots__ = (
+        "_calls", "_children", "_classes", "_copies", "_forwards", "_frozen", "_hooks", "_latest",
+        "_running", "_tables", "match",
+    )  # fmt: skip
 
     def __init__(self, module: nn.Module, parts: Parts, matched: Match) -> None:
         self.match = matched
-        self._seen = [_look(one) for one in _modules(parts)]
-        # The module itself is looked at when it is called: kept here it would never be freed.
-        self._block = _look(module)[1:]
-        classes = dict.fromkeys([cls for _, cls, *_ in self._seen])
-        frozen = {cls: frozen_of_class(cls) for cls in classes}
+        # The module itself is given at each call: kept here it would never be freed.
+        self._children = [*_modules(parts)]
+        modules = [module, *self._children]
+        self._classes = [*map(type, modules)]
+        attributes = [*map(_attributes_of, modules)]
+        self._tables = [one[name] for one in attributes for name in _TABLES]
+        self._copies = [*map(dict, chain(attributes, self._tables))]
+        # The module's own hooks run around its forward, as ever.
+        self._hooks = [one[name] for one in attributes[1:] for name in _HOOKS]
+        frozen = {cls: frozen_of_class(cls) for cls in dict.fromkeys(self._classes[1:])}
         self._frozen = [cls for cls, known in frozen.items() if known is not None]
         self._forwards = [known.forward for known in frozen.values() if known is not None]
         self._running = [t for layer in matched.layers for t in layer[5:7] if t is not None]
         self._calls: dict[Any, Call | None] = {}
+        self._latest: dict[Any, tuple[Callable[..., bool], Call | None]] = {}
 
     def holds(self, module: nn.Module) -> bool:
-        """Whether everything is still as it was when the match was made."""
-        try:
-            for child, cls, attributes, identities in ((module, *self._block), *self._seen):
-                now = child.__dict__
-                tensors = [*now["_parameters"].values(), *now["_buffers"].values()]
-                tensors += now["_modules"].values()
-                if type(child) is not cls or now != attributes or [*map(id, tensors)] != identities:
-                    return False
-                # The module's own hooks run around its forward, as ever.
-                if child is not module and (
-                    now["_forward_hooks"]
-                    or now["_forward_pre_hooks"]
-                    or now["_backward_hooks"]
-                    or now["_backward_pre_hooks"]
-                ):
-                    return False
-            return [*map(_forward_of, self._frozen)] == self._forwards
-        except Exception:  # An attribute that cannot be compared may have changed.
-            return False
+        """Whether everything is still as it was when the match was made.
+
+        Tables of parameters, buffers, children and hooks are attributes: they are the same ones as
+        long as these are.
+        """
+        modules = [module, *self._children]
+        return (
+            [*map(type, modules)] == self._classes
+            and same_items([*map(_attributes_of, modules), *self._tables], self._copies)
+            and not any(self._hooks)
+            and [*map(_forward_of, self._frozen)] == self._forwards
+        )
 
     def run_autocast(self, x: Tensor, residual: Tensor | None = None) -> Tensor | None:
         """The match's value under autocast, or None where it cannot be fused.
@@ -90,15 +108,21 @@ class Bound:
         tensors = [x, *[t for layer in layers for t in layer[1:7] if t is not None]]
         if residual is not None:
             tensors.append(residual)
+        settings = (
+            torch.is_grad_enabled(), current(), switches(x.device.type), registrations(),
+            layers is own,
+        )  # fmt: skip
+        latest = self._latest.get(settings)
+        if latest is not None and latest[0](*tensors):
+            return latest[1]
         wanted = torch.is_grad_enabled() and any(map(_wants, tensors))
         key = (
-            wanted, wanted and any(map(_wants, self._running)),
-            current(), switches(x.device.type), registrations(), layers is own,
+            wanted, wanted and any(map(_wants, self._running)), settings,
             *[(t.shape, t.stride(), t.dtype, t.device, type(t)) for t in tensors],
         )  # fmt: skip
-        try:
-            return self._calls[key]
-        except KeyError:
+        if key in self._calls:
+            call = self._calls[key]
+        else:
             call = prepare(x, self.match.block, layers, residual)
             call = None if call is None else call.with_programs(x.device)
             if call is not None and layers is not own:
@@ -106,7 +130,10 @@ class Bound:
         if x.device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
             if len(self._calls) >= _MOST_KEPT:
                 self._calls.clear()
+                self._latest.clear()
             self._calls[key] = call
+            if (alike := _alike(tensors)) is not None:
+                self._latest[settings] = alike, call
         return call
 
 
@@ -141,13 +168,19 @@ def simple(x: Tensor) -> bool:
     )
 
 
-def _look(module: nn.Module) -> _Seen:
-    return module, type(module), dict(module.__dict__), _identities(module.__dict__)
-
-
-def _identities(attributes: dict[str, Any]) -> list[int]:
-    tables = (attributes["_parameters"], attributes["_buffers"], attributes["_modules"])
-    return [id(one) for table in tables for one in table.values()]
+def _alike(tensors: Sequence[Tensor]) -> Callable[..., bool] | None:
+    """Whether tensors are like these in type, shape, strides, dtype, device, and in whether they
+    want a gradient: torch.compile's own guard, which asks that of all in one call. None in a torch
+    that has it no more.
+    """
+    try:
+        guards = torch._C._dynamo.guards.TensorGuards(
+            *tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None
+        )
+        check: Callable[..., bool] = guards.check
+        return check if check(*tensors) else None
+    except Exception:
+        return None
 
 
 def _modules(parts: Parts) -> Iterator[nn.Module]:
