@@ -11,12 +11,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kinds import KINDS, Kind
+from kinds import Kind
+from program_checks import (
+    BLOCKS,
+    CHANNELS_LAST,
+    DTYPES,
+    check_same_bits,
+    history,
+    lowered,
+    programs_of,
+    walked,
+)
 from torch import Tensor, nn
 
 import fastres
-from fastres.block import op
-from fastres.block.programs import Programs
 from fastres.kernels import Conv, register, registry
 from fastres.nn import BasicBlock, Bottleneck
 from fastres.nn.bound import _bound
@@ -26,75 +34,8 @@ _cpu = pytest.importorskip("fastres._cpu")
 from fastres.kernels.cpu import native, program  # noqa: E402
 from fastres.kernels.cpu.pointwise import add_act, scale_shift_act  # noqa: E402
 
-CHANNELS_LAST = torch.channels_last
-
-#: A gate is torch's own modules between two blocks, and factors are drawn anew at each call.
-_WRITTEN = [k for k in KINDS if not k.random and not {"se", "eca"} & {*k.name.split("-")}]
-
-
 #: Their convolutions have groups, or pooling stands in front of one: torch computes something.
 _BY_TORCH = ("preact-bottleneck", "preact-bottleneck-projection")
-
-
-def projected(stride: int = 2) -> nn.Module:
-    shortcut = nn.Sequential(nn.Conv2d(8, 16, 1, stride, bias=False), nn.BatchNorm2d(16))
-    return Bottleneck(8, 4, stride=stride, downsample=shortcut)
-
-
-BLOCKS = (
-    Kind("basic", lambda: BasicBlock(8, 8)),
-    Kind("bottleneck", lambda: Bottleneck(8, 2)),
-    Kind("projected", projected),
-    *_WRITTEN,
-)
-
-
-def walked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """From here on nothing is written down."""
-    monkeypatch.setattr(op, "recorder", lambda *_: None)
-
-
-def programs_of(block: nn.Module) -> list[Programs]:
-    """Those that a block has by now."""
-    calls = _bound[block]._calls.values()
-    return [call.run.programs for call in calls if call is not None and call.run.programs]
-
-
-def lowered(block: nn.Module, dtype: torch.dtype, norms: torch.dtype) -> nn.Module:
-    """The block in a dtype, and its batch norms in one of their own."""
-    block = block.to(dtype)
-    for m in block.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            m.to(norms)
-    return block
-
-
-F32, BF16 = torch.float32, torch.bfloat16
-#: Of a block and of its batch norms.
-DTYPES = {"float32": (F32, F32), "bfloat16": (BF16, BF16), "mixed": (BF16, F32)}
-
-
-def history(block: nn.Module, last: bool, training: bool) -> list[Tensor]:
-    """Outputs, gradients and buffers over three steps and two inferences."""
-    block = copy.deepcopy(block).train(training)
-    dtype = next(p.dtype for p in block.parameters() if p.dim() == 4)
-    kept: list[Tensor] = []
-    for seed in range(3):
-        torch.manual_seed(seed)
-        x = torch.randn(3, 8, 9, 6).to(dtype)
-        x = x.contiguous(memory_format=CHANNELS_LAST) if last else x
-        out = block(x.requires_grad_())
-        out.backward(torch.randn_like(out))
-        kept += [out.detach(), x.grad, *[p.grad for p in block.parameters()]]
-        kept += [b.clone() for b in block.buffers()]
-        with torch.no_grad():
-            for p in block.parameters():
-                p.sub_(p.grad, alpha=0.01)
-        block.zero_grad()
-        with torch.no_grad():
-            kept.append(block.eval()(x.detach()))
-        block.train(training)
-    return kept
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -128,6 +69,25 @@ def test_blocks_are_written_down(kind: Kind, dtypes: str) -> None:
         assert written.steps == (0,)
     else:
         assert min(written.steps) > 1 and len(written.steps) == 2
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", BLOCKS, ids=str)
+def test_same_bits_under_autocast(
+    kind: Kind, training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_same_bits(kind, "float32", training, True, "cpu", monkeypatch, lower=True)
+
+
+def test_nothing_is_held_of_what_autocast_casts() -> None:
+    block = Bottleneck(8, 2).to(memory_format=CHANNELS_LAST)
+    x = torch.randn(2, 8, 5, 5).contiguous(memory_format=CHANNELS_LAST)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = block(x.requires_grad_())
+    (call,) = _bound[block]._calls.values()
+    assert call is not None and call.tensors == []
+    assert call.updates is not None and call.updates.layers is _bound[block].match.layers
+    assert out.dtype == torch.bfloat16 and call.run.programs is not None
 
 
 def test_what_torch_computes_is_not_written_down() -> None:
@@ -353,7 +313,7 @@ def test_temporaries_that_live_at_once_lie_apart(
         made = _copied(values, plan)
         return [made[i] for i in wanted], []
 
-    written = program.record(function, values)
+    written = program.record(function, values).program
     assert written is not None
     others = [torch.randn(1, 16, 1, 1) for _ in range(3)]
     made = _copied(others, plan)
@@ -372,15 +332,15 @@ def test_temporaries_share_memory() -> None:
             y = native_sum(y, x)
         return [y], []
 
-    written = program.record(chain, [x])
+    written = program.record(chain, [x]).program
     assert written is not None and written.steps == 10
     assert written._core.scratch_bytes == 2 * 4096
 
 
 def test_memory_that_nobody_told_of_is_refused() -> None:
     x, secret = torch.randn(1, 16, 1, 1), torch.randn(1, 16, 1, 1)
-    assert program.record(lambda: ([native_sum(x, secret)], []), [x]) is None
-    assert program.record(lambda: ([native_sum(x, secret)], []), [x], [secret]) is not None
+    assert program.record(lambda: ([native_sum(x, secret)], []), [x]).program is None
+    assert program.record(lambda: ([native_sum(x, secret)], []), [x], [secret]).program is not None
 
 
 @pytest.mark.parametrize(
@@ -389,7 +349,7 @@ def test_memory_that_nobody_told_of_is_refused() -> None:
 def test_what_no_step_stands_for_is_refused(compute: Any) -> None:
     x = torch.randn(1, 16, 1, 1)
     before = x.clone()
-    assert program.record(lambda: ([native_sum(compute(x), x)], []), [x]) is None
+    assert program.record(lambda: ([native_sum(compute(x), x)], []), [x]).program is None
     # What was begun is over: kernels compute again, and nothing was changed.
     assert torch.equal(x, before)
     assert torch.equal(native_sum(x, x), x + x)
@@ -404,6 +364,6 @@ def test_nothing_is_computed_while_it_is_written_down() -> None:
         scale_shift_act(x, stats, out=out)
         return [], []
 
-    written = program.record(in_place, [x, stats, out])
+    written = program.record(in_place, [x, stats, out]).program
     assert written is not None and not out.any()
     assert written([x, stats, out]) == [] and out.eq(2).all()

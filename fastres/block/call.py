@@ -43,6 +43,15 @@ class Call(NamedTuple):
         """The same, to be kept for later calls: then kernel calls are written down and kept too."""
         return self._replace(run=self.run.with_programs(device))
 
+    def on(self, layers: Sequence[Layer]) -> Call:
+        """The same on the tensors of layers that are alike."""
+        return self._replace(tensors=[t for layer in layers for t in layer.tensors])
+
+    def without_tensors(self, layers: Sequence[Layer]) -> Call:
+        """The same to be kept where its tensors are not: those of `layers` alone are updated."""
+        updates = None if self.updates is None else self.updates._replace(layers=layers)
+        return self._replace(tensors=[], updates=updates)
+
 
 def run_layers(
     x: Tensor, block: Block, layers: Sequence[Layer], residual: Tensor | None = None
@@ -69,7 +78,7 @@ def why_not_layers(
 ) -> str | None:
     """Why `run_layers` would take the stock path for these arguments, or None."""
     if isinstance(x, Tensor) and autocasts(x.device.type):
-        x, layers = _autocast(x, layers)
+        x, layers = autocast(x, layers)
     return why_not_block(x, _without_late_activation(block)[0], layers, residual)
 
 
@@ -78,7 +87,7 @@ def try_layers(
 ) -> Tensor | None:
     """`run_layers`, but None where it cannot be fused; then nothing was run or updated."""
     if isinstance(x, Tensor) and autocasts(x.device.type):
-        x, layers = _autocast(x, layers)
+        x, layers = autocast(x, layers)
     call = prepare(x, block, layers, residual)
     return None if call is None else execute(call, x, residual)
 
@@ -95,7 +104,7 @@ def run_open(
         gradient is that of what it stands for.
     """
     if isinstance(x, Tensor) and autocasts(x.device.type):
-        x, layers = _autocast(x, layers)
+        x, layers = autocast(x, layers)
     call = prepare(x, block._replace(open_end=True), layers)
     if call is None:
         return None
@@ -186,7 +195,7 @@ def autocasts(device: str) -> bool:
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
-def _autocast(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, Sequence[Layer]]:
+def autocast(x: Tensor, layers: Sequence[Layer]) -> tuple[Tensor, Sequence[Layer]]:
     """What autocast does to a convolution: its input, weight and bias in the lower precision."""
     dtype = torch.get_autocast_dtype(x.device.type)
 

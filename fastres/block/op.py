@@ -140,11 +140,11 @@ class _BlockFunction(torch.autograd.Function):
         residual: Tensor | None,
         *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
-        results = None
+        found = None
         if (programs := run.written) is not None:
-            results = programs.forward(x, tensors, updates)
-        ctx.together = results is not None
-        out, *rest = results or _forward(run, x, residual, tensors, updates)
+            found = programs.forward(x, tensors, updates)
+        results, ctx.together = found or (_forward(run, x, residual, tensors, updates), False)
+        out, *rest = results
         mean, saved = rest[: run.means], rest[run.means :]
         stats = [] if ctx.together else saved[: run.norms]
         ctx.run = run
@@ -278,12 +278,11 @@ def _backward(
     """The wanted gradients, in the order of `needs`."""
     run, (x, *tensors) = ctx.run, given
     if ctx.together:
-        (kept,) = saved
         if (programs := run.written) is not None:
-            grads = programs.backward(grad_out, x, tensors, kept, needs)
+            grads = programs.backward(grad_out, x, tensors, saved, needs)
             if grads is not None:
                 return grads  # type: ignore[no-any-return]
-        saved = run.programs.views(kept)
+        saved = run.programs.views(saved)
     if run.direct:
         units = split_tensors(tensors)
         return run_backward(
@@ -305,7 +304,7 @@ def _torch_backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Tensor | 
             "operation: a parameter of a fused block, in front of a gradient of its gradients"
         )
     x, *tensors = [t if one is None else one[0] for t, one in zip(read, ctx.unsaved, strict=True)]
-    saved = run.programs.views(*kept) if ctx.together else kept
+    saved = run.programs.views(kept) if ctx.together else kept
     last = run.fmt == torch.channels_last
     wanted = ctx.needs_input_grad[2:]
     return (None, None, *torch_backward(run.block, grads, x, tensors, saved, wanted, last))
@@ -342,10 +341,10 @@ def run_block(
         apply = _apply if run.direct else _BlockFunction.apply
         return apply(run, updates, x, residual, *tensors)  # type: ignore[no-any-return]
     if not run.block.save:
-        results = None
+        found = None
         if (programs := run.written) is not None:
-            results = programs.forward(x, tensors, updates)
-        results = results or _forward(run, x, residual, tensors, updates)
+            found = programs.forward(x, tensors, updates)
+        results = found[0] if found else _forward(run, x, residual, tensors, updates)
         return results[: 1 + run.means + run.norms]
     results = _BlockFunction.apply(run, None, x, residual, *tensors)  # type: ignore[no-untyped-call]
     if updates is not None:

@@ -50,7 +50,7 @@ class Origin(NamedTuple):
         x: Tensor | None = None
         if self.block.adds_input:
             *tensors, x = tensors
-        saved = tensors if self.programs is None else self.programs.views(*tensors)
+        saved = tensors if self.programs is None else self.programs.views(tensors)
         kept, last = Saved.unflatten(self.block, saved), len(self.block.units) - 1
         raw, stats = kept.raw[last], kept.stats[last]
         assert raw is not None

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, fx, nn
 
-from fastres.block.call import execute
+from fastres.block.call import autocasts, execute
 from fastres.convert.frozen import learn
 from fastres.convert.grammar import Found, Run, find_runs, match_run, modules_of
 from fastres.convert.guard import Guard, UnknownError
@@ -59,6 +59,8 @@ def _fused(bound: Bound, x: Any, residual: Any, factor: Any) -> Tensor | None:
         return run_match(matched, x, given, factor)
     if given is not None and type(given) not in (Tensor, nn.Parameter):
         return run_match(matched, x, given)
+    if autocasts(x.device.type):
+        return bound.run_autocast(x, given)
     call = bound.call(x, given)
     return None if call is None else execute(call, x, given)
 

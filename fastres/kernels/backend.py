@@ -4,25 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
 
 class Program(Protocol):
-    """Kernel calls that were written down, as by `fastres.kernels.cpu.program.record`."""
+    """Calls that were written down: `fastres.kernels.cpu.program`, `fastres.kernels.tape`.
+
+    Attributes:
+        layout: how what is kept lies in the tensors that hold it.
+    """
+
+    layout: Any
 
     def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor] | None:
-        """The outputs, and in one tensor of bytes what is kept; None where it holds no longer."""
+        """The outputs and what is kept, in fewer tensors; None where it holds no longer."""
 
-    def views(self, kept: Tensor) -> list[Tensor]:
+    def views(self, kept: Sequence[Tensor]) -> list[Tensor]:
         """The tensors in what is kept."""
 
 
-#: (outputs, what is to be kept in one tensor)
+#: (outputs, what is to be kept)
 Results = tuple[Sequence[Tensor], Sequence[Tensor]]
+
+
+class Recorded(NamedTuple):
+    """A program, or None where there can be none; and the results, where they were computed."""
+
+    program: Program | None
+    results: Results | None = None
+
+
 #: (function, the tensors that it reads or writes, the tensors that are the same in every run)
-Record = Callable[[Callable[[], Results], Sequence[Tensor], Sequence[Tensor]], Program | None]
+Record = Callable[[Callable[[], Results], Sequence[Tensor], Sequence[Tensor]], Recorded]
 
 
 @dataclass(frozen=True)
@@ -40,7 +55,7 @@ class Backend:
         source: identifies the text or the binary of its kernels, for what is kept about them.
         prepare: makes ready, say compiles side by side, all that some functions would launch,
             whatever launch shapes are open; None where there is nothing to do.
-        record: writes down what a function launches, to be run again on other tensors in one call;
+        record: writes down what a function launches, to be run again on other tensors without it;
             None where a backend cannot.
     """
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -71,6 +72,19 @@ def address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
+def bytes_of(t: Tensor) -> int:
+    """Bytes from the first element to the last."""
+    if t.numel() == 0:
+        return 0
+    reach = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+    return (reach + 1) * t.element_size()
+
+
+def overlap(memories: Sequence[tuple[int, int]]) -> bool:
+    """Whether some of (address, bytes) share memory."""
+    return any(a + size > b for (a, size), (b, _) in pairwise(sorted(memories)) if size)
+
+
 def branch_tensors(
     branches: Sequence[Branch],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
@@ -95,7 +109,13 @@ def _allows_tf32() -> bool:
 
     Reading the older one raises where a user has set the newer.
     """
-    choices = [torch.backends.cudnn, getattr(torch.backends.cudnn, "conv", None)]
-    found = [getattr(choice, "fp32_precision", "none") for choice in reversed(choices)]
-    named = [precision for precision in found if precision != "none"]
-    return named[0] == "tf32" if named else bool(torch.backends.cudnn.allow_tf32)
+    for operator in ("conv", "all"):
+        if (named := _precision_switch("cuda", operator)) != "none":
+            return bool(named == "tf32")
+    return bool(torch._C._get_cudnn_allow_tf32())
+
+
+#: What `torch.backends.cudnn.conv.fp32_precision` and its like ask: every call of a block does.
+_precision_switch: Callable[[str, str], str] = getattr(
+    torch._C, "_get_fp32_precision_getter", lambda backend, operator: "none"
+)

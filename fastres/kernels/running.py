@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +22,14 @@ Row = tuple[int, int, tuple[int, ...], int, Vector, Vector, int, float | Tensor 
 _ABSENT: Vector = (0, 0, 1)
 
 
-def rows_of(updates: Sequence[RunningUpdate]) -> list[Row]:
+def rows_of(
+    updates: Sequence[RunningUpdate], address: Callable[[Tensor], Any] = Tensor.data_ptr
+) -> list[Row]:
     """The updates by addresses; tells autograd that their buffers change.
+
+    Args:
+        updates: the updates.
+        address: what stands for a tensor.
 
     Raises:
         ValueError: for a buffer that is not [C] or whose channels share memory, stats that are not
@@ -32,30 +39,30 @@ def rows_of(updates: Sequence[RunningUpdate]) -> list[Row]:
     changed: list[Tensor] = []
     for stats, mean, var, counter, momentum, count in updates:
         height, channels = stats.shape
-        address, first, second = 0, _ABSENT, _ABSENT
+        counted, first, second = 0, _ABSENT, _ABSENT
         # Comparisons inline: this runs between two convolutions of a small block.
         if mean is not None:
             if mean.shape != (channels,) or ((stride := mean.stride(0)) == 0 and channels > 1):
                 raise _wrong("running_mean", mean, channels)
             changed.append(mean)
-            first = mean.data_ptr(), DTYPE_CODES[mean.dtype], stride
+            first = address(mean), DTYPE_CODES[mean.dtype], stride
         if var is not None:
             if var.shape != (channels,) or ((stride := var.stride(0)) == 0 and channels > 1):
                 raise _wrong("running_var", var, channels)
             changed.append(var)
-            second = var.data_ptr(), DTYPE_CODES[var.dtype], stride
+            second = address(var), DTYPE_CODES[var.dtype], stride
         if counter is not None:
             if counter.dim() or counter.dtype != torch.int64:
                 raise ValueError(
                     f"counter must be a 0-d int64 tensor, got {counter.dtype} {list(counter.shape)}"
                 )
             changed.append(counter)
-            address = counter.data_ptr()
+            counted = address(counter)
         if height != 5:
             raise ValueError(f"stats must have shape [5, C], got {list(stats.shape)}")
         rows.append((
-            stats.data_ptr(), DTYPE_CODES[stats.dtype], stats.stride(), channels, first, second,
-            address, momentum, count,
+            address(stats), DTYPE_CODES[stats.dtype], stats.stride(), channels, first, second,
+            counted, momentum, count,
         ))  # fmt: skip
     torch.autograd.graph.increment_version(changed)
     return rows

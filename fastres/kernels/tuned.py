@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 
 from fastres import tuning
+from fastres.kernels.tape import untaped
 
 T = TypeVar("T")
 
@@ -42,9 +43,10 @@ def tuned(
     found: T | None = _chosen.get(key)
     if found is None:
         problem = tuning.Problem(name, sizes, source)
-        found = tuning.choose(
-            problem, candidates, lambda c: lambda: run(c), device=device, prepare=prepare
-        )
+        with untaped():
+            found = tuning.choose(
+                problem, candidates, lambda c: lambda: run(c), device=device, prepare=prepare
+            )
         # What stands in while a graph is captured is not the last word.
         if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
             if len(_chosen) >= _MOST_KEPT:

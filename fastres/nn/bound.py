@@ -16,8 +16,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from fastres.block import current
-from fastres.block.call import Call, autocasts, prepare
+from fastres.block import Layer, current
+from fastres.block.call import Call, autocast, execute, prepare
 from fastres.block.plan import switches
 from fastres.kernels import registrations
 from fastres.kernels.cpu.module import module as compiled
@@ -87,14 +87,30 @@ class Bound:
             and [*map(_forward_of, self._frozen)] == self._forwards
         )
 
-    def call(self, x: Tensor, residual: Tensor | None = None) -> Call | None:
-        """How to run the match on x and what is added, or None where it cannot be fused."""
-        layers = self.match.layers
+    def run_autocast(self, x: Tensor, residual: Tensor | None = None) -> Tensor | None:
+        """The match's value under autocast, or None where it cannot be fused.
+
+        Convolutions are given tensors of its dtype, made anew at each call.
+        """
+        x, layers = autocast(x, self.match.layers)
+        call = self.call(x, residual, layers)
+        return None if call is None else execute(call.on(layers), x, residual)
+
+    def call(
+        self, x: Tensor, residual: Tensor | None = None, layers: Sequence[Layer] | None = None
+    ) -> Call | None:
+        """How to run the match on x and what is added, or None where it cannot be fused.
+
+        With `layers` in the place of the match's own it comes without their tensors.
+        """
+        own = self.match.layers
+        layers = own if layers is None else layers
         tensors = [x, *[t for layer in layers for t in layer[1:7] if t is not None]]
         if residual is not None:
             tensors.append(residual)
         settings = (
-            torch.is_grad_enabled(), current(), switches(x.device.type), registrations()
+            torch.is_grad_enabled(), current(), switches(x.device.type), registrations(),
+            layers is own,
         )  # fmt: skip
         latest = self._latest.get(settings)
         if latest is not None and latest[0](*tensors):
@@ -109,6 +125,8 @@ class Bound:
         else:
             call = prepare(x, self.match.block, layers, residual)
             call = None if call is None else call.with_programs(x.device)
+            if call is not None and layers is not own:
+                call = call.without_tensors(own)
         if x.device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
             if len(self._calls) >= _MOST_KEPT:
                 self._calls.clear()
@@ -149,7 +167,6 @@ def simple(x: Tensor) -> bool:
         and not torch._C._len_torch_function_stack()
         and torch._C._functorch.peek_interpreter_stack() is None
         and torch.autograd.forward_ad._current_level < 0
-        and not autocasts(x.device.type)
     )
 
 

@@ -44,6 +44,8 @@ def run_fused(module: FusedParts, x: Tensor) -> Tensor | None:
         return None
     if bound.match.drops or bound.match.gate is not None:
         return run_match(bound.match, x)
+    if autocasts(x.device.type):
+        return bound.run_autocast(x)
     call = bound.call(x)
     return None if call is None else execute(call, x)
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 from threading import local
 from typing import Any, NamedTuple
 
@@ -18,21 +17,14 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastres.kernels.backend import Results
-from fastres.kernels.common import DTYPE_CODES
+from fastres.kernels.backend import Recorded, Results
+from fastres.kernels.common import DTYPE_CODES, bytes_of, overlap
 from fastres.kernels.cpu.module import module, own_memory, strided
+from fastres.kernels.tape import ALLOCATE
 
 _kernels = module()
 _aten = torch.ops.aten
 
-#: Operators that only make memory.
-_ALLOCATE = {
-    _aten.empty.memory_format,
-    _aten.empty_strided.default,
-    _aten.empty_like.default,
-    _aten.new_empty.default,
-    _aten.new_empty_strided.default,
-}
 #: Elements that a copy step moves at most: it is for parameters, on one thread.
 _MOST_COPIED = 1 << 22
 #: Places in the tensor of what is kept are multiples of this many bytes, as vectors are long.
@@ -85,7 +77,7 @@ def _add(to: Tensor, x: Tensor, r: Any, **how: object) -> None:
         or not {x.dtype} == {r.dtype} <= {torch.float32, torch.bfloat16}
     ):
         raise NotRecordableError("a sum of another kind than of two activations")
-    if _bytes(to) != to.numel() * to.element_size():
+    if bytes_of(to) != to.numel() * to.element_size():
         raise NotRecordableError("a sum with gaps in its memory")
     _kernels.add_act(
         x.data_ptr(), r.data_ptr(), to.data_ptr(), 0, 0, 1, to.numel(), 1, 0,
@@ -123,7 +115,7 @@ class _Watch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         step = _STEPS.get(func)
-        if step is None and not func.is_view and func not in _ALLOCATE:
+        if step is None and not func.is_view and func not in ALLOCATE:
             raise NotRecordableError(str(func))
         # Of an operator with a step no more than the memory of its result is wanted.
         result = func(*args, **(kwargs or {}))
@@ -174,6 +166,7 @@ class Program:
 
     Attributes:
         steps: how many.
+        layout: how what is kept lies in the tensor that holds it.
     """
 
     def __init__(
@@ -187,13 +180,14 @@ class Program:
         self._core, self._versions, self._held = core, versions, held
         self.steps: int = core.steps
         self._outputs = [
-            (tuple(t.shape), t.stride(), t.dtype, own_memory(_bytes(t))) for t in outputs
+            (tuple(t.shape), t.stride(), t.dtype, own_memory(bytes_of(t))) for t in outputs
         ]
         self._kept = [(tuple(t.shape), t.stride(), t.dtype) for t in kept]
         self._offsets, self._bytes = [], 0
         for t in kept:
             self._offsets.append(self._bytes)
-            self._bytes += -(-_bytes(t) // _ALIGNMENT) * _ALIGNMENT
+            self._bytes += -(-bytes_of(t) // _ALIGNMENT) * _ALIGNMENT
+        self.layout = self._offsets, self._kept
 
     def __call__(self, inputs: Sequence[Tensor]) -> list[Tensor] | None:
         """The outputs, and in one tensor of bytes what is kept, if anything is.
@@ -213,18 +207,19 @@ class Program:
             results.append(kept)
         return results if self._core.run(addresses, torch.get_num_threads()) else None
 
-    def views(self, kept: Tensor) -> list[Tensor]:
+    def views(self, kept: Sequence[Tensor]) -> list[Tensor]:
         """The tensors in what is kept."""
+        (together,) = kept
         return [
-            kept[offset:].view(dtype).as_strided(shape, strides)
+            together[offset:].view(dtype).as_strided(shape, strides)
             for offset, (shape, strides, dtype) in zip(self._offsets, self._kept, strict=True)
         ]
 
 
 def record(
     function: Callable[[], Results], inputs: Sequence[Tensor], fixed: Sequence[Tensor] = ()
-) -> Program | None:
-    """A program of what a function would compute, or None where that cannot be written down.
+) -> Recorded:
+    """A program of what a function would compute, where that can be written down.
 
     Args:
         function: called once; it returns the outputs, and what is to be kept in one tensor.
@@ -240,9 +235,9 @@ def record(
         finally:
             watch.recording.exit()
             _current.watch = None
-        return _program(watch, inputs, outputs, kept, fixed)
+        return Recorded(_program(watch, inputs, outputs, kept, fixed))
     except NotRecordableError:
-        return None
+        return Recorded(None)
 
 
 def _program(
@@ -253,10 +248,10 @@ def _program(
     fixed: Sequence[Tensor],
 ) -> Program:
     made = {_memory(t) for t in watch.memory}
-    if not {(t.data_ptr(), _bytes(t)) for t in (*outputs, *kept)} <= made:
+    if not {(t.data_ptr(), bytes_of(t)) for t in (*outputs, *kept)} <= made:
         raise NotRecordableError("a result that is part of something else")
-    given = [(t.data_ptr(), _bytes(t)) for t in (*inputs, *outputs, *kept)]
-    if any(a + size > b for (a, size), (b, _) in pairwise(sorted(given)) if size):
+    given = [(t.data_ptr(), bytes_of(t)) for t in (*inputs, *outputs, *kept)]
+    if overlap(given):
         raise NotRecordableError("memory with two names")
     fixed = [*fixed, *_ZEROS.values(), *[one.copy for one in watch.packed]]
     stays = [_memory(t) for t in fixed]
@@ -277,11 +272,3 @@ def _memory(t: Tensor) -> tuple[int, int]:
     """Address and bytes of a tensor's storage."""
     storage = t.untyped_storage()
     return storage.data_ptr(), storage.nbytes()
-
-
-def _bytes(t: Tensor) -> int:
-    """Bytes from the first element to the last."""
-    if t.numel() == 0:
-        return 0
-    reach = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
-    return (reach + 1) * t.element_size()

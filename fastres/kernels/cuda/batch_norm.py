@@ -9,14 +9,13 @@ from torch import Tensor
 
 from fastres.kernels.common import (
     ACT_CODES,
-    address,
     as_relu,
     branch_tensors,
     floats,
     gate_act_code,
     gate_code,
 )
-from fastres.kernels.cuda.module import module, where, why_not
+from fastres.kernels.cuda.module import launch, why_not
 from fastres.kernels.cuda.tiling import Shape, Tiling, choose, partials
 from fastres.kernels.pointwise import Gradients, Normalisation, Pointwise
 from fastres.kernels.types import Branch, Gate
@@ -28,19 +27,15 @@ class Launches:
     def channel_stats(self, y: Tensor, state: Tensor | None, prior_count: int) -> Tensor:
         """(mean, M2), merged with `state` by the launch that joins the partial results."""
         merged = floats(2, y.shape[1], device=y.device)
-        _statistics(y, (address(state), prior_count, merged.data_ptr(), 0, 0, 0.0, 0))
+        _statistics(y, (state, prior_count, merged, None, None, 0.0, None))
         return merged
 
     def finalize_stats(
         self, inputs: Sequence[Tensor | None], count: int, eps: float, stats: Tensor
     ) -> None:
         """`stats`, in float64 from what is stored in float32."""
-        dense = [as_float(t) for t in inputs]
-        state, *others = map(address, dense)
-        channels = stats.shape[1]
-        module().finalize_stats(
-            state, count, *others, eps, stats.data_ptr(), channels, where(stats)
-        )
+        state, *others = [as_float(t) for t in inputs]
+        launch("finalize_stats", stats, state, count, *others, eps, stats, stats.shape[1])
 
     def scale_shift_act(self, call: Normalisation) -> None:
         """One pass."""
@@ -48,10 +43,8 @@ class Launches:
         shape = Shape.of(y)
 
         def run(tiling: Tiling) -> None:
-            module().scale_shift_act(
-                y.data_ptr(), address(stats), address(residual), address(residual_stats),
-                out.data_ptr(), address(mask), ACT_CODES[act], shape, tiling, where(y),
-            )  # fmt: skip
+            tensors = (y, stats, residual, residual_stats, out, mask)
+            launch("scale_shift_act", y, *tensors, ACT_CODES[act], shape, tiling)
 
         flags = (stats is None, residual is None, residual_stats is None, act, mask is not None)
         run(choose("scale_shift_act", shape, y.device, flags, None if in_place else run))
@@ -61,34 +54,30 @@ class Launches:
     ) -> Tensor:
         """The sums, to which the launch that joins the partial results adds `sums`."""
         gate, shape, device = as_relu(gate), Shape.of(grad_out), grad_out.device
-        rows = 1 + len(branches)
+        rows, name = 1 + len(branches), "bn_act_backward_reduce"
+        inputs = backward_inputs(grad_out, gate, branches)
 
         def run(tiling: Tiling) -> Tensor:
             total = floats(3, shape.c, device=device)
             parts = partials(shape, tiling, rows, torch.float32, device)
-            module().bn_act_backward_reduce(
-                *backward_inputs(grad_out, gate, branches), parts.data_ptr(), address(sums),
-                total.data_ptr(), shape, tiling, where(grad_out),
-            )  # fmt: skip
+            launch(name, grad_out, *inputs, parts, sums, total, shape, tiling)
             return total
 
-        flags, name = (gate.kind, gate.applied, rows), "bn_act_backward_reduce"
+        flags = (gate.kind, gate.applied, rows)
         return run(choose(name, shape, device, flags, run, sums=True, pipelines=True))
 
     def bn_act_backward_apply(self, call: Gradients) -> None:
         """One pass for both branches and the residual."""
         grad_out, gate, branches, sums, count, grads, residual, in_place = call
-        gate, shape = as_relu(gate), Shape.of(grad_out)
+        gate, shape, name = as_relu(gate), Shape.of(grad_out), "bn_act_backward_apply"
+        inputs = backward_inputs(grad_out, gate, branches)
 
         def run(tiling: Tiling) -> None:
-            module().bn_act_backward_apply(
-                *backward_inputs(grad_out, gate, branches), address(sums), count,
-                *map(address, (*grads, residual)), shape, tiling, where(grad_out),
-            )  # fmt: skip
+            launch(name, grad_out, *inputs, sums, count, *grads, residual, shape, tiling)
 
         absent = [t is None for t in (sums, *grads, residual)]
         flags: tuple[str | bool, ...] = (gate.kind, gate.applied, *absent)
-        repeatable, name = None if in_place else run, "bn_act_backward_apply"
+        repeatable = None if in_place else run
         run(choose(name, shape, grad_out.device, flags, repeatable, pipelines=True))
 
 
@@ -97,17 +86,17 @@ def batch_stats(y: Tensor, weight: Tensor | None, bias: Tensor | None, eps: floa
     if y.numel() == 0:
         return finalize_stats(channel_stats(y), 0, None, weight, bias, eps, acc=torch.float32)
     stats = floats(5, y.shape[1], device=y.device)
-    _statistics(y, (0, 0, 0, address(weight), address(bias), eps, stats.data_ptr()))
+    _statistics(y, (None, 0, None, weight, bias, eps, stats))
     return stats
 
 
-def _statistics(y: Tensor, wanted: tuple[float, ...]) -> None:
+def _statistics(y: Tensor, wanted: tuple[Tensor | float | None, ...]) -> None:
     """Launch the reduction; `wanted` says what to join, and what to make of it."""
     shape = Shape.of(y)
 
     def run(tiling: Tiling) -> None:
         parts = partials(shape, tiling, 2, torch.float64, y.device)
-        module().channel_stats(y.data_ptr(), parts.data_ptr(), *wanted, shape, tiling, where(y))
+        launch("channel_stats", y, y, parts, *wanted, shape, tiling)
 
     run(choose("channel_stats", shape, y.device, (), run, sums=True))
 
@@ -117,10 +106,12 @@ def as_float(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.to(torch.float32).contiguous()
 
 
-def backward_inputs(grad_out: Tensor, gate: Gate, branches: Sequence[Branch]) -> tuple[int, ...]:
+def backward_inputs(
+    grad_out: Tensor, gate: Gate, branches: Sequence[Branch]
+) -> tuple[Tensor | int | None, ...]:
     """How the backward kernels are told what they read."""
-    tensors = map(address, (gate.tensor, *branch_tensors(branches)))
-    return grad_out.data_ptr(), gate_code(gate), gate_act_code(gate), *tensors
+    codes = (gate_code(gate), gate_act_code(gate))
+    return grad_out, *codes, gate.tensor, *branch_tensors(branches)
 
 
 launches = Launches()

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastres.kernels.common import ACT_CODES, address, as_relu, floats, new_mask
+from fastres.kernels.common import ACT_CODES, as_relu, floats, new_mask
 from fastres.kernels.cuda.batch_norm import (
     as_float,
     backward_inputs,
@@ -21,10 +21,11 @@ from fastres.kernels.cuda.batch_norm import (
     bn_act_backward_reduce,
     launches,
 )
-from fastres.kernels.cuda.module import binary, cache_bytes, module, where, why_not
+from fastres.kernels.cuda.module import binary, cache_bytes, launch, module, why_not
 from fastres.kernels.cuda.tiling import Shape, Tiling, channel_block_tilings, partials
 from fastres.kernels.pointwise import Gradients, Normalisation
 from fastres.kernels.registry import register
+from fastres.kernels.tape import taping
 from fastres.kernels.tuned import tuned
 from fastres.kernels.types import Branch, Gate
 
@@ -70,6 +71,12 @@ def _distributed() -> bool:
     )
 
 
+def _hold(tensors: Sequence[Tensor | None]) -> None:
+    """Tell a program that is being written down what channel blocks depend on."""
+    if (tape := taping()) is not None:
+        tape.holds(tensors, unless=_distributed)
+
+
 class Forward(NamedTuple):
     """`stats` float32 [5, C], the activated output, and its mask where that was wanted."""
 
@@ -103,11 +110,11 @@ def bn_act_forward(
             return stats
         stats = floats(5, y.shape[1], device=y.device)
         parts = partials(shape, variant, 2, torch.float64, y.device)
-        module().bn_act_forward(
-            y.data_ptr(), parts.data_ptr(), address(weight), address(bias), eps, stats.data_ptr(),
-            address(residual), address(residual_stats), out.data_ptr(), address(mask),
-            ACT_CODES[act], shape, variant, where(y),
+        launch(
+            "bn_act_forward", y, y, parts, weight, bias, eps, stats, residual, residual_stats, out,
+            mask, ACT_CODES[act], shape, variant,
         )  # fmt: skip
+        _hold((y, residual))
         return stats
 
     flags = (act, want_mask, residual is None, residual_stats is None)
@@ -149,14 +156,15 @@ def bn_act_backward(
             return sums
         sums = floats(3, grad_out.shape[1], device=grad_out.device)
         parts = partials(shape, variant, 1 + len(branches), torch.float32, grad_out.device)
-        module().bn_act_backward(
-            *backward_inputs(grad_out, gate, branches), parts.data_ptr(), sums.data_ptr(), count,
-            *map(address, (*both, residual)), shape, variant, where(grad_out),
-        )  # fmt: skip
+        inputs = backward_inputs(grad_out, gate, branches)
+        outputs = (*both, residual, shape, variant)
+        launch("bn_act_backward", grad_out, *inputs, parts, sums, count, *outputs)
+        _hold(read)
         return sums
 
-    read = (grad_out, *(branch.y for branch in branches))
-    candidates = variants("backward", (*read, gate.tensor if gate.kind == "out" else None), second)
+    output = gate.tensor if gate.kind == "out" else None
+    read = (grad_out, *(branch.y for branch in branches), output)
+    candidates = variants("backward", read, second)
     name = "cuda/bn_act_backward"
     sizes = (*shape, gate.kind, gate.applied, len(branches), count > 0, want_residual)
     sums = run(tuned(name, binary(), sizes, candidates, run, grad_out.device))

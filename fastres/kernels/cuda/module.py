@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastres.kernels.cuda.archs import covering
 from fastres.kernels.registry import Request
+from fastres.kernels.tape import Anew, taping
 
 _import_error: str | None = None
 _cuda: ModuleType | None = None
@@ -121,12 +122,39 @@ def why_not(request: Request) -> str | None:
     )
 
 
-def where(t: Tensor) -> tuple[int, int]:
-    """(device, stream) on which to work on a tensor: its own, and torch's current one."""
-    if EMULATED:
+def launch(kernel: str, on: Tensor, *arguments: Any) -> None:
+    """Launch a kernel on a tensor's device, on torch's current stream.
+
+    Args:
+        kernel: its name in the compiled module.
+        on: a tensor there.
+        arguments: as the module takes them, with tensors for their addresses and None for none.
+    """
+    function, index = getattr(module(), kernel), on.device.index
+    if (tape := taping()) is not None:
+        tape.launch(function, (*arguments, _where_anew(index)))
+    function(*[0 if one is None else _addresses(one) for one in arguments], _where(index))
+
+
+def _addresses(value: Any) -> Any:
+    """An argument with addresses for tensors, lists of tuples of them included."""
+    if isinstance(value, Tensor):
+        return value.data_ptr()
+    if type(value) in (list, tuple):
+        return [_addresses(one) for one in value]
+    return value
+
+
+def _where(index: int | None) -> tuple[int, int]:
+    """(device, stream) on which to work: torch's current one."""
+    if EMULATED or index is None:
         return 0, 0
-    index = t.device.index
     return index, torch._C._cuda_getCurrentRawStream(index)
+
+
+@lru_cache(maxsize=16)
+def _where_anew(index: int | None) -> Anew:
+    return Anew(partial(_where, index))
 
 
 def cache_bytes(device: torch.device) -> int:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from fastres.kernels.cuda.module import module, where, why_not
+from fastres.kernels.cuda.module import launch, why_not
 from fastres.kernels.registry import Request, register
 from fastres.kernels.running import rows_of
 from fastres.kernels.types import RunningUpdate
@@ -24,4 +24,5 @@ def _why_not(request: Request) -> str | None:
 def update_running(updates: Sequence[RunningUpdate]) -> None:
     """One launch for every eight of them; arithmetic in float64."""
     if updates:
-        module().update_running(rows_of(updates), where(updates[0].stats))
+        rows = rows_of(updates, lambda t: t)
+        launch("update_running", updates[0].stats, rows)

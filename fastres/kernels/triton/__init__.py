@@ -4,6 +4,7 @@ Triton itself is imported when a kernel first runs, so that `import fastres` sta
 """
 
 from fastres.kernels.backend import Backend, declare
+from fastres.kernels.tape import record
 from fastres.kernels.triton.launch import compile_together, source_hash
 from fastres.kernels.triton.support import interpreted, why_not_here
 
@@ -18,6 +19,7 @@ declare(
         proven=False,
         source=lambda: source_hash("fastres.triton_kernels.conv"),
         prepare=compile_together,
+        record=record,
     )
 )
 

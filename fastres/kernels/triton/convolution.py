@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastres.kernels.common import floats, precision_of, zeros
 from fastres.kernels.registry import register
+from fastres.kernels.tape import taping
 from fastres.kernels.triton.activation import functions_of, prologue_flags
 from fastres.kernels.triton.batch_norm import merge_stats
 from fastres.kernels.triton.launch import MAX_REGISTERS, Described, kernels, launch
@@ -89,6 +90,8 @@ def _describable(p: Problem, x: Tensor, weight: Tensor, epilogue: _Epilogue) -> 
     # Rows are multiples of 16 bytes, and so is where they start.
     row = 16 // x.element_size()
     aligned = x.device.type == "meta" or (x.data_ptr() | weight.data_ptr()) % 16 == 0
+    if (tape := taping()) is not None:
+        tape.holds((x, weight) if aligned else ())
     return p.channels % row == 0 and p.out_channels % row == 0 and aligned
 
 

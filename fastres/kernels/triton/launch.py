@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastres.kernels.tape import taping
 from fastres.kernels.triton.support import interpreted
 from fastres.kernels.tuned import tuned as choice
 
@@ -185,15 +186,31 @@ def launch(
         shape = (num_warps, num_stages, max_registers)
         recorded.append(Launch(kernel, grid, dtypes, tuple(sizes), values, *shape))
         return
+    given = (kernel, grid, tensors, sizes, constants)
+    options = {"num_warps": num_warps, "num_stages": num_stages, "max_registers": max_registers}
+    if (tape := taping()) is None:
+        _launch(first, *given, options)
+        return
+    tape.call(launch, *given, **options)
+    with tape.paused():
+        _launch(first, *given, options)
+
+
+def _launch(
+    first: Tensor,
+    kernel: Any,
+    grid: Grid,
+    tensors: Sequence[Argument],
+    sizes: Sequence[int | float],
+    constants: dict[str, Any],
+    options: dict[str, Any],
+) -> None:
     if first.device.type != "cuda":
         kernel[grid](*_passed(tensors), *sizes, **constants)
         return
     # Triton launches on the current device.
     with torch.cuda.device_of(first):
-        _launch_bound(
-            kernel, grid, tensors, sizes, constants, num_warps, num_stages, max_registers,
-            first.device,
-        )  # fmt: skip
+        _launch_bound(kernel, grid, tensors, sizes, constants, device=first.device, **options)
 
 
 def _launch_bound(
