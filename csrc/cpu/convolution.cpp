@@ -86,20 +86,19 @@ void conv_forward(const ConvForwardArgs& a) {
     using Sweeper = typename decltype(sweeper)::type;
     const T* residual = (const T*)a.residual;
     with_input<T>(a.input, a.shape.c, [&](const Source<Formed<Operand<T>>>& source) {
-      const SweepArgs<T> args{source,
-                              a.input.scale ? nullptr : (const T*)a.input.x,
-                              WeightView<T>(a.weight, a.shape, false),
-                              packed,
-                              (T*)a.y,
-                              residual,
-                              false,
-                              (const T*)a.bias,
-                              a.scale,
-                              a.shift,
-                              a.act == Activation::kRelu,
-                              a.threads,
-                              residual,
-                              direct};
+      const SweepArgs<T> args{.source = source,
+                              .plain = a.input.scale ? nullptr : (const T*)a.input.x,
+                              .weight = WeightView<T>(a.weight, a.shape, false),
+                              .packed = packed,
+                              .out = (T*)a.y,
+                              .residual = residual,
+                              .bias = (const T*)a.bias,
+                              .scale = a.scale,
+                              .shift = a.shift,
+                              .relu = a.act == Activation::kRelu,
+                              .threads = a.threads,
+                              .late = residual,
+                              .direct = direct};
       if (a.state) {
         run_with_stats<Sweeper>(s, args, a);
       } else if (known) {
@@ -178,20 +177,15 @@ void conv_backward_data(const ConvDataArgs& a) {
                        const Sweep* direct) {
     using Sweeper = typename decltype(sweeper)::type;
     with_gradient<T>(a.grad, [&](const Source<Formed<Operand<T>>>& source) {
-      const SweepArgs<T> args{source,
-                              a.grad.stats[0] ? nullptr : (const T*)a.grad.grad_out,
-                              WeightView<T>(a.weight, a.shape, true),
-                              packed,
-                              (T*)a.grad_x,
-                              nullptr,
-                              a.accumulate || residual,
-                              nullptr,
-                              nullptr,
-                              nullptr,
-                              false,
-                              a.threads,
-                              (const T*)a.reduce.y[0],
-                              direct};
+      const SweepArgs<T> args{.source = source,
+                              .plain = a.grad.stats[0] ? nullptr : (const T*)a.grad.grad_out,
+                              .weight = WeightView<T>(a.weight, a.shape, true),
+                              .packed = packed,
+                              .out = (T*)a.grad_x,
+                              .accumulate = a.accumulate || residual,
+                              .threads = a.threads,
+                              .late = (const T*)a.reduce.y[0],
+                              .direct = direct};
       const auto before = [&](Range rows, Range columns) {
         if (residual) {
           form_residual(a.residual, args.out, s.out_c, rows, columns);

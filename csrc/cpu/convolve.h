@@ -194,14 +194,14 @@ struct SweepArgs {
   WeightView<T> weight;
   const Operand<T>* packed;  // or null
   T* out;
-  const T* residual;  // shape of the output, or null
-  bool accumulate;
-  const T* bias;
-  const float *scale, *shift;
-  bool relu;
+  const T* residual = nullptr;  // shape of the output, or null
+  bool accumulate = false;
+  const T* bias = nullptr;
+  const float *scale = nullptr, *shift = nullptr;
+  bool relu = false;
   int threads;
-  const T* late;  // shape of the output: what is read behind a panel's products, or null
-  const Sweep* direct = nullptr;  // of a sweep in squares: the same without
+  const T* late;        // shape of the output: what is read behind a panel's products, or null
+  const Sweep* direct;  // of a sweep in squares: the same without, else null
 };
 
 // Asks for what comes behind a panel's products, and for what the next panel reads and writes.

@@ -164,9 +164,10 @@ class Block(_Fields):
         """Whether the raw output of each unit's convolution is added as it is: then a backward does
         not read it.
         """
-        last = len(self.units) - 1
-        units = enumerate(self.all_units)
-        return tuple([i >= last and unit.plain and not self.open_end for i, unit in units])
+        last, units = len(self.units) - 1, enumerate(self.all_units)
+        # Where no sum is in between, the derivative of the activation is asked of it.
+        unread = not self.open_end and (self.shortcut != "none" or self.act == "none")
+        return tuple([unread and i >= last and unit.plain for i, unit in units])
 
     @cached_property
     def recomputed(self) -> tuple[bool, ...]:
