@@ -95,6 +95,8 @@ class _Fields(NamedTuple):
     memory: str = "speed"
     backend: str = "auto"
     level: str = "auto"
+    unread: tuple[int, ...] = ()
+    unread_values: tuple[int, ...] = ()
 
 
 class Block(_Fields):
@@ -114,6 +116,8 @@ class Block(_Fields):
         memory: "speed", "balanced" or "lean".
         backend: the user's choice, "auto" or a backend's name.
         level: the level of fusion, of `LEVELS`, or "auto" for what is fastest.
+        unread: units whose raw output no backward reads, so that it is not kept.
+        unread_values: units whose activated output no backward reads.
     """
 
     @cached_property
@@ -138,7 +142,9 @@ class Block(_Fields):
         """
         norm = self.units[-1].norm
         given = norm is not None and norm.source == "given"
+        last = len(self.units) - 1
         recomputed = self.shortcut == "none" and self.simple_end and not given
+        recomputed = recomputed and last not in self.unread
         return self.save and self.act != "none" and not recomputed
 
     @cached_property
@@ -152,12 +158,18 @@ class Block(_Fields):
         return (
             self.save and self.memory == "lean" and not self.open_end
             and len(self.units) > 1 and self.units[-1].conv is not None
+            and len(self.units) - 1 not in self.unread
         )  # fmt: skip
 
     @cached_property
     def keeps_value(self) -> tuple[bool, ...]:
         """Whether the activated output of each inner unit is kept for backward."""
-        return tuple([self.keeps_activated and not unit.plain for unit in self.units[:-1]])
+        return tuple(
+            [
+                self.keeps_activated and not unit.plain and i not in self.unread_values
+                for i, unit in enumerate(self.units[:-1])
+            ]
+        )
 
     @cached_property
     def keeps_raw(self) -> tuple[bool, ...]:
@@ -167,7 +179,7 @@ class Block(_Fields):
         left_out = len(self.units) - 1 if self.recomputes_last or self.open_end else None
         return tuple(
             [
-                self.save and unit.conv is not None and i != left_out
+                self.save and unit.conv is not None and i != left_out and i not in self.unread
                 for i, unit in enumerate(self.all_units)
             ]
         )
@@ -233,4 +245,6 @@ def decode(text: str) -> Block:
         kernel, stride, padding, *flags = pool
         pool = PoolSpec(_pair(kernel), _pair(stride), _pair(padding), *flags)
     main = tuple([unit for value in units if (unit := _unit_of(value)) is not None])
-    return Block(main, shortcut, _unit_of(projection), pool, act, *rest)
+    *rest, unread, values = rest
+    block = Block(main, shortcut, _unit_of(projection), pool, act, *rest)
+    return block._replace(unread=tuple(unread), unread_values=tuple(values))

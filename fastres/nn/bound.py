@@ -34,7 +34,7 @@ _forward_of, _wants = attrgetter("forward"), attrgetter("requires_grad")
 class Bound:
     """A match, and the calls that were prepared for it."""
 
-    __slots__ = ("_block", "_calls", "_forwards", "_frozen", "_running", "_seen", "match")
+    __slots__ = ("_block", "_calls", "_forwards", "_frozen", "_seen", "match")
 
     def __init__(self, module: nn.Module, parts: Parts, matched: Match) -> None:
         self.match = matched
@@ -45,7 +45,6 @@ class Bound:
         frozen = {cls: frozen_of_class(cls) for cls in classes}
         self._frozen = [cls for cls, known in frozen.items() if known is not None]
         self._forwards = [known.forward for known in frozen.values() if known is not None]
-        self._running = [t for layer in matched.layers for t in layer[5:7] if t is not None]
         self._calls: dict[Any, Call | None] = {}
 
     def holds(self, module: nn.Module) -> bool:
@@ -75,9 +74,8 @@ class Bound:
         tensors = [x, *[t for layer in layers for t in layer[1:7] if t is not None]]
         if residual is not None:
             tensors.append(residual)
-        wanted = torch.is_grad_enabled() and any(map(_wants, tensors))
         key = (
-            wanted, wanted and any(map(_wants, self._running)),
+            (*map(_wants, tensors),) if torch.is_grad_enabled() else (),
             current(), switches(x.device.type), registrations(),
             *[(t.shape, t.stride(), t.dtype, t.device, type(t)) for t in tensors],
         )  # fmt: skip
