@@ -11,9 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fastres
-from fastres.block import Block, Layer, Unit, op, run_layers
-from fastres.block.stock import run_stock
-from fastres.kernels import Conv
+from fastres.block import op
 from fastres.testing import saved_bytes
 from fastres.testing.saved import _nodes
 
@@ -216,23 +214,3 @@ def test_nothing_outlives_a_backward() -> None:
         assert node.origin is None or not node.origin.tensors
         with pytest.raises(RuntimeError, match="second time"):
             _ = node.saved_tensors
-
-
-@pytest.mark.parametrize("memory", ["balanced", "speed", "lean"])
-@pytest.mark.parametrize("act", ["none", "relu", "silu"])
-@pytest.mark.parametrize("shortcut", ["none", "input"])
-def test_a_raw_output_is_kept_where_it_is_read(shortcut: str, act: str, memory: str) -> None:
-    """One that is added as it is is not; an activation right behind it needs it."""
-    torch.manual_seed(0)
-    weight, x = torch.randn(6, 6, 3, 3, requires_grad=True), image()
-    unit = Unit(Conv((1, 1), (1, 1), (1, 1), 1))
-    block, layers = Block((unit, unit), shortcut, act=act), [Layer(unit, weight)] * 2
-    found = []
-    for run in (run_layers, run_stock):
-        with fastres.use_memory(memory):
-            out = run(x, block, layers)
-            found.append([out, *torch.autograd.grad(out.square().sum(), [x, weight])])
-    for ours, stock in zip(*found, strict=True):
-        torch.testing.assert_close(ours, stock, rtol=1e-4, atol=1e-5 * float(stock.detach().abs().max()))
-    kept = block._replace(save=True, memory=memory).keeps_raw
-    assert kept == (True, shortcut == "none" and act != "none" and memory != "lean")

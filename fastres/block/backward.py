@@ -21,7 +21,16 @@ from fastres.block.tensors import (
     output_shapes,
     pooled,
 )
-from fastres.kernels import Branch, Gate, Gated, PendingGrad, acc_dtype, dense, memory_format_of
+from fastres.kernels import (
+    Branch,
+    Gate,
+    Gated,
+    PendingGrad,
+    acc_dtype,
+    activation,
+    dense,
+    memory_format_of,
+)
 
 _OPEN = Gate("none")
 #: Of a norm's parameters and running statistics a backward reads none: `stats` hold what it needs.
@@ -102,13 +111,56 @@ class Needs(_NeedsFields):
         """A convolution's input is read where a gradient passes it; a leading norm's for its own
         gradients, and wherever its output is to be computed again.
         """
-        block = self.block
-        again = block.recomputed[-1] and any(self.units[-1])
-        side = block.projection is not None and (self.passes[-1] or again)
-        if block.units[0].conv is not None:
+        side = self._reads_side
+        if self.block.units[0].conv is not None:
             return self.passes[0] or side
-        kept = len(block.units) > 1 and block.keeps_value[0]
-        return not kept or self.x or any(self.units[0]) or side
+        return side or self._reads_raw(0)
+
+    @cached_property
+    def unread(self) -> tuple[int, ...]:
+        """The units whose raw output backward does not read."""
+        return tuple([i for i in range(len(self.units)) if not self._reads_raw(i)])
+
+    @cached_property
+    def unread_values(self) -> tuple[int, ...]:
+        """The units whose activated output backward does not read."""
+        return tuple([i for i in range(len(self.block.units) - 1) if not self._goes_on(i)])
+
+    def _reads_raw(self, index: int) -> bool:
+        own = (self.below[index] or any(self.units[index])) and self._tells_gradient(index)
+        if own or index + 1 >= len(self.block.units):
+            return own
+        return not self.block.keeps_value[index] and self._goes_on(index)
+
+    def _tells_gradient(self, index: int) -> bool:
+        """Whether the raw output of a unit is read for the gradient of what it gives: for its
+        norm's share, or the derivative of an activation that neither bits nor output tell.
+        """
+        block, unit, own = self.block, self.block.all_units[index], self.units[index]
+        last = len(block.units) - 1
+        if unit.batch_stats or own.norm_weight or own.factor:
+            return True
+        if index == last and block.max_pool is not None:
+            return True
+        if index == last and block.simple_end:
+            return block.shortcut == "none" and activation(block.act).gate is None
+        known = index < last and block.keeps_value[index] and not unit.scale
+        return unit.act != "none" and not (known and activation(unit.act).gate is not None)
+
+    def _goes_on(self, index: int) -> bool:
+        """Whether what an inner unit gave is read as the input of what comes next."""
+        block, following = self.block, index + 1
+        if block.units[following].conv is None:
+            return self.passes[following] or self._reads_raw(following)
+        shortcut = index == 0 and block.shortcut == "activated" and self._reads_side
+        again = block.recomputed[following] and self._reads_raw(following)
+        return self.passes[following] or shortcut or again
+
+    @property
+    def _reads_side(self) -> bool:
+        """Whether what a projection is given is read."""
+        side = self.passes[-1] or self.block.recomputed[-1]
+        return self.block.projection is not None and side
 
 
 def needs_of(block: Block, flags: tuple[bool, ...]) -> Needs:
@@ -118,7 +170,7 @@ def needs_of(block: Block, flags: tuple[bool, ...]) -> Needs:
     return Needs(block, flags[0], flags[1], units)
 
 
-_needs = lru_cache(maxsize=4096)(needs_of)
+needs_once = lru_cache(maxsize=4096)(needs_of)
 
 
 def run_backward(
@@ -141,7 +193,7 @@ def run_backward(
         weights = [u.weight for u in units]
         plan, fmt = plan_of(block, x, weights), memory_format_of(x, weights)
     kept = Saved.unflatten(block, saved)
-    run = _Backward(block, plan, dense(x, fmt), units, kept, _needs(block, tuple(flags)), fmt)
+    run = _Backward(block, plan, dense(x, fmt), units, kept, needs_once(block, tuple(flags)), fmt)
     grad_out = dense(grad_out, fmt)
     if grad_mean is not None:
         pixels = grad_out.shape[2] * grad_out.shape[3]
@@ -285,6 +337,10 @@ class _Backward:
                 self.grad_factors[index] = self._factor_gradient(index, grad, factor)
             grad = scaled(grad, factor)
         gate, branch = self._inner_gate(index), self._branch(index)
+        conv = self.plan.convs[index]
+        if gate.kind == "out" and conv is not None and conv.joint is not None:
+            # A kernel that forms the gradient on the way in knows bits, or the raw output.
+            grad, gate = self._through_gate(grad, gate), _OPEN
         if self._forms(index):
             whole = self.plan.whole("bn_act_backward", gate.applied)
             assert whole is not None
@@ -389,7 +445,8 @@ class _Backward:
     def _reduction(self, index: int) -> tuple[Gate, Branch] | None:
         """The sums that the unit behind `index` is to deliver for it, if it is."""
         unit = self.specs[index]
-        if unit.scale or not self.needs.sums[index] or self._forms(index):
+        unread = index in self.block.unread
+        if unit.scale or unread or not self.needs.sums[index] or self._forms(index):
             return None
         return self._inner_gate(index), self._branch(index)
 
@@ -458,14 +515,27 @@ class _Backward:
 
     def _inner_gate(self, index: int) -> Gate:
         act = self.specs[index].act
-        return _OPEN if act == "none" else Gate("affine", None, act)
+        if act == "none":
+            return _OPEN
+        if index in self.block.unread:
+            return Gate("out", self.saved.activated[index], act)
+        return Gate("affine", None, act)
 
     def _branch(self, index: int) -> Branch:
-        # What is added as it is has a gradient that does not depend on it.
-        raw = self.grad_out if self.block.added_as_is[index] else self._raw(index)
+        raw = self._like_raw(index)
         stats = self.saved.stats[index]
         known = identity_stats(raw) if stats is None or not self.specs[index].scaled_norm else stats
         return Branch(raw, known)
+
+    def _like_raw(self, index: int) -> Tensor:
+        """A unit's raw output, or a tensor of its shape where no result depends on the values."""
+        value = self.saved.raw[index]
+        if value is None and index not in self.block.unread:
+            return self._raw(index)
+        if value is None:
+            value = self.saved.activated[index] if index < self.last else self.grad_out
+        assert value is not None
+        return value
 
     def _raw(self, index: int) -> Tensor:
         """The raw output of a unit's convolution, or what a unit without one was given."""
@@ -513,7 +583,7 @@ class _Backward:
     def _count(self, index: int) -> int:
         if not self.specs[index].batch_stats:
             return 0
-        raw = self._raw(index)
+        raw = self._like_raw(index)
         return raw.shape[0] * raw.shape[2] * raw.shape[3]
 
     # ------------------------------------------------------------ what is wanted

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastres.block.backward import needs_of, needs_once
 from fastres.block.check import why_not_block
 from fastres.block.flops import register_formulas
 from fastres.block.forward import plan_of
@@ -127,6 +128,8 @@ def prepare(
         backend=settings.backend,
         level=settings.level,
     )
+    if block.save:
+        block = _spared(block, x, residual, layers)
     weights = [layer.weight for layer in layers]
     if pool is not None and not _pools_within(block, x, weights):
         block = block._replace(max_pool=None)
@@ -140,6 +143,16 @@ def prepare(
     tensors = [t for layer in layers for t in layer.tensors]
     late_pool = None if block.max_pool is not None else pool
     return Call(run, late, late_pool, tensors, Updates.of(layers, counts, settings.backend))
+
+
+def _spared(block: Block, x: Tensor, residual: Tensor | None, layers: Sequence[Layer]) -> Block:
+    """The block, keeping what the gradients that are wanted now are computed from."""
+    tensors = [x, residual, *[t for layer in layers for t in layer.parameters]]
+    flags = tuple([t is not None and t.requires_grad for t in tensors])
+    needs = needs_of if torch.compiler.is_compiling() else needs_once
+    unread_values = needs(block, flags).unread_values
+    block = block._replace(unread_values=unread_values)
+    return block._replace(unread=needs(block, flags).unread)
 
 
 def execute(call: Call, x: Tensor, residual: Tensor | None = None) -> Tensor:

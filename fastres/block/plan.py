@@ -179,8 +179,9 @@ def make_plan(spec: Block, context: Context) -> Plan:
             (p, act): found for p in _WHOLE if (found := choose.only(backend, p, act=act))
         }
     # What is not a gate has no backward by its output alone, and no block that would need one.
-    if activation(spec.act).gate:
-        pointwise["act_backward", spec.act] = choose("act_backward", act=spec.act)
+    for act in acts:
+        if activation(act).gate:
+            pointwise["act_backward", act] = choose("act_backward", act=act)
     if spec.max_pool is not None:
         for act in dict.fromkeys(("none", spec.act)):
             pointwise["scale_shift_act_pool", act] = choose("scale_shift_act_pool", act=act)

@@ -96,6 +96,8 @@ class _Fields(NamedTuple):
     memory: str = "speed"
     backend: str = "auto"
     level: str = "auto"
+    unread: tuple[int, ...] = ()
+    unread_values: tuple[int, ...] = ()
 
 
 class Block(_Fields):
@@ -117,6 +119,8 @@ class Block(_Fields):
         memory: "speed", "balanced" or "lean".
         backend: the user's choice, "auto" or a backend's name.
         level: the level of fusion, of `LEVELS`, or "auto" for what is fastest.
+        unread: units whose raw output no backward reads, so that it is not kept.
+        unread_values: units whose activated output no backward reads.
     """
 
     @cached_property
@@ -146,7 +150,9 @@ class Block(_Fields):
         """
         norm = self.units[-1].norm
         given = norm is not None and norm.source == "given"
+        last = len(self.units) - 1
         recomputed = self.shortcut == "none" and self.simple_end and not given
+        recomputed = recomputed and last not in self.unread
         return self.save and self.act != "none" and not recomputed
 
     @cached_property
@@ -160,15 +166,6 @@ class Block(_Fields):
         return self.save and self.memory == "speed"
 
     @cached_property
-    def added_as_is(self) -> tuple[bool, ...]:
-        """Whether the raw output of each unit's convolution is added as it is: then a backward does
-        not read it.
-        """
-        last, units = len(self.units) - 1, enumerate(self.all_units)
-        # Where no sum is in between, the derivative of the activation is asked of it.
-        unread = not self.open_end and (self.shortcut != "none" or self.act == "none")
-        return tuple([unread and i >= last and unit.plain for i, unit in units])
-
     @cached_property
     def recomputed(self) -> tuple[bool, ...]:
         """Whether each unit's raw output is computed again in backward: "lean" does so with those
@@ -176,27 +173,33 @@ class Block(_Fields):
         """
         last = len(self.units) - 1
         lean = self.save and self.memory == "lean" and not self.open_end and last > 0
-        units = enumerate(zip(self.all_units, self.added_as_is, strict=True))
         return tuple(
-            [lean and i >= last and u.conv is not None and not added for i, (u, added) in units]
+            [
+                lean and i >= last and unit.conv is not None and i not in self.unread
+                for i, unit in enumerate(self.all_units)
+            ]
         )
 
     @cached_property
     def keeps_value(self) -> tuple[bool, ...]:
         """Whether the activated output of each inner unit is kept for backward."""
-        return tuple([self.keeps_activated and not unit.plain for unit in self.units[:-1]])
+        return tuple(
+            [
+                self.keeps_activated and not unit.plain and i not in self.unread_values
+                for i, unit in enumerate(self.units[:-1])
+            ]
+        )
 
     @cached_property
     def keeps_raw(self) -> tuple[bool, ...]:
         """Whether the raw output of each unit's convolution is kept for backward, apart from one
         that is the block's own output.
         """
-        own_output = len(self.units) - 1 if self.open_end else None
-        units = zip(self.all_units, self.recomputed, self.added_as_is, strict=True)
+        left_out = (*self.unread, *[len(self.units) - 1 for _ in range(self.open_end)])
         return tuple(
             [
-                self.save and unit.conv is not None and not (again or added or i == own_output)
-                for i, (unit, again, added) in enumerate(units)
+                self.save and unit.conv is not None and not (again or i in left_out)
+                for i, (unit, again) in enumerate(zip(self.all_units, self.recomputed, strict=True))
             ]
         )
 
@@ -265,4 +268,6 @@ def decode(text: str) -> Block:
         sizes = _pair(kernel), _pair(stride), _pair(padding), _pair(dilation)
         max_pool = MaxPool(*sizes, ceil_mode)
     main = tuple([unit for value in units if (unit := _unit_of(value)) is not None])
-    return Block(main, shortcut, _unit_of(projection), pool, act, max_pool, *rest)
+    *rest, unread, values = rest
+    block = Block(main, shortcut, _unit_of(projection), pool, act, max_pool, *rest)
+    return block._replace(unread=tuple(unread), unread_values=tuple(values))

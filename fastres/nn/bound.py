@@ -52,7 +52,7 @@ class Bound:
 
     __slots__ = (
         "_calls", "_children", "_classes", "_copies", "_forwards", "_frozen", "_hooks", "_latest",
-        "_running", "_tables", "match",
+        "_tables", "match",
     )  # fmt: skip
 
     def __init__(self, module: nn.Module, parts: Parts, matched: Match) -> None:
@@ -69,7 +69,6 @@ class Bound:
         frozen = {cls: frozen_of_class(cls) for cls in dict.fromkeys(self._classes[1:])}
         self._frozen = [cls for cls, known in frozen.items() if known is not None]
         self._forwards = [known.forward for known in frozen.values() if known is not None]
-        self._running = [t for layer in matched.layers for t in layer[5:7] if t is not None]
         self._calls: dict[Any, Call | None] = {}
         self._latest: dict[Any, tuple[Callable[..., bool], Call | None]] = {}
 
@@ -115,9 +114,8 @@ class Bound:
         latest = self._latest.get(settings)
         if latest is not None and latest[0](*tensors):
             return latest[1]
-        wanted = torch.is_grad_enabled() and any(map(_wants, tensors))
         key = (
-            wanted, wanted and any(map(_wants, self._running)), settings,
+            (*map(_wants, tensors),) if torch.is_grad_enabled() else (), settings,
             *[(t.shape, t.stride(), t.dtype, t.device, type(t)) for t in tensors],
         )  # fmt: skip
         if key in self._calls:

@@ -57,6 +57,19 @@ def test_memory_modes(mode: str, kind: str, device: str) -> None:
             check_block(stock, FunctionalBlock.of(stock), x, what=f"{level}, {mode}")
 
 
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize("mode", ["speed", "balanced", "lean"])
+def test_frozen_norms(mode: str, level: str, device: str) -> None:
+    """Then backward goes by what was activated, or by bits, and by no raw output."""
+    case = BlockCase("frozen", "bottleneck", shortcut="projection", training=False)
+    stock = case.stock(device)
+    for name, p in stock.named_parameters():
+        p.requires_grad_(p.dim() > 1 or name.endswith("bias"))
+    x = case.input(device=device).requires_grad_()
+    with fastres.use_backend("triton"), fastres.use_memory(mode), fastres.use_level(level):
+        check_block(stock, FunctionalBlock.of(stock), x, what=f"{level}, {mode}")
+
+
 @pytest.mark.grid(3)
 @pytest.mark.parametrize("case", BLOCK_CASES[::2], ids=str)
 def test_block_in_inference_is_the_stock_block(case: BlockCase, device: str) -> None:
