@@ -166,7 +166,6 @@ class Block(_Fields):
         return self.save and self.memory == "speed"
 
     @cached_property
-    @cached_property
     def recomputed(self) -> tuple[bool, ...]:
         """Whether each unit's raw output is computed again in backward: "lean" does so with those
         that the block's end reads, the widest.
