@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastres
+from fastres.convert.traced import bindings_of
 
 #: How each is made, and how many fused operations it is: a gate's block is two and its projection.
 BLOCKS: dict[str, tuple[Callable[[], nn.Module], int]] = {
@@ -862,3 +863,14 @@ def test_reports() -> None:
     assert "2 of 3 residual blocks and 1 of 1 chains fused" in str(report)
     assert "partly" in str(fastres.explain(model))
     assert rows[1].level and rows[1].backends["scale_shift_act"]
+
+
+def test_a_hook_on_a_child_is_traced_once() -> None:
+    """A child with hooks is called as it is: that holds for the calls that follow."""
+    fused, stock = twins("textbook")
+    for module in (fused, stock):
+        _hook(module)
+    for _ in range(3):
+        x = images()
+        assert_same(step(fused, x), step(stock, x))
+    assert bindings_of(fused).traces == 2

@@ -34,7 +34,9 @@ class Guard:
         self._inside = [
             self._look(root, module, _read(module, names, dynamic)) for module in traced.inside
         ]
-        self._leaves = [(leaf, type(leaf)) for leaf in dict.fromkeys(leaves)]
+        self._leaves = [
+            (leaf, type(leaf), _hooked(leaf.__dict__)) for leaf in dict.fromkeys(leaves)
+        ]
         self._names: list[tuple[dict[str, Any], list[str], list[Any]]] = []
         self._classes: dict[type, dict[str, Any]] = {}
         for module in traced.inside:
@@ -48,7 +50,7 @@ class Guard:
 
     def settle(self) -> None:
         """Take children as converted that were not yet when the trace was made."""
-        self._leaves = [(leaf, type(leaf)) for leaf, _ in self._leaves]
+        self._leaves = [(leaf, type(leaf), hooked) for leaf, _, hooked in self._leaves]
 
     def holds(self, root: nn.Module) -> bool:
         """Whether tracing the module again would give the same."""
@@ -70,7 +72,12 @@ class Guard:
                 return False
             if [*now["_modules"].items()] != children or _absent(now) != absent:
                 return False
-        return all([type(m) is cls and not _hooked(m.__dict__) for m, cls in self._leaves])
+        return all(
+            [
+                type(leaf) is cls and _hooked(leaf.__dict__) is hooked
+                for leaf, cls, hooked in self._leaves
+            ]
+        )
 
     def _same_names(self) -> bool:
         for names, known, values in self._names:

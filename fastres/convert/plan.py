@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, fx, nn
 
 from fastres.block.call import autocasts, execute
@@ -27,6 +28,9 @@ class RunNow:
         self._nodes: Callable[..., Any] | None = None
 
     def __call__(self, module: nn.Module, x: Any, residual: Any = None, factor: Any = None) -> Any:
+        if torch.compiler.is_compiling():
+            out = _compiled_run(self.run, x, residual, factor)
+            return self._run_nodes(module, x, residual, factor) if out is None else out
         bound = self._bound
         if bound is None or not bound.holds(module):
             bound = self._bind(module)
@@ -43,10 +47,24 @@ class RunNow:
         self._bound = bound if kept else None
         return bound
 
-    def _run_nodes(self, module: nn.Module, x: Any, residual: Any, factor: Any) -> Any:
+    def prepare(self) -> None:
+        """Make the function that executes the nodes, which a compiler cannot."""
         if self._nodes is None:
             self._nodes = _nodes_of(self.run, self._same)
+
+    def _run_nodes(self, module: nn.Module, x: Any, residual: Any, factor: Any) -> Any:
+        self.prepare()
+        assert self._nodes is not None
         return self._nodes(module, x, residual, factor)
+
+
+def _compiled_run(run: Run, x: Any, residual: Any, factor: Any) -> Tensor | None:
+    """As `_fused`, where a compiler traces what a match reads."""
+    matched = match_run(run)
+    if isinstance(matched, Decline):
+        return None
+    given = residual if matched.block.shortcut == "tensor" else None
+    return run_match(matched, x, given, factor)
 
 
 def _fused(bound: Bound, x: Any, residual: Any, factor: Any) -> Tensor | None:
@@ -99,12 +117,14 @@ class Plan(NamedTuple):
         guard: what was traced.
         inside: the children that were looked into.
         found: the runs and what is between them.
+        runs: as `function` executes them.
     """
 
     function: Callable[..., Any]
     guard: Guard
     inside: tuple[nn.Module, ...]
     found: Found
+    runs: tuple[RunNow, ...]
 
     @property
     def holds_blocks(self) -> bool:
@@ -155,7 +175,9 @@ def _make_plan(
             break
         leaves |= idle
     guard = Guard(module, traced, modules.values())
-    return Plan(_function(traced.graph, found), guard, traced.inside[1:], found)
+    runs = {run.nodes[-1]: RunNow(run, found.same) for run in found.runs}
+    function = _function(traced.graph, found, runs)
+    return Plan(function, guard, traced.inside[1:], found, (*runs.values(),))
 
 
 def _idle(
@@ -193,18 +215,17 @@ def _concerns(run: Run, nodes: list[fx.Node], places: dict[fx.Node, int]) -> boo
     return any([first < places[node] < last for node in nodes])
 
 
-def _function(graph: fx.Graph, found: Found) -> Callable[..., Any]:
+def _function(graph: fx.Graph, found: Found, runs: Mapping[fx.Node, RunNow]) -> Callable[..., Any]:
     """The graph with each run as one call, at the place of its last node."""
     within = {node for run in found.runs for node in run.nodes} | found.through
-    runs = {run.nodes[-1]: run for run in found.runs}
     new = fx.Graph()
     module = new.placeholder("fastres_module")
     known: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
-        if (run := runs.get(node)) is not None:
-            values = (run.source, run.residual, run.factor)
+        if (now := runs.get(node)) is not None:
+            values = (now.run.source, now.run.residual, now.run.factor)
             given = (module, *[None if value is None else known[value] for value in values])
-            known[node] = new.call_function(_as_function(RunNow(run, found.same)), given)
+            known[node] = new.call_function(_as_function(now), given)
         elif node.op == "output":
             new.output(fx.node.map_arg(node.args[0], known.__getitem__))
         elif node not in within:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fastres.convert.compiled import FUNCTIONS, GUARDS, hold, publish
 from fastres.convert.plan import Plan, make_plan
 from fastres.convert.swaps import stands, stored
 from fastres.convert.trace import NotTraced, Placeholder
@@ -80,11 +81,14 @@ def traced_class(stock: Any) -> Any:
 def _generate(stock: Any) -> type:
     @functools.wraps(stock.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling():
-            out = _run(self, stock, args, kwargs)
-            if out is not _UNFUSED:
-                return out
-        return stock.forward(self, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            name = _for_compiler(self, args, kwargs)
+            if name == "":
+                return stock.forward(self, *args, **kwargs)
+            tensors = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)]
+            return getattr(FUNCTIONS, name)(self, self, *tensors)
+        out = _run(self, stock, args, kwargs)
+        return stock.forward(self, *args, **kwargs) if out is _UNFUSED else out
 
     names = {"forward": forward, "_fastres_stock": stock, "__module__": stock.__module__}
     names |= {"__qualname__": stock.__qualname__, "__doc__": stock.__doc__}
@@ -200,6 +204,53 @@ def _run(module: Any, stock: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     if plan is None or not plan.found.runs:
         return _UNFUSED
     return plan.function(module, module, *tensors)
+
+
+def _for_compiler(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """The name of the function that a compiler is to trace instead of the forward, or ""."""
+    if not GUARDS or why_not_now() is not None or "_is_replica" in module.__dict__:
+        return ""
+    given = [None if isinstance(arg, Tensor) else arg for arg in args]
+    names = tuple(kwargs)
+    named = [None if isinstance(arg, Tensor) else arg for arg in kwargs.values()]
+    tensors = [isinstance(arg, Tensor) for arg in (*args, *kwargs.values())]
+    for kind in (*given, *named):
+        if not isinstance(kind, (type(None), bool, int, float, str)):
+            return ""
+    return _function_name(module, tuple(given), names, tuple(named), tuple(tensors))
+
+
+def _function_name(
+    module: Any,
+    args: tuple[Any, ...],
+    names: tuple[str, ...],
+    values: tuple[Any, ...],
+    tensors: tuple[bool, ...],
+) -> str:
+    """The same, as the compiler asks once in a trace: it keeps the answer."""
+    given = [_SOME if is_tensor else arg for arg, is_tensor in zip(args, tensors, strict=False)]
+    named = zip(names, values, tensors[len(args) :], strict=True)
+    kwargs = {name: _SOME if is_tensor else value for name, value, is_tensor in named}
+    key: Any = len(args)
+    if kwargs or not all(tensors):
+        _, key = _signature(given, kwargs)
+    stock = type(module)._fastres_stock
+    plan = None
+    if key is not None and why_not_traced() is None:
+        plan = bindings_of(module).plan(module, stock, tuple(given), kwargs, key)
+    if plan is None or not plan.found.runs:
+        return ""
+    holds = plan.guard.holds
+    hold(module, lambda now: _methods() == _WRITTEN and holds(now))
+    for run in plan.runs:
+        run.prepare()
+    return publish(module, plan.function)
+
+
+# What torch.compiler.assume_constant_result does, without importing the compiler.
+_function_name._dynamo_marked_constant = True  # type: ignore[attr-defined]
+#: Stands for any tensor among arguments.
+_SOME = torch.empty(0)
 
 
 def _signature(args: Any, kwargs: Any) -> tuple[list[Tensor], Any]:
