@@ -18,7 +18,8 @@ from torch import nn
 from torch.torch_version import TorchVersion
 
 #: Whether this torch's compiler takes guards of others, and modules as constants of a trace.
-GUARDS = TorchVersion(torch.__version__) >= TorchVersion("2.13")
+#: Nothing that it promises says so: in a version that was not tried the user's forward is traced.
+GUARDS = TorchVersion("2.13") <= TorchVersion(torch.__version__) < TorchVersion("2.14")
 
 #: The functions of plans that a compiler has asked for, where it finds them: by an attribute.
 FUNCTIONS = SimpleNamespace()
