@@ -40,7 +40,7 @@ def walked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def programs_of(block: nn.Module) -> list[Programs]:
     """Those that a block has by now."""
-    calls = _bound[block]._calls.values()
+    calls = _bound[block].calls
     return [call.run.programs for call in calls if call is not None and call.run.programs]
 
 

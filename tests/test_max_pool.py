@@ -402,7 +402,7 @@ def test_the_same_kernels_as_a_program() -> None:
         _, fused = chain.pair(training=training)
         x = chain.input()
         fused(x).sum().backward()
-        (prepared,) = [c for c in bound._bound[fused]._calls.values() if c is not None]
+        (prepared,) = [c for c in bound._bound[fused].calls if c is not None]
         assert prepared.pool is None and prepared.run.programs is not None
         assert min(prepared.run.programs.steps) > 1 and len(prepared.run.programs.steps) == 2
 

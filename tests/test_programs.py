@@ -84,7 +84,7 @@ def test_nothing_is_held_of_what_autocast_casts() -> None:
     x = torch.randn(2, 8, 5, 5).contiguous(memory_format=CHANNELS_LAST)
     with torch.autocast("cpu", torch.bfloat16):
         out = block(x.requires_grad_())
-    (call,) = _bound[block]._calls.values()
+    (call,) = _bound[block].calls
     assert call is not None and call.tensors == []
     assert call.updates is not None and call.updates.layers is _bound[block].match.layers
     assert out.dtype == torch.bfloat16 and call.run.programs is not None

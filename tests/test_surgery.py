@@ -162,7 +162,7 @@ def test_a_parameter_that_is_replaced_through_data_is_seen(
 ) -> None:
     """With torch's guards on tensors, and where there are none."""
     if not guards:
-        monkeypatch.setattr(bound, "_alike", lambda tensors: None)
+        monkeypatch.setattr(bound, "_alike", lambda tensors: bound._never)
     torch.manual_seed(0)
     block, x = fastres.BasicBlock(8, 8).eval(), torch.randn(1, 8, 4, 4)
     with torch.no_grad():

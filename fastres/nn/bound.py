@@ -47,6 +47,10 @@ def _same_items(dicts: Sequence[dict[str, Any]], copies: Sequence[dict[str, Any]
 same_items = _same_items if why_not_built() is not None else compiled().same_items
 
 
+#: Whether tensors are like those that a call was prepared for, and the call.
+_Known = tuple[Callable[..., bool], Call | None]
+
+
 class Bound:
     """A match, and the calls that were prepared for it."""
 
@@ -69,8 +73,8 @@ class Bound:
         frozen = {cls: frozen_of_class(cls) for cls in dict.fromkeys(self._classes[1:])}
         self._frozen = [cls for cls, known in frozen.items() if known is not None]
         self._forwards = [known.forward for known in frozen.values() if known is not None]
-        self._calls: dict[Any, Call | None] = {}
-        self._latest: dict[Any, tuple[Callable[..., bool], Call | None]] = {}
+        self._calls: dict[Any, _Known] = {}
+        self._latest: dict[Any, _Known] = {}
 
     def holds(self, module: nn.Module) -> bool:
         """Whether everything is still as it was when the match was made.
@@ -85,6 +89,11 @@ class Bound:
             and not any(self._hooks)
             and [*map(_forward_of, self._frozen)] == self._forwards
         )
+
+    @property
+    def calls(self) -> list[Call | None]:
+        """What was prepared so far; None for inputs that cannot be fused."""
+        return [call for _, call in self._calls.values()]
 
     def run_autocast(self, x: Tensor, residual: Tensor | None = None) -> Tensor | None:
         """The match's value under autocast, or None where it cannot be fused.
@@ -108,8 +117,8 @@ class Bound:
         if residual is not None:
             tensors.append(residual)
         settings = (
-            torch.is_grad_enabled(), current(), switches(x.device.type), registrations(),
-            layers is own,
+            torch.is_grad_enabled(), torch.is_inference_mode_enabled(), current(),
+            switches(x.device.type), registrations(), layers is own,
         )  # fmt: skip
         latest = self._latest.get(settings)
         if latest is not None and latest[0](*tensors):
@@ -118,21 +127,20 @@ class Bound:
             (*map(_wants, tensors),) if torch.is_grad_enabled() else (), settings,
             *[(t.shape, t.stride(), t.dtype, t.device, type(t)) for t in tensors],
         )  # fmt: skip
-        if key in self._calls:
-            call = self._calls[key]
-        else:
+        known = self._calls.get(key)
+        if known is None:
             call = prepare(x, self.match.block, layers, residual)
             call = None if call is None else call.with_programs(x.device)
             if call is not None and layers is not own:
                 call = call.without_tensors(own)
-        if x.device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
+            if x.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                return call
             if len(self._calls) >= _MOST_KEPT:
                 self._calls.clear()
                 self._latest.clear()
-            self._calls[key] = call
-            if (alike := _alike(tensors)) is not None:
-                self._latest[settings] = alike, call
-        return call
+            known = self._calls[key] = _alike(tensors), call
+        self._latest[settings] = known
+        return known[1]
 
 
 _bound: WeakKeyDictionary[nn.Module, Bound] = WeakKeyDictionary()
@@ -168,19 +176,24 @@ def simple(x: Tensor) -> bool:
     )
 
 
-def _alike(tensors: Sequence[Tensor]) -> Callable[..., bool] | None:
+def _never(*tensors: Tensor) -> bool:
+    """Nothing says that tensors are alike."""
+    return False
+
+
+def _alike(tensors: Sequence[Tensor]) -> Callable[..., bool]:
     """Whether tensors are like these in type, shape, strides, dtype, device, and in whether they
-    want a gradient: torch.compile's own guard, which asks that of all in one call. None in a torch
-    that has it no more.
+    want a gradient: torch.compile's own guard, which asks that of all in one call. In a torch that
+    has it no more, and of a tensor that is there twice, it never is.
     """
     try:
         guards = torch._C._dynamo.guards.TensorGuards(
             *tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None
         )
         check: Callable[..., bool] = guards.check
-        return check if check(*tensors) else None
+        return check if check(*tensors) else _never
     except Exception:
-        return None
+        return _never
 
 
 def _modules(parts: Parts) -> Iterator[nn.Module]:
